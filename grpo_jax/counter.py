@@ -1,0 +1,39 @@
+"""Counts beyond 32 bits on devices that have no 64-bit integers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.types import Counter
+
+
+def zero() -> Counter:
+    """A counter at 0."""
+    return Counter(high=jnp.uint32(0), low=jnp.uint32(0))
+
+
+def add(counter: Counter, amount: jax.Array) -> Counter:
+    """Adds a non-negative amount below 2**32 (scalar integer); the carry goes into the high word."""
+    low = counter.low + jnp.asarray(amount).astype(jnp.uint32)
+    return Counter(high=counter.high + (low < counter.low).astype(jnp.uint32), low=low)
+
+
+def merge(left: Counter, right: Counter) -> Counter:
+    """The sum of two counters."""
+    total = add(left, right.low)
+    return Counter(high=total.high + right.high, low=total.low)
+
+
+def to_float(counter: Counter) -> jax.Array:
+    """The count as a float, rounded to its precision: for metrics."""
+    dtype = jnp.result_type(float)
+    return counter.high.astype(dtype) * 2.0**32 + counter.low.astype(dtype)
+
+
+def to_int(counter: Counter) -> int:
+    """The exact count, on the host; a counter of several seeds is summed."""
+    import numpy as np
+
+    high, low = np.asarray(counter.high, np.int64), np.asarray(counter.low, np.int64)
+    return int(np.sum(high * 2**32 + low))

@@ -1,0 +1,272 @@
+"""Branch: from every decision state, one rollout world for every candidate. The hot loop.
+
+Monte-Carlo rollouts of a policy after a forced first action are Tesauro & Galperin's (NeurIPS 1996) and the *vine* of
+TRPO (arXiv:1502.05477, section 5.2); common random numbers are PEGASUS' (UAI 2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from grpo_jax import counter
+from grpo_jax.config import Backup
+from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.types import Counter, Observation, PyTree
+from grpo_jax.worlds.base import World
+
+Act = Callable[[Observation, jax.Array | None, jax.Array], jax.Array]
+"""``(observations [..., *O], action_mask, uniforms [..., n_uniforms]) -> actions in the world's units [..., *A]``."""
+
+Value = Callable[[Observation], jax.Array]
+"""``observations [..., *O] -> values [...]``."""
+
+CPU_BRANCHES = 4096  # measured: larger batches leave a core's cache
+DEVICE_BRANCHES = 1 << 20
+
+
+@struct.dataclass
+class Branches:
+    """What the branches of all groups came to.
+
+    Attributes:
+      returns: ``[B, G]`` group returns.
+      simulator_steps: world steps that were spent, those behind an end not counted.
+    """
+
+    returns: jax.Array
+    simulator_steps: Counter
+
+
+@struct.dataclass
+class _Front:
+    """Where all branches of a chunk stand; every leaf ``[C, G, M, ...]``."""
+
+    state: PyTree
+    action: jax.Array
+    total: jax.Array  # discounted reward so far
+    discount: jax.Array  # gamma ** steps, of the next reward
+    alive: jax.Array
+    cut: Observation  # where a living branch stands, or a truncated one was cut; None without bootstrap
+    open_end: jax.Array  # bool: worth something beyond the branch
+    n_steps: jax.Array
+
+
+def group_returns(
+    world: World,
+    act: Act,
+    key: jax.Array,
+    states: PyTree,
+    actions: jax.Array,
+    *,
+    horizon: int,
+    gamma: float | jax.Array,
+    n_uniforms: int = 1,
+    n_rollouts: int = 1,
+    backup: Backup = "mean",
+    value: Value | None = None,
+    common_random_numbers: bool = True,
+    max_branches: int = 0,
+    alive: jax.Array | None = None,
+) -> Branches:
+    """Returns of the candidates of each decision state.
+
+    R_i = sum_k gamma^k r_k over at most ``horizon`` steps, stopped by termination or truncation, plus
+    gamma^k V(s_k) where the branch was cut after k steps by the horizon or by truncation, if ``value`` is given.
+
+    Args:
+      world: what is stepped.
+      act: the policy that branches follow after their candidate.
+      key: typed PRNG key; every state draws from a key of its own, so chunking changes no number.
+      states: world states, leaves ``[B, ...]``.
+      actions: ``[B, G, *A]`` in the world's units.
+      horizon: H >= 1, the candidate's own step included.
+      gamma: discount factor.
+      n_uniforms: uniform numbers that ``act`` takes.
+      n_rollouts: M branches of each candidate.
+      backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
+      value: the critic, or None.
+      common_random_numbers: the candidates of a state share all random numbers; else each draws its own.
+      max_branches: branches side by side, 0 for the device's default; states are run in chunks of that size.
+      alive: bool ``[B]``, states whose branches are wanted; None for all.
+
+    Returns:
+      ``Branches`` with returns ``[B, G]``; 0 where not ``alive``.
+
+    Raises:
+      ValueError: horizon or n_rollouts below 1.
+    """
+    if horizon < 1 or n_rollouts < 1:
+        raise ValueError(f"horizon={horizon} and n_rollouts={n_rollouts} must be at least 1")
+    n_states, n_group = actions.shape[:2]
+    chex.assert_tree_shape_prefix(states, (n_states,))
+    alive = jnp.ones(n_states, bool) if alive is None else alive
+
+    chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
+    n_chunks = -(-n_states // chunk)
+    keys = bits_to_keys(draw_bits(key, (n_states, KEY_WORDS)))
+
+    def to_chunks(leaf: jax.Array) -> jax.Array:
+        padding = n_chunks * chunk - n_states
+        # Repeats real states: made-up ones could step into NaN. They are dead, so they count for nothing.
+        padded = jnp.concatenate([leaf, leaf[:padding]]) if padding else leaf
+        return padded.reshape(n_chunks, chunk, *leaf.shape[1:])
+
+    wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk) < n_states)
+
+    def run(args: Any) -> tuple[jax.Array, jax.Array]:
+        return _run_chunk(
+            world,
+            act,
+            *args,
+            horizon=horizon,
+            gamma=gamma,
+            n_uniforms=n_uniforms,
+            n_rollouts=n_rollouts,
+            backup=backup,
+            value=value,
+            common_random_numbers=common_random_numbers,
+        )
+
+    chunks = jax.tree.map(to_chunks, (keys, states, actions)) + (wanted,)
+    if n_chunks == 1:
+        returns, n_steps = jax.tree.map(lambda leaf: leaf[None], run(jax.tree.map(lambda x: x[0], chunks)))
+    else:
+        returns, n_steps = jax.lax.map(run, chunks)
+    returns = returns.reshape(n_chunks * chunk, n_group)[:n_states]
+    steps, _ = jax.lax.scan(lambda total, n: (counter.add(total, n), None), counter.zero(), n_steps)
+    return Branches(returns, steps)
+
+
+def chunk_size(n_states: int, branches_per_state: int, max_branches: int = 0) -> int:
+    """States in a chunk: as many as ``max_branches`` allows, evenly spread over the chunks."""
+    if max_branches == 0:
+        max_branches = CPU_BRANCHES if jax.default_backend() == "cpu" else DEVICE_BRANCHES
+    most = max(1, max_branches // branches_per_state)
+    n_chunks = -(-n_states // most)
+    return -(-n_states // n_chunks)
+
+
+def _run_chunk(
+    world: World,
+    act: Act,
+    keys: jax.Array,
+    states: PyTree,
+    actions: jax.Array,
+    wanted: jax.Array,
+    *,
+    horizon: int,
+    gamma: float | jax.Array,
+    n_uniforms: int,
+    n_rollouts: int,
+    backup: Backup,
+    value: Value | None,
+    common_random_numbers: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """All branches of C states side by side; ``(returns [C, G], number of world steps [])``."""
+    n_states, n_group = actions.shape[:2]
+    n_streams = 1 if common_random_numbers else n_group
+    shape = (n_states, n_group, n_rollouts)
+    dtype = jnp.result_type(float)
+
+    # [C, S, M, H, words], S random streams a state: shared by its candidates, or one each.
+    bits = draw_bits(keys, (n_streams, n_rollouts, horizon, KEY_WORDS + n_uniforms))
+    step_candidate = jax.vmap(world.step)  # over M
+    step_candidate = jax.vmap(step_candidate, in_axes=(None if common_random_numbers else 0, 0, 0))  # over G
+    step_all = jax.vmap(step_candidate)  # over C
+    mask_all = jax.vmap(jax.vmap(jax.vmap(world.action_mask)))
+
+    def advance(front: _Front, words: jax.Array) -> tuple[_Front, Observation]:
+        step_keys = bits_to_keys(words[..., :KEY_WORDS])
+        step_keys = step_keys[:, 0] if common_random_numbers else step_keys
+        step = step_all(step_keys, front.state, front.action)
+        alive = front.alive
+        cut = front.cut
+        if value is not None:
+            cut = jax.tree.map(lambda old, new: jnp.where(_expand(alive, new), new, old), cut, step.observation)
+        front = front.replace(
+            state=step.state,
+            # What a world pays or does behind an end never counts, not even NaN.
+            total=front.total + jnp.where(alive, front.discount * step.reward, 0.0),
+            discount=jnp.where(alive, front.discount * gamma, front.discount),
+            cut=cut,
+            open_end=jnp.where(alive, ~step.terminated, front.open_end),
+            alive=alive & ~(step.terminated | step.truncated),
+            n_steps=front.n_steps + jnp.sum(alive, dtype=jnp.int32),
+        )
+        return front, step.observation
+
+    def follow(front: _Front, observation: Observation, words: jax.Array) -> jax.Array:
+        uniforms = jnp.broadcast_to(bits_to_uniform(words[..., KEY_WORDS:]), (*shape, n_uniforms))
+        return act(observation, mask_all(front.state), uniforms).astype(front.action.dtype)
+
+    def body(carry: tuple[jax.Array, _Front]) -> tuple[jax.Array, _Front]:
+        k, front = carry
+        words = jax.lax.dynamic_index_in_dim(bits, k, axis=3, keepdims=False)
+        front, observation = advance(front, words)
+        # The last step needs no further action. A branch in the program, so that the world is compiled once.
+        action = jax.lax.cond(
+            k < horizon - 1, lambda: follow(front, observation, words), lambda: front.action
+        )
+        return k + 1, front.replace(action=action)
+
+    def unfinished(carry: tuple[jax.Array, _Front]) -> jax.Array:
+        k, front = carry
+        return (k < horizon) & _any(front.alive)
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(leaf[:, None, None], (*shape, *leaf.shape[1:]))
+
+    state = jax.tree.map(spread, states)
+    action = jnp.broadcast_to(actions[:, :, None], (*shape, *actions.shape[2:]))
+    observation = None
+    if value is not None:
+        step_shape = jax.eval_shape(step_all, _keys_shape(shape, common_random_numbers), state, action)
+        observation = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step_shape.observation)
+    front = _Front(
+        state=state,
+        action=action,
+        total=jnp.zeros(shape, dtype),
+        discount=jnp.ones(shape, dtype),
+        alive=jnp.broadcast_to(wanted[:, None, None], shape),
+        cut=observation,
+        open_end=jnp.zeros(shape, bool),
+        n_steps=jnp.int32(0),
+    )
+    if horizon > 1:
+        _, front = jax.lax.while_loop(unfinished, body, (jnp.int32(0), front))
+    else:
+        front, _ = advance(front, bits[:, :, :, 0])
+
+    total = front.total
+    if value is not None:
+        total = total + jnp.where(front.open_end, front.discount * value(front.cut), 0.0)
+    backed_up = jnp.max(total, axis=-1) if backup == "max" else jnp.mean(total, axis=-1)
+    return backed_up, front.n_steps
+
+
+def _keys_shape(shape: tuple[int, int, int], common_random_numbers: bool) -> Any:
+    n_states, n_group, n_rollouts = shape
+    key_shape = (n_states, n_rollouts) if common_random_numbers else (n_states, n_group, n_rollouts)
+    return jax.eval_shape(lambda: bits_to_keys(jnp.zeros((*key_shape, KEY_WORDS), jnp.uint32)))
+
+
+def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
+    return mask.reshape(*mask.shape, *(1,) * (leaf.ndim - mask.ndim))
+
+
+@jax.custom_batching.custom_vmap
+def _any(alive: jax.Array) -> jax.Array:
+    return jnp.any(alive)
+
+
+@_any.def_vmap
+def _any_of_all(axis_size: int, in_batched: list[bool], alive: jax.Array) -> tuple[jax.Array, bool]:
+    # One answer for all vmapped runs: a loop with a batched condition would copy its whole carry at every step.
+    del axis_size, in_batched
+    return _any(alive), False

@@ -1,0 +1,91 @@
+"""Trajectory groups: episodes from one reset, compared as the papers compare completions of one prompt."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import Baseline, Scale, TrajectoryForm
+from grpo_jax.groups.advantage import Advantages, group_advantages
+
+
+def first_episode(ended: jax.Array) -> jax.Array:
+    """Which steps belong to the first episode of each environment; bool ``[T, N]`` -> bool ``[T, N]``."""
+    chex.assert_rank(ended, 2)
+    ends_before = jnp.cumsum(ended, axis=0) - ended
+    return ends_before == 0
+
+
+def returns_to_go(rewards: jax.Array, alive: jax.Array, gamma: float | jax.Array) -> jax.Array:
+    """Discounted sums of the rewards of the first episode from each step on; ``[T, N]`` -> ``[T, N]``."""
+    chex.assert_equal_shape([rewards, alive])
+
+    def backwards(future: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        reward, is_alive = step
+        total = jnp.where(is_alive, reward + gamma * future, 0.0)
+        return total, total
+
+    _, totals = jax.lax.scan(backwards, jnp.zeros_like(rewards[0]), (rewards, alive), reverse=True)
+    return totals
+
+
+def trajectory_advantages(
+    rewards: jax.Array,
+    alive: jax.Array,
+    *,
+    group_size: int,
+    gamma: float | jax.Array,
+    form: TrajectoryForm = "outcome",
+    baseline: Baseline = "mean",
+    scale: Scale = "group",
+    spread_floor: float | jax.Array = 1e-5,
+) -> Advantages:
+    """Advantages of every step of the episodes of each group.
+
+    Args:
+      rewards: ``[T, N]``, environments of a group next to each other; N = n_groups * group_size.
+      alive: ``[T, N]`` bool, steps of the first episode.
+      group_size: G episodes from one and the same reset.
+      gamma: discount factor.
+      form: ``outcome``: every step gets its episode's advantage (GRPO, arXiv:2402.03300, section 4.1.2);
+        ``process``: every step gets that of its own return to go, compared with the group's at equal time among the
+        episodes that are still running (after section 4.1.3 and GR2PO, arXiv:2609.19850).
+      baseline: see :func:`group_advantages`; ``policy`` is the mean, weights being equal.
+      scale: see :func:`group_advantages`.
+      spread_floor: see :func:`group_advantages`.
+
+    Returns:
+      ``Advantages`` with fields ``[T, N, 1]`` and ``[T, N]``: groups of one executed action each.
+    """
+    chex.assert_rank([rewards, alive], 2)
+    n_steps, n_envs = rewards.shape
+    n_groups = n_envs // group_size
+    to_go = returns_to_go(rewards, alive, gamma)
+    if form == "outcome":
+        returns, valid = to_go[:1], alive[:1]
+    else:
+        returns, valid = to_go, alive
+    rows = (returns.shape[0] * n_groups, group_size)
+    valid = valid.reshape(rows)
+    count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+    result = group_advantages(
+        returns.reshape(rows),
+        jnp.where(valid, 1.0 / count, 0.0),
+        valid,
+        jnp.zeros(rows[0], jnp.int32),
+        baseline=baseline,
+        scale=scale,
+        spread_floor=spread_floor,
+    )
+
+    def per_step(of_group: jax.Array) -> jax.Array:
+        spread = jnp.broadcast_to(of_group[:, None] if of_group.ndim == 1 else of_group, rows)
+        return jnp.broadcast_to(spread.reshape(returns.shape[0], n_envs), (n_steps, n_envs))
+
+    return Advantages(
+        advantage=jnp.where(alive, per_step(result.advantage), 0.0)[..., None],
+        active=per_step(result.active) & alive,
+        spread=per_step(result.spread),
+        finite=per_step(result.finite),
+    )

@@ -1,0 +1,236 @@
+"""Update: epochs of minibatches over one batch of groups."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from grpo_jax.config import GRPOConfig, scheduled
+from grpo_jax.learning import losses
+from grpo_jax.noise import draw_bits
+from grpo_jax.policies.policy import Policy, PolicyState
+from grpo_jax.types import Batch, Metrics, Params, PyTree
+
+
+@struct.dataclass
+class Learner:
+    """What learning changes.
+
+    Attributes:
+      policy: parameters and observation statistics.
+      optimizer: optax state.
+      reference: parameters and statistics of pi_ref, or None without a KL term.
+      n_updates: int32, optimizer steps that were taken.
+    """
+
+    policy: PolicyState
+    optimizer: PyTree
+    reference: PolicyState | None
+    n_updates: jax.Array
+
+
+_Carry = tuple[jax.Array, Learner, Metrics, jax.Array]
+
+
+def make_optimizer(config: GRPOConfig, learning_rate: float | jax.Array) -> optax.GradientTransformation:
+    """Adam behind a bound on the global norm, on one flat vector (one fused kernel instead of one a layer)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.flatten(optax.adam(learning_rate, eps=1e-5)),
+    )
+
+
+def init_learner(config: GRPOConfig, policy: Policy, key: jax.Array) -> Learner:
+    """A learner with fresh parameters; the reference starts as their copy."""
+    state = policy.init(key)
+    return Learner(
+        policy=state,
+        optimizer=make_optimizer(config, 0.0).init(state.params),
+        reference=None if config.kl_coef is None else jax.tree.map(jnp.copy, state),
+        n_updates=jnp.int32(0),
+    )
+
+
+def loss(
+    params: Params,
+    config: GRPOConfig,
+    policy: Policy,
+    state: PolicyState,
+    batch: Batch,
+    clip_low: jax.Array | float,
+    clip_high: jax.Array | float,
+) -> tuple[jax.Array, Metrics]:
+    """The objective of a (mini)batch, to be minimised, and its metrics.
+
+    - sum over candidates of the surrogate - ent_coef entropy + kl_coef KL(pi || pi_ref) + vf_coef value loss, each
+    averaged over the decision states that are ``alive``.
+    """
+    group = batch.group
+    state = state.replace(params=params)
+    parameters = policy.parameters(state, batch.observation, batch.action_mask)
+    log_prob = policy.distribution.log_prob(parameters[:, None], group.action)
+    log_prob = jnp.where(group.valid, log_prob, group.log_prob)
+    args = (log_prob, group.log_prob, group.log_weight, batch.advantage)
+    if config.surrogate == "ppo":
+        terms = losses.ppo(*args, clip_low=clip_low, clip_high=clip_high, dual_clip=config.dual_clip)
+    elif config.surrogate == "cispo":
+        terms = losses.cispo(*args, clip_low=clip_low, clip_high=clip_high)
+    elif config.surrogate == "sapo":
+        terms = losses.sapo(
+            *args,
+            temperature=config.sapo_temperature,
+            temperature_negative=config.sapo_temperature_negative,
+        )
+    else:
+        terms = losses.tpo(*args, group.valid, temperature=config.tpo_temperature)
+
+    share = batch.alive / jnp.maximum(jnp.sum(batch.alive), 1)  # [B]
+
+    def average(per_state: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(batch.alive, per_state * share, 0.0))
+
+    counted = group.valid & batch.active[:, None]
+    policy_loss = -average(jnp.sum(jnp.where(counted, terms, 0.0), axis=1))
+    entropy = average(policy.distribution.entropy(parameters))
+    total = policy_loss - config.ent_coef * entropy
+
+    weight = jnp.where(counted, jnp.exp(group.log_weight), 0.0)
+    log_ratio = log_prob - group.log_prob
+    high = (log_ratio > jnp.log1p(clip_high)) & (batch.advantage > 0)
+    low = (log_ratio < jnp.log1p(-jnp.minimum(clip_low, 1.0))) & (batch.advantage < 0)
+    metrics = {
+        "policy_loss": policy_loss,
+        "entropy": entropy,
+        "approx_kl": average(policy.distribution.kl(batch.distribution, parameters)),
+        "clip_fraction_high": average(jnp.sum(weight * high, axis=1)),
+        "clip_fraction_low": average(jnp.sum(weight * low, axis=1)),
+    }
+    if batch.reference is not None and config.kl_coef is not None:
+        if config.kl_estimator == "exact":
+            kl = policy.distribution.kl(parameters, batch.reference)
+        else:
+            reference_log_prob = policy.distribution.log_prob(batch.reference[:, None], group.action)
+            estimates = losses.kl_estimate(
+                log_prob, reference_log_prob, group.log_weight, config.kl_estimator
+            )
+            kl = jnp.sum(jnp.where(group.valid, estimates, 0.0), axis=1)
+        metrics["kl"] = average(kl)
+        total = total + config.kl_coef * metrics["kl"]
+    if batch.value is not None and batch.value_target is not None:
+        value = policy.value(state, batch.observation)
+        metrics["value_loss"] = average(
+            losses.value_loss(value, batch.value, batch.value_target, config.clip_range_vf)
+        )
+        total = total + config.vf_coef * metrics["value_loss"]
+    metrics["loss"] = total
+    return total, metrics
+
+
+def update(
+    config: GRPOConfig,
+    policy: Policy,
+    learner: Learner,
+    batch: Batch,
+    key: jax.Array,
+    progress: jax.Array | float,
+) -> tuple[Learner, Metrics]:
+    """Epochs of minibatch steps, stopped early by ``target_kl``.
+
+    A minibatch whose loss or gradient is not finite changes nothing and is counted in ``nonfinite_updates``.
+
+    Args:
+      config: the settings.
+      policy: static structure.
+      learner: what is learned.
+      batch: ``[B, ...]`` with B = n_envs * n_steps.
+      key: PRNG key, for the order of the decision states.
+      progress: share of the run that is done, in [0, 1], for decaying rates.
+
+    Returns:
+      The new learner, and metrics averaged over the optimizer steps.
+    """
+    clip_low = scheduled(config.clip_range, config.clip_range_decay, learner.n_updates, progress)
+    clip_high = clip_low
+    if config.clip_range_high is not None:
+        clip_high = scheduled(config.clip_range_high, config.clip_range_decay, learner.n_updates, progress)
+    # One sort for all epochs: the order of random words is a random order.
+    order = jnp.argsort(draw_bits(key, (config.n_epochs, config.n_states)), axis=1)
+    rows = order.reshape(config.n_updates, config.batch_size)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    state = learner.policy
+
+    def step(learner: Learner, rows: jax.Array) -> tuple[Learner, Metrics, jax.Array]:
+        minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
+        (total, metrics), gradients = gradient(
+            learner.policy.params, config, policy, state, minibatch, clip_low, clip_high
+        )
+        learning_rate = scheduled(
+            config.learning_rate, config.learning_rate_decay, learner.n_updates, progress
+        )
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        too_far = jnp.bool_(False)
+        if config.target_kl is not None:
+            too_far = metrics["approx_kl"] > 1.5 * config.target_kl
+        changes, optimizer = make_optimizer(config, learning_rate).update(
+            gradients, learner.optimizer, learner.policy.params
+        )
+        params = optax.apply_updates(learner.policy.params, changes)
+        applies = finite & ~too_far
+        params, optimizer = _choose(
+            applies, (params, optimizer), (learner.policy.params, learner.optimizer)
+        )
+        metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
+        metrics["grad_norm"] = jnp.where(finite, norm, 0.0)
+        metrics["nonfinite_updates"] = 1.0 - finite.astype(norm.dtype)
+        learner = learner.replace(
+            policy=learner.policy.replace(params=params),
+            optimizer=optimizer,
+            n_updates=learner.n_updates + applies.astype(jnp.int32),
+        )
+        return learner, metrics, too_far
+
+    def body(carry: _Carry) -> _Carry:
+        i, learner, sums, _ = carry
+        learner, metrics, too_far = step(learner, jax.lax.dynamic_index_in_dim(rows, i, keepdims=False))
+        return i + 1, learner, jax.tree.map(jnp.add, sums, metrics), too_far
+
+    def goes_on(carry: _Carry) -> jax.Array:
+        i, _, _, too_far = carry
+        remains = i < config.n_updates
+        return remains if config.target_kl is None else remains & ~too_far
+
+    shapes = jax.eval_shape(step, learner, rows[0])[1]
+    start = (
+        jnp.int32(0),
+        learner,
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+        jnp.bool_(False),
+    )
+    taken, learner, sums, _ = jax.lax.while_loop(goes_on, body, start)
+    metrics = {name: value / taken for name, value in sums.items()}
+    metrics["nonfinite_updates"] = sums["nonfinite_updates"]
+    metrics["learning_rate"] = jnp.asarray(
+        scheduled(config.learning_rate, config.learning_rate_decay, learner.n_updates, progress),
+        metrics["loss"].dtype,
+    )
+    metrics["clip_range"] = jnp.asarray(clip_low, metrics["loss"].dtype)
+    metrics["n_updates"] = taken.astype(metrics["loss"].dtype)
+    return learner, metrics
+
+
+def update_reference(config: GRPOConfig, learner: Learner, iteration: jax.Array) -> Learner:
+    """Moves pi_ref on after an iteration: never, every ``reference_interval`` iterations, or a little each time."""
+    if learner.reference is None or config.reference == "fixed":
+        return learner
+    if config.reference == "periodic":
+        is_due = (iteration + 1) % config.reference_interval == 0
+        return learner.replace(reference=_choose(is_due, learner.policy, learner.reference))
+    moved = optax.incremental_update(learner.policy, learner.reference, 1.0 - config.reference_decay)
+    return learner.replace(reference=moved)
+
+
+def _choose(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,0 +1,197 @@
+"""What observations and actions look like: small, immutable, hashable descriptions.
+
+They are static under ``jit`` (two equal spaces share one trace), which Gymnasium's spaces cannot be
+because they do not hash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Integers ``0 .. n-1``; arrays of shape ``[]``, int32."""
+
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def nvec(self) -> tuple[int, ...]:
+        return (self.n,)
+
+
+@dataclass(frozen=True)
+class MultiDiscrete:
+    """A vector of integers, entry ``i`` in ``0 .. nvec[i]-1``; arrays of shape ``[len(nvec)]``, int32."""
+
+    nvec: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.nvec),)
+
+
+@dataclass(frozen=True)
+class MultiBinary:
+    """A vector of ``n`` bits; arrays of shape ``[n]``, int32."""
+
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n,)
+
+    @property
+    def nvec(self) -> tuple[int, ...]:
+        return (2,) * self.n
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Real (or image) arrays of shape ``shape`` between ``low`` and ``high``.
+
+    Attributes:
+      low: lower bounds, broadcast to ``shape``, float32.
+      high: upper bounds, broadcast to ``shape``, float32.
+      shape: shape of one sample.
+      dtype: name of the dtype; ``"uint8"`` marks an image, whose values are divided by 255.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    _digest: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(size) for size in self.shape)
+        # float64 bounds such as 1e308 become inf: that is what they mean in float32.
+        with np.errstate(over="ignore"):
+            low = np.broadcast_to(np.asarray(self.low, np.float32), shape)
+            high = np.broadcast_to(np.asarray(self.high, np.float32), shape)
+        if np.any(np.isnan(low)) or np.any(np.isnan(high)) or np.any(low > high):
+            raise ValueError(f"Box needs low <= high without NaN, got low={low}, high={high}")
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)
+        digest = hash((low.tobytes(), high.tobytes(), shape, self.dtype))
+        object.__setattr__(self, "_digest", digest)
+
+    def __hash__(self) -> int:
+        return self._digest
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Box)
+            and self.shape == other.shape
+            and self.dtype == other.dtype
+            and np.array_equal(self.low, other.low)
+            and np.array_equal(self.high, other.high)
+        )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether every bound is finite (float32's largest value counts as no bound)."""
+        largest = np.finfo(np.float32).max
+        return bool(np.all(np.abs(self.low) < largest) and np.all(np.abs(self.high) < largest))
+
+
+@dataclass(frozen=True)
+class Dict:
+    """Named observations; arrays come as a ``dict`` with these names, in this order."""
+
+    spaces: tuple[tuple[str, Space], ...]
+
+    def __post_init__(self) -> None:
+        for name, space in self.spaces:
+            if isinstance(space, Dict):
+                raise NotImplementedError(
+                    f"nested Dict observation spaces are not supported (entry {name!r}); flatten it"
+                )
+
+
+Space = Discrete | MultiDiscrete | MultiBinary | Box | Dict
+ActionSpace = Discrete | MultiDiscrete | MultiBinary | Box
+
+
+def is_image(space: Space) -> bool:
+    """Whether a space is a stack of 2-d feature maps ``[height, width, channels]``."""
+    return isinstance(space, Box) and len(space.shape) == 3
+
+
+def encode(space: Space, observation: Any) -> jax.Array:
+    """Turns observations into network input, one-hot where they are categories.
+
+    Args:
+      space: the observation space.
+      observation: ``[..., *space.shape]`` (a dict of such arrays for ``Dict``), any dtype.
+
+    Returns:
+      ``[..., *space.shape]`` for a ``Box``, else ``[..., n_features]``; floating.
+    """
+    if isinstance(space, Dict):
+        parts = []
+        for name, part in space.spaces:
+            encoded = encode(part, observation[name])
+            batch_shape = encoded.shape[: encoded.ndim - _encoded_rank(part)]
+            parts.append(encoded.reshape(*batch_shape, -1))
+        return jnp.concatenate(parts, axis=-1)
+    observation = jnp.asarray(observation)
+    if isinstance(space, Box):
+        values = observation.astype(_float_dtype(observation))
+        return values / 255.0 if space.dtype == "uint8" else values
+    if isinstance(space, Discrete):
+        return jax.nn.one_hot(observation, space.n)
+    if isinstance(space, MultiBinary):
+        return observation.astype(_float_dtype(observation))
+    hots = [jax.nn.one_hot(observation[..., i], n) for i, n in enumerate(space.nvec)]
+    return jnp.concatenate(hots, axis=-1)
+
+
+def from_gymnasium(space: Any, name: str = "space") -> Space:
+    """Converts a Gymnasium or gymnax space, told apart by their class names and fields.
+
+    Raises:
+      NotImplementedError: for a space that no policy here can handle; names it and the fix.
+    """
+    kind = type(space).__name__
+    if kind == "Discrete":
+        if int(getattr(space, "start", 0)) != 0:
+            raise NotImplementedError(f"{name}: Discrete(start={space.start}) must start at 0")
+        return Discrete(int(space.n))
+    if kind == "MultiDiscrete":
+        nvec = np.asarray(space.nvec)
+        if nvec.ndim != 1 or np.any(np.asarray(getattr(space, "start", 0)) != 0):
+            raise NotImplementedError(f"{name}: {space} must be one-dimensional and start at 0")
+        return MultiDiscrete(tuple(int(n) for n in nvec))
+    if kind == "MultiBinary":
+        if len(space.shape) != 1:
+            raise NotImplementedError(f"{name}: {space} must be one-dimensional; flatten it")
+        return MultiBinary(int(space.shape[0]))
+    if kind == "Box":
+        dtype = np.dtype(space.dtype).name
+        return Box(np.asarray(space.low), np.asarray(space.high), tuple(space.shape), dtype)
+    if kind == "Dict":
+        entries = tuple((key, from_gymnasium(part, f"{name}[{key!r}]")) for key, part in space.spaces.items())
+        return Dict(entries)
+    raise NotImplementedError(
+        f"{name}: {kind} spaces are not supported; use Box, Discrete, MultiDiscrete, MultiBinary"
+        " (or a flat Dict of them for observations)"
+    )
+
+
+def _encoded_rank(space: Space) -> int:
+    return len(space.shape) if isinstance(space, Box) else 1
+
+
+def _float_dtype(values: jax.Array) -> Any:
+    return values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.result_type(float)

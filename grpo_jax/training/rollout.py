@@ -1,0 +1,142 @@
+"""Rollout: the policy acts in its environments, which start over by themselves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.policy import Policy, PolicyState
+from grpo_jax.types import Observation, PyTree
+from grpo_jax.worlds.base import World
+
+
+@struct.dataclass
+class Environments:
+    """N environments side by side; every leaf ``[N, ...]``.
+
+    Attributes:
+      state: world states.
+      observation: of these states.
+      episode_return: of the running episode, undiscounted, in the task's own reward.
+      episode_length: of the running episode, int32.
+      last_return: of the last finished episode; NaN before the first.
+      last_length: of the last finished episode; NaN before the first.
+    """
+
+    state: PyTree
+    observation: Observation
+    episode_return: jax.Array
+    episode_length: jax.Array
+    last_return: jax.Array
+    last_length: jax.Array
+
+
+@struct.dataclass
+class Trajectory:
+    """What was seen; every leaf ``[T, N, ...]``.
+
+    Attributes:
+      state: decision states.
+      observation: of the decision states.
+      action_mask: bool, or None.
+      distribution: parameters of pi_old.
+      action: executed, in the policy's units.
+      reward: what GRPO maximises.
+      terminated: bool.
+      truncated: bool.
+      next_observation: of the state that was reached, before any reset; None where no critic asks for it.
+    """
+
+    state: PyTree
+    observation: Observation
+    action_mask: jax.Array | None
+    distribution: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    next_observation: Observation | None
+
+
+def start(world: World, keys: jax.Array) -> Environments:
+    """Resets one environment for each key ``[N]``; equal keys give equal states."""
+    observation, state = jax.vmap(world.reset)(keys)
+    n_envs, dtype = keys.shape[0], jnp.result_type(float)
+    unknown = jnp.full(n_envs, jnp.nan, dtype)
+    return Environments(
+        state=state,
+        observation=observation,
+        episode_return=jnp.zeros(n_envs, dtype),
+        episode_length=jnp.zeros(n_envs, jnp.int32),
+        last_return=unknown,
+        last_length=unknown,
+    )
+
+
+def rollout(
+    world: World,
+    policy: Policy,
+    policy_state: PolicyState,
+    environments: Environments,
+    key: jax.Array,
+    n_steps: int,
+    keep_next_observation: bool,
+) -> tuple[Environments, Trajectory]:
+    """T steps of the sampled policy in every environment.
+
+    Args:
+      world: what is stepped.
+      policy: static structure.
+      policy_state: its parameters, the same for all steps.
+      environments: where they stand.
+      key: PRNG key.
+      n_steps: T.
+      keep_next_observation: whether a critic will want to value what was reached.
+
+    Returns:
+      The environments afterwards, and the trajectory ``[T, N]``.
+    """
+    n_envs = environments.episode_length.shape[0]
+    words = draw_bits(key, (n_steps, n_envs, 2 * KEY_WORDS + policy.distribution.n_uniforms))
+
+    def step_all(envs: Environments, words: jax.Array) -> tuple[Environments, Trajectory]:
+        step_keys = bits_to_keys(words[..., :KEY_WORDS])
+        reset_keys = bits_to_keys(words[..., KEY_WORDS : 2 * KEY_WORDS])
+        uniforms = bits_to_uniform(words[..., 2 * KEY_WORDS :])
+        mask = jax.vmap(world.action_mask)(envs.state)
+        parameters = policy.parameters(policy_state, envs.observation, mask)
+        action = policy.distribution.sample(parameters, uniforms)
+        step = jax.vmap(world.step)(step_keys, envs.state, policy.to_world(action))
+        fresh_observation, fresh_state = jax.vmap(world.reset)(reset_keys)
+        ended = step.terminated | step.truncated
+
+        def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
+            return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
+
+        task_reward = step.reward if step.task_reward is None else step.task_reward
+        episode_return = envs.episode_return + task_reward
+        episode_length = envs.episode_length + 1
+        trajectory = Trajectory(
+            state=envs.state,
+            observation=envs.observation,
+            action_mask=mask,
+            distribution=parameters,
+            action=action,
+            reward=step.reward,
+            terminated=step.terminated,
+            truncated=step.truncated,
+            next_observation=step.observation if keep_next_observation else None,
+        )
+        envs = Environments(
+            state=jax.tree.map(start_over, fresh_state, step.state),
+            observation=jax.tree.map(start_over, fresh_observation, step.observation),
+            episode_return=jnp.where(ended, 0.0, episode_return),
+            episode_length=jnp.where(ended, 0, episode_length),
+            last_return=jnp.where(ended, episode_return, envs.last_return),
+            last_length=jnp.where(ended, episode_length, envs.last_length),
+        )
+        return envs, trajectory
+
+    return jax.lax.scan(step_all, environments, words)

@@ -1,0 +1,90 @@
+"""What travels between the rooms. Shapes: B decision states, G candidates, P distribution parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import struct
+
+PyTree = Any
+Params = Any
+Observation = Any  # an array, or a dict of arrays
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class Step:
+    """One step of a world.
+
+    Attributes:
+      observation: of the state that was reached, before any reset.
+      state: the state that was reached, before any reset.
+      reward: ``[]`` float, what GRPO maximises.
+      terminated: ``[]`` bool, the task itself ended: nothing can be earned any more.
+      truncated: ``[]`` bool, a time limit cut the episode: its future is worth something still.
+      task_reward: ``[]`` float, what episode statistics count; None where it is ``reward`` itself.
+    """
+
+    observation: Observation
+    state: PyTree
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    task_reward: jax.Array | None = None
+
+
+@struct.dataclass
+class Group:
+    """The candidate actions of each decision state.
+
+    Attributes:
+      action: ``[B, G, *A]`` in the policy's own units.
+      log_prob: ``[B, G]`` log pi_old(a_i|s).
+      log_weight: ``[B, G]`` log w_i; the weights of a state's valid candidates sum to 1.
+      valid: ``[B, G]`` bool, False where an action mask forbids the candidate.
+      executed: ``[B]`` int32, which candidate was really executed.
+    """
+
+    action: jax.Array
+    log_prob: jax.Array
+    log_weight: jax.Array
+    valid: jax.Array
+    executed: jax.Array
+
+
+@struct.dataclass
+class Batch:
+    """What the update learns from.
+
+    Attributes:
+      observation: ``[B, ...]``.
+      action_mask: ``[B, n]`` bool, or None where every action is allowed.
+      group: the candidates, ``[B, G]``.
+      advantage: ``[B, G]``, zero in groups that are not active.
+      active: ``[B]`` bool, the group has a spread to learn from.
+      alive: ``[B]`` bool, the state belongs to an episode (False behind the end of a trajectory).
+      distribution: ``[B, P]`` parameters of pi_old.
+      reference: ``[B, P]`` parameters of pi_ref, or None without a KL term.
+      value: ``[B]`` V_old, or None without a critic.
+      value_target: ``[B]`` lambda-returns, or None without a critic.
+    """
+
+    observation: Observation
+    action_mask: jax.Array | None
+    group: Group
+    advantage: jax.Array
+    active: jax.Array
+    alive: jax.Array
+    distribution: jax.Array
+    reference: jax.Array | None = None
+    value: jax.Array | None = None
+    value_target: jax.Array | None = None
+
+
+@struct.dataclass
+class Counter:
+    """A count that does not overflow: two uint32 words (int32 is full after 2.1e9 steps, minutes on a GPU)."""
+
+    high: jax.Array
+    low: jax.Array

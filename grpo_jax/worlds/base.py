@@ -1,0 +1,266 @@
+"""The protocol of everything that can be stepped from any state, and the reward override."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from grpo_jax.spaces import ActionSpace, Discrete, Space
+from grpo_jax.types import Observation, PyTree, Step
+
+RewardFunction = Callable[[Any, Any, Any], Any]
+
+
+class World(abc.ABC):
+    """Something that can be stepped from any state, purely.
+
+    Every method is a pure function of its arguments for **one** state, traceable by JAX; callers ``vmap`` it.
+    A world is a pytree (a ``flax.struct.dataclass``): its arrays are traced, everything else is static.
+
+    Attributes:
+      observation_space: static description of the observations.
+      action_space: static description of the actions.
+    """
+
+    observation_space: Space
+    action_space: ActionSpace
+
+    @abc.abstractmethod
+    def reset(self, key: jax.Array) -> tuple[Observation, PyTree]:
+        """Draws a first state: ``key -> (observation, state)``."""
+
+    @abc.abstractmethod
+    def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> Step:
+        """Steps once and never resets: what is reached after an end is the end itself."""
+
+    def action_mask(self, state: PyTree) -> jax.Array | None:
+        """Which actions are allowed: bool ``[sum(nvec)]``, or None where all always are."""
+        del state
+        return None
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """A user's reward function in the form for one transition; equal functions share their traces."""
+
+    function: RewardFunction
+    takes_batch: bool
+
+    def __call__(self, state: Any, action: Any, next_state: Any) -> jax.Array:
+        arguments = (state, action, next_state)
+        if self.takes_batch:
+            arguments = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], arguments)
+        return jnp.reshape(jnp.asarray(self.function(*arguments)), ())
+
+
+@struct.dataclass
+class RewardOverrideState:
+    """A world's state beside its observation, which the reward function wants to see."""
+
+    inner: PyTree
+    observation: Observation
+
+
+@struct.dataclass
+class RewardOverride(World):
+    """A world whose reward is replaced by ``reward_function(state, action, next_state)``.
+
+    Episode statistics go on counting the world's own reward (``Step.task_reward``).
+
+    Attributes:
+      world: the world underneath.
+      reward_function: per sample, of observations and an action; returns ``[]``.
+    """
+
+    world: World
+    reward_function: RewardFunction = struct.field(pytree_node=False)
+
+    @property
+    def observation_space(self) -> Space:  # type: ignore[override]
+        return self.world.observation_space
+
+    @property
+    def action_space(self) -> ActionSpace:  # type: ignore[override]
+        return self.world.action_space
+
+    def reset(self, key: jax.Array) -> tuple[Observation, RewardOverrideState]:
+        observation, state = self.world.reset(key)
+        return observation, RewardOverrideState(state, observation)
+
+    def step(self, key: jax.Array, state: RewardOverrideState, action: jax.Array) -> Step:
+        step = self.world.step(key, state.inner, action)
+        reward = self.reward_function(state.observation, action, step.observation)
+        return step.replace(
+            state=RewardOverrideState(step.state, step.observation),
+            reward=jnp.asarray(reward, jnp.result_type(float)),
+            task_reward=step.reward if step.task_reward is None else step.task_reward,
+        )
+
+    def action_mask(self, state: RewardOverrideState) -> jax.Array | None:
+        return self.world.action_mask(state.inner)
+
+
+def override_reward(world: World, reward_function: RewardFunction) -> RewardOverride:
+    """Replaces a world's reward by a function of what the policy observes.
+
+    Args:
+      world: any world.
+      reward_function: ``(state, action, next_state) -> reward`` on observations before normalisation, in JAX.
+        Either of one transition (arrays ``[*shape]``, returns ``[]`` or ``[1]``) or of a batch of them
+        (``[N, *shape]``, returns ``[N]`` or ``[N, 1]``); which of the two is found out here, once, by trying.
+
+    Returns:
+      The world with the new reward.
+
+    Raises:
+      TypeError: the function fails for one transition and for a batch.
+      ValueError: it returns the wrong shape, or NaN or inf on a real transition.
+    """
+    per_sample = _per_sample(reward_function, world)
+    overridden = RewardOverride(world, per_sample)
+
+    def probe(key: jax.Array) -> tuple[Any, ...]:
+        observation, state = overridden.reset(key)
+        action = example_action(world.action_space)
+        step = overridden.step(key, state, action)
+        return step.reward, observation, action, step.observation
+
+    reward, *seen = jax.jit(jax.vmap(probe))(jax.random.split(jax.random.key(0), 8))
+    bad = ~np.isfinite(np.asarray(reward))
+    if bad.any():
+        index = int(np.argmax(bad))
+        shown = [jax.tree.map(lambda leaf: np.asarray(leaf)[index], part) for part in seen]
+        raise ValueError(
+            f"reward_function returned {np.asarray(reward)[index]} for state={shown[0]}, action={shown[1]},"
+            f" next_state={shown[2]}; it must be finite: guard divisions, logarithms and roots"
+        )
+    return overridden
+
+
+def example_action(space: ActionSpace) -> jax.Array:
+    """Some action of a space, in the dtype that worlds are stepped with (the middle of a bounded box)."""
+    if isinstance(space, Discrete):
+        return jnp.int32(0)
+    if hasattr(space, "nvec"):
+        return jnp.zeros(space.shape, jnp.int32)
+    middle = (space.low + space.high) / 2 if space.is_bounded else np.zeros(space.shape)
+    return jnp.asarray(middle, jnp.result_type(float))
+
+
+def strong(tree: PyTree, like: PyTree | None = None) -> PyTree:
+    """Strips weak types (else a loop over steps is traced twice), casting to the dtypes of ``like``."""
+    if like is None:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=jnp.result_type(leaf)), tree)
+    return jax.tree.map(lambda leaf, other: jnp.asarray(leaf, dtype=other.dtype), tree, like)
+
+
+def check_world(world: World) -> None:
+    """Traces a world and reports what would break a compiled loop; costs two traces, compiles nothing.
+
+    Raises:
+      TypeError: a method cannot be traced, or ``step`` changes the structure, shape or dtype of the state.
+      ValueError: ``step`` is not pure, or its outputs have wrong shapes.
+    """
+    name = type(world).__name__
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        observation, state = jax.eval_shape(world.reset, key)
+        action = jax.eval_shape(lambda: example_action(world.action_space))
+        # A fresh function object each time: a cached trace would hide what changed in between.
+        first, second = (
+            jax.make_jaxpr(lambda *args: world.step(*args))(key, state, action)  # noqa: PLW0108
+            for _ in range(2)
+        )
+        step = jax.eval_shape(world.step, key, state, action)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(_impure(name)) from error
+    except jax.errors.JAXTypeError as error:
+        raise TypeError(
+            f"world {name} cannot be traced by JAX ({type(error).__name__}): reset and step must be pure"
+            " jax.numpy functions without Python branches on their arguments"
+        ) from error
+    same_constants = len(first.consts) == len(second.consts) and all(
+        np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(first.consts, second.consts, strict=True)
+        if not isinstance(a, jax.core.Tracer)
+    )
+    if str(first) != str(second) or not same_constants:
+        raise ValueError(_impure(name))
+    _check_same(f"world {name}: step's state", state, step.state)
+    _check_same(f"world {name}: step's observation", observation, step.observation)
+    for field in ("reward", "terminated", "truncated"):
+        value = getattr(step, field)
+        if value.shape != ():
+            raise ValueError(f"world {name}: step must return {field} of shape [], got {list(value.shape)}")
+
+
+def _impure(name: str) -> str:
+    return (
+        f"world {name} is not pure: two traces of step with the same arguments differ; draw randomness from"
+        " the key and keep everything that changes in the state, not in Python objects or NumPy's generator"
+    )
+
+
+def _check_same(what: str, expected: PyTree, actual: PyTree) -> None:
+    if jax.tree.structure(expected) != jax.tree.structure(actual):
+        raise TypeError(
+            f"{what} has another structure than reset's: {jax.tree.structure(actual)} instead of"
+            f" {jax.tree.structure(expected)}"
+        )
+    paths = jax.tree_util.tree_flatten_with_path(expected)[0]
+    for (path, left), right in zip(paths, jax.tree.leaves(actual), strict=True):
+        if left.shape != right.shape or left.dtype != right.dtype:
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} is {right.dtype}{list(right.shape)}, but reset gives"
+                f" {left.dtype}{list(left.shape)}: cast it"
+            )
+
+
+def _per_sample(reward_function: RewardFunction, world: World) -> PerSample:
+    """Finds out whether the function takes one transition or a batch; returns the form for one."""
+    if not callable(reward_function):
+        raise TypeError(f"reward_function must be callable, got {reward_function!r}")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    observation, _ = jax.eval_shape(world.reset, key)
+    action = jax.eval_shape(lambda: example_action(world.action_space))
+    n_samples = 7  # a size that no observation is likely to have
+
+    def batched(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_samples, *leaf.shape), leaf.dtype), tree)
+
+    tried: list[str] = []
+    errors: list[Exception] = []
+    for arguments, shapes, form in (
+        ((observation, action, observation), ((), (1,)), "one transition"),
+        (
+            (batched(observation), batched(action), batched(observation)),
+            ((n_samples,), (n_samples, 1)),
+            "a batch",
+        ),
+    ):
+        try:
+            result = jax.eval_shape(reward_function, *arguments)
+        except Exception as error:  # whatever the user's code raises is reported below
+            tried.append(f"{form}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            errors.append(error)
+            continue
+        shape = getattr(result, "shape", None)
+        if shape in shapes:
+            return PerSample(reward_function, takes_batch=form == "a batch")
+        returned = "no single array" if shape is None else f"shape {list(shape)}"
+        expected = " or ".join(str(list(s)).replace(str(n_samples), "N") for s in shapes)
+        tried.append(f"{form}: {returned.replace(str(n_samples), 'N')}, expected {expected}")
+    message = (
+        "reward_function(state, action, next_state) must return one reward for one transition, or N rewards"
+        f" for a batch of N, using jax.numpy. Tried with {'; with '.join(tried)}"
+    )
+    if len(errors) == 2:
+        raise TypeError(message) from errors[0]
+    raise ValueError(message)

@@ -1,0 +1,103 @@
+"""gymnax environments as worlds: exact branching with ``step_env``, time limits as truncations."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from grpo_jax.spaces import ActionSpace, Space, from_gymnasium
+from grpo_jax.types import Observation, PyTree, Step
+from grpo_jax.worlds.base import World, strong
+
+EXCLUDED = ("MNISTBandit-bsuite",)
+"""Ids that need a download."""
+
+
+@struct.dataclass
+class GymnaxWorld(World):
+    """A gymnax ``Environment`` with its parameters.
+
+    Attributes:
+      env: the bare environment (its wrappers forward ``step_env`` past themselves, so they are refused).
+      params: its ``EnvParams``; traced, so physics can be vmapped over.
+      observation_space: static.
+      action_space: static.
+    """
+
+    params: PyTree
+    env: Any = struct.field(pytree_node=False)
+    observation_space: Space = struct.field(pytree_node=False)
+    action_space: ActionSpace = struct.field(pytree_node=False)
+
+    def reset(self, key: jax.Array) -> tuple[Observation, PyTree]:
+        observation, state = strong(self.env.reset_env(key, self.params))
+        return observation, state
+
+    def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> Step:
+        # step_env knows no time limit and never resets; what it pays after the end is the caller's to mask.
+        observation, next_state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
+        next_state = strong(next_state, like=state)
+        return Step(
+            observation=strong(observation),
+            state=next_state,
+            reward=jnp.asarray(reward, jnp.result_type(float)).reshape(()),
+            terminated=jnp.asarray(terminated, bool).reshape(()),
+            truncated=jnp.asarray(self.env.is_truncated(next_state, self.params), bool).reshape(()),
+        )
+
+
+def env_ids() -> list[str]:
+    """The gymnax ids that run without a download."""
+    import gymnax
+
+    return [env_id for env_id in gymnax.registered_envs if env_id not in EXCLUDED]
+
+
+@functools.lru_cache(maxsize=128)
+def _environment(env_id: str) -> Any:
+    """One environment object an id, so that two worlds of the same id share their traces."""
+    import gymnax
+
+    return gymnax.make(env_id)[0]
+
+
+def from_id(env_id: str, params: PyTree | None = None) -> GymnaxWorld:
+    """The world of a gymnax id.
+
+    Raises:
+      ValueError: unknown id; suggests the nearest ones.
+    """
+    known = env_ids()
+    if env_id not in known:
+        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known ids: {', '.join(known)}"
+        why = " (it downloads a data set)" if env_id in EXCLUDED else ""
+        raise ValueError(f"env={env_id!r} is not a gymnax id that can be used here{why}; {hint}")
+    return from_environment(_environment(env_id), params)
+
+
+def from_environment(env: Any, params: PyTree | None = None) -> GymnaxWorld:
+    """The world of a gymnax ``Environment`` object, with its default parameters if none are given.
+
+    Raises:
+      TypeError: not a bare gymnax environment.
+    """
+    from gymnax.environments.environment import Environment
+
+    if not isinstance(env, Environment):
+        raise TypeError(
+            f"env={env!r} is not a gymnax Environment; pass an id, a bare Environment (unwrapped: the"
+            " library normalises, flattens and logs itself) or a World"
+        )
+    params = env.default_params if params is None else params
+    return GymnaxWorld(
+        params=strong(params),
+        env=env,
+        observation_space=from_gymnasium(env.observation_space(params), "observation space"),
+        action_space=from_gymnasium(env.action_space(params), "action space"),  # type: ignore[arg-type]
+    )
