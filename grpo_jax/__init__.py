@@ -1,0 +1,65 @@
+"""GRPO for control, in functional JAX. See README.md; the public names are those in ``__all__``."""
+
+from grpo_jax.config import GRPOConfig
+from grpo_jax.counter import to_int as count
+from grpo_jax.groups.advantage import Advantages, group_advantages
+from grpo_jax.groups.branch import Branches, group_returns
+from grpo_jax.groups.candidates import enumerate_actions, sample_actions
+from grpo_jax.groups.trajectory import trajectory_advantages
+from grpo_jax.learning import losses
+from grpo_jax.learning.update import Learner, update
+from grpo_jax.policies.policy import Policy, PolicyState, make_policy
+from grpo_jax.presets import preset, preset_ids, preset_timesteps
+from grpo_jax.training.checkpoint import restore, save
+from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
+from grpo_jax.training.loop import Result, TrainState, init, iteration, train
+from grpo_jax.training.run import Chunk, run
+from grpo_jax.types import Batch, Group, Step
+from grpo_jax.worlds.base import World, override_reward
+from grpo_jax.worlds.function import from_function
+from grpo_jax.worlds.gymnax import GymnaxWorld, env_ids
+from grpo_jax.worlds.make import make
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Advantages",
+    "Batch",
+    "Branches",
+    "Chunk",
+    "Episodes",
+    "GRPOConfig",
+    "Group",
+    "GymnaxWorld",
+    "Learner",
+    "Policy",
+    "PolicyState",
+    "Result",
+    "Step",
+    "TrainState",
+    "World",
+    "count",
+    "enumerate_actions",
+    "env_ids",
+    "evaluate",
+    "evaluate_episodes",
+    "from_function",
+    "group_advantages",
+    "group_returns",
+    "init",
+    "iteration",
+    "losses",
+    "make",
+    "make_policy",
+    "override_reward",
+    "preset",
+    "preset_ids",
+    "preset_timesteps",
+    "restore",
+    "run",
+    "sample_actions",
+    "save",
+    "train",
+    "trajectory_advantages",
+    "update",
+]

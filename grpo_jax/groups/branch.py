@@ -16,7 +16,7 @@ from flax import struct
 
 from grpo_jax import counter
 from grpo_jax.config import Backup
-from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.types import Counter, Observation, PyTree
 from grpo_jax.worlds.base import World
 
@@ -109,7 +109,7 @@ def group_returns(
 
     chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
     n_chunks = -(-n_states // chunk)
-    keys = bits_to_keys(draw_bits(key, (n_states, KEY_WORDS)))
+    keys = split(key, n_states)
 
     def to_chunks(leaf: jax.Array) -> jax.Array:
         padding = n_chunks * chunk - n_states

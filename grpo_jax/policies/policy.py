@@ -10,6 +10,7 @@ from flax import struct
 
 from grpo_jax import spaces
 from grpo_jax.config import GRPOConfig
+from grpo_jax.noise import split
 from grpo_jax.policies import distributions, normalize
 from grpo_jax.policies.distributions import Categorical, Distribution
 from grpo_jax.policies.networks import Actor, Critic, initialise
@@ -47,7 +48,7 @@ class Policy:
         actor_key, critic_key = key, key
         params = {}
         if self.critic is not None:
-            actor_key, critic_key = jax.random.split(key)
+            actor_key, critic_key = split(key, 2)
             params["critic"] = initialise(self.critic, critic_key, example, output_gain=1.0)
         params["actor"] = initialise(self.actor, actor_key, example, output_gain=0.01)
         statistics = normalize.initial(example) if self.normalize_observations else None

@@ -17,7 +17,7 @@ from grpo_jax.groups.branch import group_returns
 from grpo_jax.groups.trajectory import first_episode, trajectory_advantages
 from grpo_jax.learning.losses import lambda_returns
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
-from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
 from grpo_jax.policies.distributions import Categorical
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
 from grpo_jax.training.rollout import Environments, Trajectory, rollout, start
@@ -70,8 +70,8 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
     """
     policy = make_policy(config, env.observation_space, env.action_space)
     candidates.resolve(config, policy.distribution)  # refuses what cannot be, before anything is traced
-    keys = _split(as_key(key), 3)
-    env_keys = bits_to_keys(draw_bits(keys[1], (config.n_envs, KEY_WORDS)))
+    keys = split(as_key(key), 3)
+    env_keys = split(keys[1], config.n_envs)
     return TrainState(
         learner=init_learner(config, policy, keys[0]),
         environments=start(env, env_keys),
@@ -99,7 +99,7 @@ def iteration(
     """
     policy = state.policy
     learner = state.learner
-    next_key, rollout_key, group_key, update_key = _split(state.key, 4)
+    next_key, rollout_key, group_key, update_key = split(state.key, 4)
     environments = state.environments
     is_trajectory = config.candidates == "trajectory"
     if is_trajectory:
@@ -209,7 +209,7 @@ def _state_groups(
     key: jax.Array,
 ) -> tuple[Batch, Advantages, Counter]:
     """Groups of candidate actions, each of which is followed in a world of its own."""
-    candidate_key, branch_key = _split(key, 2)
+    candidate_key, branch_key = split(key, 2)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trajectory)
     distribution = policy.distribution
     if candidates.resolve(config, distribution) == "enumerate":
@@ -307,7 +307,7 @@ def _restart_groups(
 ) -> Environments:
     """Resets all environments, those of a group from one and the same key."""
     n_groups = config.n_envs // config.group_size
-    keys = bits_to_keys(draw_bits(key, (n_groups, KEY_WORDS)))
+    keys = split(key, n_groups)
     fresh = start(env, jnp.repeat(keys, config.group_size, axis=0))
     return fresh.replace(last_return=environments.last_return, last_length=environments.last_length)
 
@@ -340,10 +340,6 @@ def _group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
         "frac_zero_std": average(1.0 - advantages.active),
         "nonfinite_groups": jnp.sum(batch.alive & ~advantages.finite).astype(jnp.result_type(float)),
     }
-
-
-def _split(key: jax.Array, n: int) -> jax.Array:
-    return bits_to_keys(draw_bits(key, (n, KEY_WORDS)))
 
 
 def _is_traced(*trees: Any) -> bool:

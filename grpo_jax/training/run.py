@@ -1,0 +1,157 @@
+"""Run: training in chunks, with the host looking in between them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import counter
+from grpo_jax.config import GRPOConfig
+from grpo_jax.noise import as_key
+from grpo_jax.training.loop import TrainState, check_finite, init, iteration, iterations_for
+from grpo_jax.types import Metrics
+from grpo_jax.worlds.base import World
+
+CHUNK_SECONDS = 0.25
+"""How often the host looks, about; a chunk is at least one iteration."""
+
+
+class Chunk(NamedTuple):
+    """What a callback sees.
+
+    Attributes:
+      state: the state after the chunk; leaves ``[n_seeds, ...]`` where seeds are vmapped.
+      metrics: NumPy arrays ``[n_iterations of the chunk]``, or ``[n_seeds, n_iterations]``.
+      iteration: iterations done so far, of n_iterations.
+      n_iterations: iterations of the whole run.
+      decision_steps: so far, all seeds together.
+      simulator_steps: so far, all seeds together.
+      seconds: wall time since the first chunk was done being compiled.
+      compile_seconds: wall time that compiling took.
+    """
+
+    state: TrainState
+    metrics: dict[str, np.ndarray]
+    iteration: int
+    n_iterations: int
+    decision_steps: int
+    simulator_steps: int
+    seconds: float
+    compile_seconds: float
+
+
+Callback = Callable[[Chunk], bool | None]
+"""Called between chunks; training stops where it returns False."""
+
+
+def run(
+    config: GRPOConfig,
+    env: World,
+    key: jax.Array,
+    total_timesteps: int,
+    *,
+    callback: Callback | None = None,
+    state: TrainState | None = None,
+    n_seeds: int | None = None,
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """Trains like ``train``, number for number, but returns to the host a few times a second.
+
+    Args:
+      config: the settings.
+      env: a world, as ``make`` returns it.
+      key: PRNG key.
+      total_timesteps: decision steps of the whole run (of each seed), those of ``state`` included.
+      callback: called after each chunk, for progress, logging, checkpoints, early stop.
+      state: a state to go on from.
+      n_seeds: trains this many seeds side by side, from keys split off ``key``; None: one run, from ``key`` itself.
+
+    Returns:
+      The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
+
+    Raises:
+      FloatingPointError: losses, gradients or group returns were not finite.
+      ValueError: bad arguments.
+    """
+    n_iterations = iterations_for(config, total_timesteps)
+    if n_seeds is not None and n_seeds < 1:
+        raise ValueError(f"n_seeds={n_seeds} must be at least 1")
+    clock = time.perf_counter()
+    if state is None:
+        keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
+        state = _init(config, env, keys, n_seeds is not None)
+    done = int(np.max(np.asarray(state.iteration)))
+    # A dynamic trip count with a static buffer: one program for chunks of every length.
+    capacity = max(1, min(256, n_iterations))
+    advance = (
+        _chunk.lower(config, env, state, np.int32(0), np.int32(n_iterations), capacity, n_seeds is not None)
+        .compile()
+    )
+    jax.block_until_ready(state)
+    compile_seconds = time.perf_counter() - clock
+    history: list[dict[str, np.ndarray]] = []
+    length, start = 1, time.perf_counter()
+    while done < n_iterations:
+        length = min(length, capacity, n_iterations - done)
+        clock = time.perf_counter()
+        state, buffers = advance(config, env, state, np.int32(length), np.int32(n_iterations))
+        metrics = {name: np.asarray(buffer)[..., :length] for name, buffer in buffers.items()}
+        done += length
+        per_iteration = (time.perf_counter() - clock) / length
+        history.append(metrics)
+        check_finite(metrics)
+        if callback is not None:
+            chunk = Chunk(
+                state=state,
+                metrics=metrics,
+                iteration=done,
+                n_iterations=n_iterations,
+                decision_steps=counter.to_int(state.decision_steps),
+                simulator_steps=counter.to_int(state.simulator_steps),
+                seconds=time.perf_counter() - start,
+                compile_seconds=compile_seconds,
+            )
+            # `is not None`: np.bool_(False) stops, forgetting to return anything does not.
+            answer = callback(chunk)
+            if answer is not None and not answer:
+                break
+        length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
+    joined = {name: np.concatenate([part[name] for part in history], axis=-1) for name in history[0]} if history else {}
+    return state, joined
+
+
+@functools.partial(jax.jit, static_argnames="vmapped")
+def _init(config: GRPOConfig, env: World, key: jax.Array, vmapped: bool) -> TrainState:
+    one = functools.partial(init, config, env)
+    return jax.vmap(one)(key) if vmapped else one(key)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "vmapped"), donate_argnames="state")
+def _chunk(
+    config: GRPOConfig,
+    env: World,
+    state: TrainState,
+    length: jax.Array,
+    n_iterations: jax.Array,
+    capacity: int,
+    vmapped: bool,
+) -> tuple[TrainState, Metrics]:
+    """``length`` iterations, at most ``capacity``; metrics ``[capacity]``, unspecified behind ``length``."""
+
+    def one(state: TrainState) -> tuple[TrainState, Metrics]:
+        shapes = jax.eval_shape(lambda: iteration(config, env, state, n_iterations))[1]
+        buffers = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), shapes)
+
+        def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, buffers = carry
+            state, metrics = iteration(config, env, state, n_iterations)
+            return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), buffers, metrics)
+
+        return jax.lax.fori_loop(0, length, body, (state, buffers))
+
+    return jax.vmap(one)(state) if vmapped else one(state)
