@@ -1,5 +1,6 @@
 """GRPO for control, in functional JAX. See README.md; the public names are those in ``__all__``."""
 
+from grpo_jax._version import __version__
 from grpo_jax.config import GRPOConfig
 from grpo_jax.counter import to_int as count
 from grpo_jax.groups.advantage import Advantages, group_advantages
@@ -20,7 +21,7 @@ from grpo_jax.worlds.function import from_function
 from grpo_jax.worlds.gymnax import GymnaxWorld, env_ids
 from grpo_jax.worlds.make import make
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "Advantages",
@@ -38,6 +39,7 @@ __all__ = [
     "Step",
     "TrainState",
     "World",
+    "__version__",
     "count",
     "enumerate_actions",
     "env_ids",

@@ -1,0 +1,38 @@
+# Every target sets up .venv by itself; once that is done, a target starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "grpo-jax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	@# First, on its own: a torch that is there already is taken as it is, also a build for CPUs.
+	$(BIN)/python -m pip install -q $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install -q -c requirements.txt -e '.[sb3,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/grpo-jax train CartPole-v1 --out $(DEMO) --overwrite
+	$(BIN)/grpo-jax evaluate $(DEMO) --render $(DEMO)/cartpole.gif
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
