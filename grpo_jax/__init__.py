@@ -21,8 +21,6 @@ from grpo_jax.worlds.function import from_function
 from grpo_jax.worlds.gymnax import GymnaxWorld, env_ids
 from grpo_jax.worlds.make import make
 
-
-
 __all__ = [
     "Advantages",
     "Batch",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import jax
@@ -143,7 +144,8 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("net_arch", "critic_net_arch"):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)) and all(isinstance(width, Integral) for width in value):
                 object.__setattr__(self, name, tuple(int(width) for width in value))
         _validate(self)
 
@@ -280,6 +282,10 @@ _WITHIN: dict[str, tuple[float, float]] = {
     "log_std_init": (-20.0, 2.0),
 }
 
+_OPTIONAL = ("clip_range_high", "dual_clip", "clip_range_vf", "kl_coef", "target_kl")
+_SCHEDULED = ("learning_rate", "clip_range", "clip_range_high")
+_SWITCHES = ("bootstrap", "common_random_numbers", "normalize_observations")
+
 
 def _validate(config: GRPOConfig) -> None:
     for name, choices in _CHOICES.items():
@@ -296,12 +302,19 @@ def _validate(config: GRPOConfig) -> None:
         # Tracers, arrays and schedules have no value that could be looked at here.
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{name}={value!r} must be finite and between {low:g} and {high:g}")
-        if isinstance(value, str):
+        if isinstance(value, (str, list, tuple)) or (value is None and name not in _OPTIONAL):
             raise TypeError(f"{name}={value!r} must be a number")
+        if callable(value) and name not in _SCHEDULED:
+            raise TypeError(f"{name}={value!r} must be a number; schedules are for {', '.join(_SCHEDULED)}")
+    for name in _SWITCHES:
+        if not isinstance(value := getattr(config, name), bool):
+            raise TypeError(f"{name}={value!r} must be True or False")
     for name in ("net_arch", "critic_net_arch"):
         widths = getattr(config, name)
-        if widths is not None and any(width < 1 for width in widths):
-            raise ValueError(f"{name}={widths!r} must hold positive layer sizes")
+        if widths is not None and (
+            not isinstance(widths, tuple) or any(not isinstance(width, int) or width < 1 for width in widths)
+        ):
+            raise ValueError(f"{name}={widths!r} must hold positive layer sizes, such as (64, 64)")
     if config.n_states % config.batch_size:
         divisors = [d for d in range(1, config.n_states + 1) if config.n_states % d == 0]
         nearest = min(divisors, key=lambda divisor: abs(divisor - config.batch_size))

@@ -15,7 +15,7 @@ def zero() -> Counter:
 
 def add(counter: Counter, amount: jax.Array) -> Counter:
     """Adds a non-negative amount below 2**32 (scalar integer); the carry goes into the high word."""
-    low = counter.low + jnp.asarray(amount).astype(jnp.uint32)
+    low = counter.low + jnp.asarray(amount, jnp.uint32)
     return Counter(high=counter.high + (low < counter.low).astype(jnp.uint32), low=low)
 
 
@@ -35,5 +35,5 @@ def to_int(counter: Counter) -> int:
     """The exact count, on the host; a counter of several seeds is summed."""
     import numpy as np
 
-    high, low = np.asarray(counter.high, np.int64), np.asarray(counter.low, np.int64)
-    return int(np.sum(high * 2**32 + low))
+    high, low = (int(np.sum(np.asarray(word, np.uint64))) for word in (counter.high, counter.low))
+    return high * 2**32 + low

@@ -16,6 +16,7 @@ import math
 import jax
 import jax.extend.random
 import jax.numpy as jnp
+import numpy as np
 
 KEY_WORDS = 2
 """32-bit words in one threefry key."""
@@ -76,7 +77,7 @@ def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.stack(_hash_range(key, tuple(shape)), axis=-1)
 
 
-def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+def _fold_in(key: jax.Array, data: int | jax.Array) -> jax.Array:
     low = jnp.asarray(data, jnp.uint32)
     return jnp.stack(threefry2x32(key, jnp.zeros_like(low), low))
 
@@ -141,6 +142,8 @@ def as_key(key: jax.Array) -> jax.Array:
     Raises:
       TypeError: not one key, or one of another generator than threefry.
     """
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        raise TypeError(f"key={key!r} must be a PRNG key, such as jax.random.key(0)")
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     words = jax.random.key_data(key) if is_typed else key
     if words.shape != (KEY_WORDS,) or words.dtype != jnp.uint32:

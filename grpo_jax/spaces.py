@@ -124,8 +124,8 @@ ActionSpace = Discrete | MultiDiscrete | MultiBinary | Box
 
 
 def is_image(space: Space) -> bool:
-    """Whether a space is a stack of 2-d feature maps ``[height, width, channels]``."""
-    return isinstance(space, Box) and len(space.shape) == 3
+    """Whether a space is a stack of 2-d feature maps ``[height, width, channels]``, 3x3 pixels or more."""
+    return isinstance(space, Box) and len(space.shape) == 3 and min(space.shape[:2]) >= 3
 
 
 def encode(space: Space, observation: Any) -> jax.Array:

@@ -13,8 +13,7 @@ Observation = Any  # an array, or a dict of arrays
 Metrics = dict[str, jax.Array]
 
 
-@struct.dataclass
-class Step:
+class Step(struct.PyTreeNode):
     """One step of a world.
 
     Attributes:
@@ -34,8 +33,7 @@ class Step:
     task_reward: jax.Array | None = None
 
 
-@struct.dataclass
-class Group:
+class Group(struct.PyTreeNode):
     """The candidate actions of each decision state.
 
     Attributes:
@@ -53,8 +51,7 @@ class Group:
     executed: jax.Array
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """What the update learns from.
 
     Attributes:
@@ -82,8 +79,7 @@ class Batch:
     value_target: jax.Array | None = None
 
 
-@struct.dataclass
-class Counter:
+class Counter(struct.PyTreeNode):
     """A count that does not overflow: two uint32 words (int32 is full after 2.1e9 steps, minutes on a GPU)."""
 
     high: jax.Array

@@ -10,8 +10,7 @@ from flax import struct
 from grpo_jax.config import Baseline, Scale
 
 
-@struct.dataclass
-class Advantages:
+class Advantages(struct.PyTreeNode):
     """Advantages and what they were made of.
 
     Attributes:
@@ -104,14 +103,19 @@ def _baseline(
     # other groups is worth. Neither uses the group's own numbers, so the baseline stays independent of the action.
     deviation = jnp.where(usable, returns - mean[:, None], 0.0)
     noise = jnp.sum(deviation**2, axis=1) / jnp.maximum(count - 1.0, 1.0) / jnp.maximum(count, 1.0)
-    n_others = jnp.maximum(jnp.sum(active) - active, 1).astype(returns.dtype)
+    n_active = jnp.sum(active).astype(returns.dtype)
+    n_others = n_active - active
 
     def of_other_groups(values: jax.Array) -> jax.Array:
         values = jnp.where(active, values, 0.0)
-        return (jnp.sum(values) - values) / n_others
+        return (jnp.sum(values) - values) / jnp.maximum(n_others, 1.0)
 
-    mean_of_others = of_other_groups(mean)
-    between = jnp.maximum(of_other_groups(mean**2) - mean_of_others**2, 0.0)
+    center = jnp.sum(jnp.where(active, mean, 0.0)) / jnp.maximum(n_active, 1.0)  # squares of small numbers are exact
+    shift_of_others = of_other_groups(mean - center)
+    observed = of_other_groups((mean - center) ** 2) - shift_of_others**2
     noise_of_others = of_other_groups(noise)
+    # Means differ by their noise too: what is left of their (unbiased) variance without it is that of the true means.
+    between = jnp.maximum(observed * n_others / jnp.maximum(n_others - 1.0, 1.0) - noise_of_others, 0.0)
     shrinkage = noise_of_others / jnp.maximum(noise_of_others + between, jnp.finfo(returns.dtype).tiny)
-    return (1.0 - shrinkage[:, None]) * leave_one_out + shrinkage[:, None] * mean_of_others[:, None]
+    shrinkage = jnp.where(n_others > 1, shrinkage, 0.0)  # one other mean tells nothing about how means differ
+    return (1.0 - shrinkage[:, None]) * leave_one_out + (shrinkage * (center + shift_of_others))[:, None]

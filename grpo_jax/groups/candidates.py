@@ -19,18 +19,18 @@ def resolve(config: GRPOConfig, distribution: Distribution) -> str:
     Raises:
       ValueError: enumeration of a space that cannot be enumerated.
     """
-    discrete = isinstance(distribution, Categorical)
+    n_actions = distribution.n_actions if isinstance(distribution, Categorical) else None
     if config.candidates == "enumerate":
-        if not discrete:
+        if n_actions is None:
             raise ValueError("candidates='enumerate' needs discrete actions; a Box takes candidates='sample'")
-        if distribution.n_actions > config.max_enumerated:
+        if n_actions > config.max_enumerated:
             raise ValueError(
-                f"candidates='enumerate' would compare {distribution.n_actions} actions a state, above"
+                f"candidates='enumerate' would compare {n_actions} actions a state, above"
                 f" max_enumerated={config.max_enumerated}; raise it or use candidates='sample'"
             )
     if config.candidates != "auto":
         return config.candidates
-    return "enumerate" if discrete and distribution.n_actions <= config.max_enumerated else "sample"
+    return "enumerate" if n_actions is not None and n_actions <= config.max_enumerated else "sample"
 
 
 def n_candidates(config: GRPOConfig, distribution: Distribution) -> int:

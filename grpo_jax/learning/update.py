@@ -14,8 +14,7 @@ from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Batch, Metrics, Params, PyTree
 
 
-@struct.dataclass
-class Learner:
+class Learner(struct.PyTreeNode):
     """What learning changes.
 
     Attributes:

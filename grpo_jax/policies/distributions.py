@@ -7,6 +7,7 @@ actions ``[..., *shape]``, uniforms ``[..., n_uniforms]``; leading axes broadcas
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class Categorical:
     def _split(self, logits: jax.Array) -> list[jax.Array]:
         chex.assert_axis_dimension(logits, -1, self.n_parameters)
         edges = np.cumsum((0, *self.nvec))
-        return [logits[..., lo:hi] for lo, hi in zip(edges[:-1], edges[1:], strict=True)]
+        return [logits[..., lo:hi] for lo, hi in itertools.pairwise(edges)]
 
     def _join(self, factors: list[jax.Array]) -> jax.Array:
         return jnp.stack(factors, axis=-1) if self.shape else factors[0]

@@ -59,9 +59,9 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.activation]
         if min(x.shape[-3:-1]) >= 36:
-            layers, n_features = ((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512
+            layers, n_features = [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512
         else:
-            layers, n_features = ((16, 3, 1),), 128
+            layers, n_features = [(16, 3, 1)], 128
         for channels, kernel, stride in layers:
             x = activation(nn.Conv(channels, (kernel, kernel), (stride, stride), padding="VALID")(x))
         x = x.reshape(*x.shape[:-3], -1)

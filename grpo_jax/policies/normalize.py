@@ -12,8 +12,7 @@ CLIP = 10.0
 """Normalised observations are clipped to +-10 standard deviations, as in SB3's VecNormalize."""
 
 
-@struct.dataclass
-class RunningStatistics:
+class RunningStatistics(struct.PyTreeNode):
     """Mean and sum of squared deviations of all observations seen; both ``[*shape]``, ``count`` ``[]``."""
 
     mean: jax.Array

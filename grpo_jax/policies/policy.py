@@ -18,8 +18,7 @@ from grpo_jax.policies.normalize import RunningStatistics
 from grpo_jax.types import Observation, Params
 
 
-@struct.dataclass
-class PolicyState:
+class PolicyState(struct.PyTreeNode):
     """What a policy knows.
 
     Attributes:
@@ -108,8 +107,8 @@ def make_policy(
     image = spaces.is_image(observation_space)
     if config.network == "cnn" and not image:
         raise ValueError(
-            f"network='cnn' needs observations [height, width, channels], got {observation_space};"
-            " use network='mlp' or 'auto'"
+            f"network='cnn' needs observations [height, width, channels] of 3x3 pixels or more,"
+            f" got {observation_space}; use network='mlp' or 'auto'"
         )
     torso = "cnn" if image and config.network in ("cnn", "auto") else "mlp"
     rank = len(observation_space.shape) if isinstance(observation_space, spaces.Box) else 1

@@ -113,4 +113,7 @@ def _plain(leaf: Any) -> Any:
 
 def _like(stored: np.ndarray, template: Any) -> jax.Array:
     array = jnp.asarray(stored)
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(template)) if _is_key(template) else array
+    if not _is_key(template):
+        return array
+    # The template may be a mere shape, which key_impl refuses.
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty((), template.dtype)))

@@ -15,8 +15,7 @@ from grpo_jax.types import Observation, PyTree
 from grpo_jax.worlds.base import World
 
 
-@struct.dataclass
-class Episodes:
+class Episodes(struct.PyTreeNode):
     """Episodes of a policy.
 
     Attributes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from grpo_jax import counter
@@ -25,8 +27,7 @@ from grpo_jax.types import Batch, Counter, Group, Metrics, Params
 from grpo_jax.worlds.base import World
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a run needs to go on, bit for bit.
 
     Attributes:
@@ -99,11 +100,11 @@ def iteration(
     """
     policy = state.policy
     learner = state.learner
-    next_key, rollout_key, group_key, update_key = split(state.key, 4)
+    next_key, reset_key, rollout_key, group_key, update_key = split(state.key, 5)
     environments = state.environments
     is_trajectory = config.candidates == "trajectory"
     if is_trajectory:
-        environments = _restart_groups(config, env, environments, rollout_key)
+        environments = _restart_groups(config, env, environments, reset_key)
     environments, trajectory = rollout(
         env, policy, learner.policy, environments, rollout_key, config.n_steps, config.bootstrap
     )
@@ -148,8 +149,9 @@ def train(
       config: the settings; traced fields may be tracers or arrays.
       env: a world, as ``make`` returns it.
       key: PRNG key ``[]``; one key, one run, bit for bit.
-      total_timesteps: decision steps, rounded up to whole iterations of n_envs * n_steps.
-      state: a state to go on from (its own key is used then); None: a fresh one.
+      total_timesteps: decision steps, rounded up to whole iterations of n_envs * n_steps (steps behind the end of a
+        trajectory group's episodes included).
+      state: a state to go on from, for total_timesteps *more* steps and with its own key; None: a fresh one.
 
     Returns:
       The last state and the metrics of all iterations.
@@ -173,10 +175,10 @@ def iterations_for(config: GRPOConfig, total_timesteps: int) -> int:
     return -(-int(total_timesteps) // config.n_states)
 
 
-def check_finite(metrics: Metrics) -> None:
+def check_finite(metrics: Mapping[str, Any]) -> None:
     """Raises FloatingPointError where metrics say that losses, gradients or group returns were not finite."""
-    n_updates = float(jnp.sum(metrics["nonfinite_updates"]))
-    n_groups = float(jnp.sum(metrics["nonfinite_groups"]))
+    n_updates = float(np.sum(metrics["nonfinite_updates"]))
+    n_groups = float(np.sum(metrics["nonfinite_groups"]))
     if n_updates or n_groups:
         raise FloatingPointError(
             f"{n_groups:.0f} groups had a return that is NaN or inf and {n_updates:.0f} minibatches a loss or"

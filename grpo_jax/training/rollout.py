@@ -12,8 +12,7 @@ from grpo_jax.types import Observation, PyTree
 from grpo_jax.worlds.base import World
 
 
-@struct.dataclass
-class Environments:
+class Environments(struct.PyTreeNode):
     """N environments side by side; every leaf ``[N, ...]``.
 
     Attributes:
@@ -33,8 +32,7 @@ class Environments:
     last_length: jax.Array
 
 
-@struct.dataclass
-class Trajectory:
+class Trajectory(struct.PyTreeNode):
     """What was seen; every leaf ``[T, N, ...]``.
 
     Attributes:

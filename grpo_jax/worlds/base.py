@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from grpo_jax.spaces import ActionSpace, Discrete, Space
+from grpo_jax.spaces import ActionSpace, Dict, Discrete, Space
 from grpo_jax.types import Observation, PyTree, Step
 
 RewardFunction = Callable[[Any, Any, Any], Any]
@@ -60,8 +60,7 @@ class PerSample:
         return jnp.reshape(jnp.asarray(self.function(*arguments)), ())
 
 
-@struct.dataclass
-class RewardOverrideState:
+class RewardOverrideState(struct.PyTreeNode):
     """A world's state beside its observation, which the reward function wants to see."""
 
     inner: PyTree
@@ -187,12 +186,13 @@ def check_world(world: World) -> None:
             " jax.numpy functions without Python branches on their arguments"
         ) from error
     same_constants = len(first.consts) == len(second.consts) and all(
-        np.array_equal(np.asarray(a), np.asarray(b))
+        _same_bytes(a, b)
         for a, b in zip(first.consts, second.consts, strict=True)
         if not isinstance(a, jax.core.Tracer)
     )
     if str(first) != str(second) or not same_constants:
         raise ValueError(_impure(name))
+    _check_shapes(name, world.observation_space, observation)
     _check_same(f"world {name}: step's state", state, step.state)
     _check_same(f"world {name}: step's observation", observation, step.observation)
     for field in ("reward", "terminated", "truncated"):
@@ -206,6 +206,29 @@ def _impure(name: str) -> str:
         f"world {name} is not pure: two traces of step with the same arguments differ; draw randomness from"
         " the key and keep everything that changes in the state, not in Python objects or NumPy's generator"
     )
+
+
+def _same_bytes(left: Any, right: Any) -> bool:
+    """Equality of two constants; NaN equals itself, and typed keys are compared by their words."""
+    if left is right:
+        return True
+    if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
+        left, right = jax.random.key_data(left), jax.random.key_data(right)
+    left, right = np.asarray(left), np.asarray(right)
+    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+def _check_shapes(name: str, space: Space, observation: Observation) -> None:
+    if isinstance(space, Dict):
+        expected = {key: part.shape for key, part in space.spaces}
+        is_dict = isinstance(observation, dict)
+        actual = {key: part.shape for key, part in observation.items()} if is_dict else observation
+    else:
+        expected, actual = space.shape, getattr(observation, "shape", observation)
+    if actual != expected:
+        raise ValueError(
+            f"world {name}: reset's observation has shape {actual}, but observation_space says {expected}"
+        )
 
 
 def _check_same(what: str, expected: PyTree, actual: PyTree) -> None:

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax.spaces import ActionSpace, Space
+from grpo_jax.spaces import ActionSpace, Box, Dict, Space
 from grpo_jax.types import Observation, Step
-from grpo_jax.worlds.base import RewardFunction, World, override_reward, strong
+from grpo_jax.worlds.base import RewardFunction, World, override_reward
 
 
-@struct.dataclass
-class FunctionState:
+class FunctionState(struct.PyTreeNode):
     """An observation and the number of steps since the reset (int32)."""
 
     observation: Observation
@@ -43,12 +42,12 @@ class FunctionWorld(World):
     action_space: ActionSpace = struct.field(pytree_node=False)
 
     def reset(self, key: jax.Array) -> tuple[Observation, FunctionState]:
-        observation = strong(jax.tree.map(jnp.asarray, self.initial_state(key)))
+        observation = _arrays(self.observation_space, self.initial_state(key))
         return observation, FunctionState(observation, jnp.int32(0))
 
     def step(self, key: jax.Array, state: FunctionState, action: jax.Array) -> Step:
         del key
-        observation = strong(self.transition(state.observation, action), like=state.observation)
+        observation = _arrays(self.observation_space, self.transition(state.observation, action))
         time = state.time + 1
         ended = False if self.terminated is None else self.terminated(observation)
         return Step(
@@ -75,3 +74,14 @@ def from_function(
         raise ValueError(f"max_steps={max_steps} must be at least 1")
     world = FunctionWorld(transition, initial_state, terminated, max_steps, observation_space, action_space)
     return override_reward(world, reward_function)
+
+
+def _arrays(space: Space, observation: Any) -> Observation:
+    """What a user's function returns, as arrays; numbers of a real-valued box are never rounded to integers."""
+    if isinstance(space, Dict):
+        return {name: _arrays(part, observation[name]) for name, part in space.spaces}
+    array = jnp.asarray(observation)
+    if isinstance(space, Box):
+        is_real = jnp.issubdtype(space.dtype, jnp.floating)
+        return array.astype(jnp.result_type(float) if is_real else space.dtype)
+    return array.astype(jnp.int32)

@@ -1,0 +1,235 @@
+"""The door: ``grpo-jax train | resume | evaluate | envs``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import grpo_jax
+from grpo_jax import plots, progress, render, runs, spaces
+from grpo_jax.config import GRPOConfig
+from grpo_jax.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse
+from grpo_jax.runs import Run, RunDirectory
+from grpo_jax.training.loop import TrainState, iterations_for
+from grpo_jax.worlds.base import World
+
+_EVALUATION = 0xE7A1
+"""Folded into the seed, so that no evaluation plays the episodes of the training."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments, without the program's name; None: those of the process.
+
+    Returns:
+      0: all is well; 1: training itself failed; 2: bad input; 130: stopped by Ctrl-C.
+    """
+    try:
+        options = parse(sys.argv[1:] if argv is None else list(argv))
+        if getattr(options, "cache", False):
+            _enable_cache()
+        match options:
+            case Train():
+                return _train(options)
+            case Resume():
+                return _resume(options)
+            case Evaluate():
+                return _evaluate(options)
+            case _:
+                return _envs()
+    except SystemExit as stop:  # the parser's help and complaints
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        progress.error("stopped by Ctrl-C")
+        return 130
+    except (ValueError, TypeError, OverflowError, OSError, ImportError) as problem:
+        progress.error(problem)
+        return 2
+    except (FloatingPointError, jax.errors.JaxRuntimeError) as problem:
+        full = "RESOURCE_EXHAUSTED" in str(problem)
+        progress.error(f"{problem}{'; lower --max-branches, --n-envs or --n-seeds' if full else ''}")
+        return 1
+
+
+def _enable_cache() -> None:
+    """Turns XLA's persistent cache on, for this process; one that the user has set up stays."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "grpo-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _train(options: Any) -> int:
+    world = grpo_jax.make(options.env)
+    config = GRPOConfig(**vars(options.config))
+    run = Run(options.env, config, options.seed, options.n_seeds, options.total_timesteps)
+    # All that can be wrong with the input is found before anything is written.
+    iterations_for(config, run.total_timesteps)
+    if run.n_seeds < 1:
+        raise ValueError(f"n_seeds={run.n_seeds} must be at least 1")
+    jax.eval_shape(lambda key: grpo_jax.init(config, world, key), jax.random.key(run.seed))
+    directory = RunDirectory(options.out)
+    directory.create(run, overwrite=options.overwrite)
+    return _go_on(directory, run, world, None)
+
+
+def _resume(options: Resume) -> int:
+    directory = RunDirectory(options.directory)
+    run = directory.read()
+    world = grpo_jax.make(run.env)
+    state = directory.restore(run, world)
+    if options.total_timesteps is not None:
+        run = dataclasses.replace(run, total_timesteps=options.total_timesteps)
+    done, total = _iterations(state), iterations_for(run.config, run.total_timesteps)
+    if done > total:
+        steps = done * run.config.n_states
+        raise ValueError(
+            f"total_timesteps={run.total_timesteps} is less than the {steps} steps that are done"
+        )
+    directory.write(run)
+    if done == total:
+        print(f"{directory.path}: all iterations are done; --total-timesteps makes the run longer")
+    return _go_on(directory, run, world, state)
+
+
+def _go_on(directory: RunDirectory, run: Run, world: World, state: TrainState | None) -> int:
+    """Trains from a state to the end of the run, and sums the run up."""
+    _print_start(directory, run, state)
+    if _iterations(state) < iterations_for(run.config, run.total_timesteps):
+        before = (0, 0)
+        if state is not None:
+            before = (grpo_jax.count(state.decision_steps), grpo_jax.count(state.simulator_steps))
+        timing = ""
+        with (
+            runs.Recorder(directory, run, state) as record,
+            progress.Progress(run.config, *before) as show,
+            progress.Interrupt() as interrupt,
+        ):
+
+            def callback(chunk: grpo_jax.Chunk) -> bool:
+                nonlocal timing
+                rates = show(chunk)
+                record(chunk, rates)
+                timing = f"compiled in {chunk.compile_seconds:.1f} s, trained in {chunk.seconds:.1f} s"
+                timing += f" ({progress.rates_text(*rates.values())})"
+                interrupt.can_wait = True
+                return not interrupt.requested
+
+            key = jax.random.key(run.seed)
+            state, _ = grpo_jax.run(
+                run.config,
+                world,
+                key,
+                run.total_timesteps,
+                callback=callback,
+                state=state,
+                n_seeds=run.vmapped,
+            )
+            record.checkpoint(state)
+        print(timing)
+        if interrupt.requested:
+            print(f"stopped at iteration {_iterations(state)}; go on with: grpo-jax resume {directory.path}")
+            return 130
+    assert state is not None  # a run without a state has all its iterations before it
+    grpo_jax.save(directory.policy, state.learner.policy)
+    curve = directory.read_metrics(("decision_steps", "episode_return"))
+    plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
+    _play(run, world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
+    print("written:", *directory.files, sep="\n  ")
+    return 0
+
+
+def _evaluate(options: Evaluate) -> int:
+    directory = RunDirectory(options.directory)
+    run = directory.read()
+    world = grpo_jax.make(run.env)
+    if options.render is not None:
+        render.check(world, options.render)
+    state = directory.restore(run, world)
+    if state is None:
+        raise FileNotFoundError(
+            f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"
+        )
+    key = _evaluation_key(run.seed if options.seed is None else options.seed)
+    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}")
+    _play(run, world, state, key, options.n_episodes, deterministic=options.deterministic)
+    if options.render is not None:
+        one = state if run.vmapped is None else jax.tree.map(lambda leaf: leaf[0], state)
+        n_frames, earned = render.render(one, world, key, options.render, deterministic=options.deterministic)
+        print(f"{options.render}: {n_frames} frames, return {earned:.2f}")
+    return 0
+
+
+def _play(
+    run: Run, world: World, state: TrainState, key: jax.Array, n_episodes: int, *, deterministic: bool
+) -> None:
+    """Plays episodes of every seed and prints what they earned."""
+
+    def play(state: TrainState, key: jax.Array) -> grpo_jax.Episodes:
+        return grpo_jax.evaluate_episodes(state, world, key, n_episodes, deterministic=deterministic)
+
+    start = time.perf_counter()
+    if run.vmapped is None:
+        episodes = jax.tree.map(lambda leaf: leaf[None], play(state, key))
+    else:
+        episodes = jax.vmap(play)(state, jax.random.split(key, run.n_seeds))
+    jax.block_until_ready(episodes)
+    progress.print_results(episodes, time.perf_counter() - start, deterministic=deterministic)
+
+
+def _envs() -> int:
+    rows, presets = [], grpo_jax.preset_ids()
+    for env_id in grpo_jax.env_ids():
+        world = grpo_jax.make(env_id)
+        rows.append(
+            (
+                env_id,
+                "yes" if env_id in presets else "no",
+                _describe(world.observation_space),
+                _describe(world.action_space),
+                f"{grpo_jax.preset_timesteps(env_id):,}",
+            )
+        )
+    progress.print_table(("id", "preset", "observations", "actions", "timesteps"), rows)
+    return 0
+
+
+def _describe(space: spaces.Space) -> str:
+    content = (
+        space.n if isinstance(space, spaces.Discrete | spaces.MultiBinary) else getattr(space, "shape", "")
+    )
+    return f"{type(space).__name__}({str(content).strip('(),')})"
+
+
+def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
+    default, devices = GRPOConfig(), jax.devices()
+    changes = [
+        f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
+    ]
+    seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
+    device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
+    done = f"from iteration {_iterations(state)} " if state is not None else ""
+    length = f"{done}to {run.total_timesteps:,} decision steps"
+    settings = ", ".join(changes) or "default settings"
+    print(f"{run.env} | {settings} | {device} | {seeds} | {length} | {directory.path}", flush=True)
+
+
+def _iterations(state: TrainState | None) -> int:
+    return 0 if state is None else int(state.iteration.max())
+
+
+def _evaluation_key(seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), _EVALUATION)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

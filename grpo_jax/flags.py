@@ -1,0 +1,138 @@
+"""What can be typed on the command line: commands, options, and every field of the config as a flag."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_type_hints
+
+from grpo_jax.config import GRPOConfig, Schedule
+from grpo_jax.presets import preset, preset_ids, preset_timesteps
+
+FINAL_EPISODES = 128
+"""Episodes of each seed that a run is judged by at its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train on a gymnax environment, from the settings of its preset."""
+
+    env: str
+    """Environment id; `grpo-jax envs` lists them."""
+    total_timesteps: int
+    """Decision steps of each seed, rounded up to whole iterations."""
+    out: Path
+    """Directory of the run."""
+    n_seeds: int = 1
+    """Seeds that are trained side by side."""
+    seed: int = 0
+    """Seed of the run; several seeds are split off it."""
+    overwrite: bool = False
+    """Replace the run that --out already holds."""
+    cache: bool = True
+    """Keep compiled programs in the user's cache directory."""
+    # In a subclass that `parse` makes: config, whose fields are GRPOConfig's, not validated yet.
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped; it ends like one that was not, bit for bit."""
+
+    directory: Path
+    """Directory of the run."""
+    total_timesteps: int | None = None
+    """A new length of the whole run; None: as before. Decaying rates follow the new length."""
+    cache: bool = True
+    """Keep compiled programs in the user's cache directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Play whole episodes with a run's last checkpoint."""
+
+    directory: Path
+    """Directory of the run."""
+    n_episodes: int = FINAL_EPISODES
+    """Episodes of each seed."""
+    deterministic: bool = False
+    """Take the most probable action (or the mean) instead of a sampled one."""
+    seed: int | None = None
+    """Seed of the episodes; None: the run's, which plays those of the table at the end of training."""
+    render: Path | None = None
+    """Also draw one episode (of the first seed) into this .gif file."""
+    cache: bool = True
+    """Keep compiled programs in the user's cache directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Envs:
+    """List the environments."""
+
+
+Command = Train | Resume | Evaluate | Envs
+
+
+def parse(argv: list[str]) -> Command:
+    """The command and its options; the defaults of ``train`` are those of its environment's preset.
+
+    Raises:
+      SystemExit: help was asked for (0), or the arguments cannot be understood (2).
+    """
+    env_id = next((argument for argument in argv if argument in preset_ids()), "")
+    options = _parse_with(argv, env_id)
+    if isinstance(options, Train) and options.env != env_id:  # the id stood elsewhere, or has no preset
+        options = _parse_with(argv, options.env)
+    return options
+
+
+def _parse_with(argv: list[str], env_id: str) -> Command:
+    import tyro
+
+    # A twin of GRPOConfig: numbers where schedules could stand, and no validation inside of the parser.
+    flags, docs, defaults = [], _field_docs(), preset(env_id)
+    for name, hint in get_type_hints(GRPOConfig).items():
+        kinds = [kind for kind in get_args(hint) if kind != Schedule]
+        plain = Union[tuple(kinds)] if Schedule in get_args(hint) else hint  # noqa: UP007
+        flags.append(
+            (name, Annotated[plain, tyro.conf.arg(help=docs.get(name, ""))], getattr(defaults, name))
+        )
+    settings = dataclasses.make_dataclass("Settings", flags)
+    config = dataclasses.field(default_factory=settings)
+    train = dataclasses.make_dataclass("Train", [("config", settings, config)], bases=(Train,), frozen=True)
+    default = train(
+        env=tyro.MISSING,
+        total_timesteps=preset_timesteps(env_id),
+        out=Path("runs") / (env_id or "ENV"),
+    )
+    commands: Any = [
+        Annotated[train, tyro.conf.subcommand("train", description=Train.__doc__, default=default)],
+        *(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Resume, Evaluate, Envs)),
+    ]
+    command: Any = Union[tuple(commands)]  # noqa: UP007
+    options: Command = tyro.cli(
+        command,
+        prog="grpo-jax",
+        description="GRPO for control, in functional JAX.",
+        args=argv,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.PositionalRequiredArgs,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
+    )
+    return options
+
+
+def _field_docs() -> dict[str, str]:
+    """The docstrings of GRPOConfig's fields, each as one line."""
+    source: Any = ast.parse(textwrap.dedent(inspect.getsource(GRPOConfig)))
+    fields: list[tuple[Any, Any]] = list(itertools.pairwise(source.body[0].body))
+    return {
+        field.target.id: " ".join(doc.value.value.replace("[traced]", "").split())
+        for field, doc in fields
+        if type(field) is ast.AnnAssign and type(doc) is ast.Expr
+    }

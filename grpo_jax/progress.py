@@ -1,0 +1,217 @@
+"""What a run shows on the terminal, and hears from it: progress, warnings, results, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import GRPOConfig
+from grpo_jax.training.evaluate import Episodes
+from grpo_jax.training.run import Chunk
+
+PLAIN_SECONDS = 10.0
+"""How often a line is printed where stdout is no terminal."""
+SPREAD_ITERATIONS = 10
+"""How many iterations are looked at before a warning about groups without spread."""
+
+
+class Progress:
+    """A progress bar, or now and then a plain line where stdout is no terminal; a context manager."""
+
+    def __init__(self, config: GRPOConfig, decision_steps: int = 0, simulator_steps: int = 0) -> None:
+        """Prepares, without printing yet.
+
+        Args:
+          config: of the run, for advice.
+          decision_steps: that were done before, of all seeds: rates count from there.
+          simulator_steps: as many.
+        """
+        from rich import progress
+        from rich.console import Console
+
+        self._config = config
+        self._before = (decision_steps, simulator_steps)
+        self._zero_std: list[float] | None = []
+        self._printed = -PLAIN_SECONDS
+        self._bar: progress.Progress | None = None
+        console = Console()
+        if console.is_terminal:
+            self._bar = progress.Progress(
+                progress.BarColumn(bar_width=20),
+                progress.TaskProgressColumn(),
+                progress.TextColumn("{task.fields[line]}"),
+                progress.TimeRemainingColumn(compact=True),
+                console=console,
+            )
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=None, line="compiling ...")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, chunk: Chunk) -> dict[str, float]:
+        """Shows a chunk.
+
+        Returns:
+          Steps a second since training began here, of all seeds together, by name.
+        """
+        now = (chunk.decision_steps, chunk.simulator_steps)
+        decisions, simulated = (
+            (after - before) / max(chunk.seconds, 1e-9)
+            for after, before in zip(now, self._before, strict=True)
+        )
+        line = f"return {_over_seeds(chunk.metrics['episode_return'])}, {rates_text(decisions, simulated)}"
+        line += f", entropy {np.mean(chunk.metrics['entropy'][..., -1]):.2f}"
+        if self._bar is not None:
+            self._bar.update(self._task, total=chunk.n_iterations, completed=chunk.iteration, line=line)
+        elif time.monotonic() - self._printed > PLAIN_SECONDS or chunk.iteration == chunk.n_iterations:
+            self._printed = time.monotonic()
+            print(f"iteration {chunk.iteration}/{chunk.n_iterations}: {line}", flush=True)
+        self._watch_spread(chunk)
+        return {"decision_steps_per_second": decisions, "simulator_steps_per_second": simulated}
+
+    def _watch_spread(self, chunk: Chunk) -> None:
+        """Warns once, and loudly, where the groups of a run have had nothing to tell from its start on."""
+        if self._zero_std is None:
+            return
+        self._zero_std += np.atleast_2d(chunk.metrics["frac_zero_std"]).mean(axis=0).tolist()
+        if len(self._zero_std) >= SPREAD_ITERATIONS or chunk.iteration == chunk.n_iterations:
+            share, self._zero_std = float(np.mean(self._zero_std)), None
+            if share > 0.99:
+                warn(_no_spread(self._config, share))
+
+
+class Interrupt:
+    """Makes the first Ctrl-C a wish to stop after the chunk that is running; a context manager.
+
+    Attributes:
+      requested: Ctrl-C came. A second one stops at once, by the usual exception.
+      can_wait: whether there is a chunk that could be saved; to be set after the first one.
+    """
+
+    requested = False
+    can_wait = False
+
+    def __enter__(self) -> Interrupt:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:  # elsewhere Python allows no handlers
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, *_: object) -> None:
+        if self.requested or not self.can_wait:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("Ctrl-C: saving after the iterations that are running ...", flush=True)
+
+
+def warn(message: str) -> None:
+    """Prints a loud warning to stderr."""
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"WARNING: {message}", style="bold yellow", highlight=False)
+
+
+def rates_text(decisions: float, simulated: float) -> str:
+    """Rates of decision and simulator steps, readable."""
+    return f"{_short(decisions)} decision steps/s, {_short(simulated)} simulator steps/s"
+
+
+def print_results(episodes: Episodes, seconds: float, *, deterministic: bool) -> None:
+    """Prints a table of returns, by seed and over all seeds.
+
+    Args:
+      episodes: ``[n_seeds, n_episodes]``.
+      seconds: that playing them took.
+      deterministic: how they were played.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    returns, lengths = np.asarray(episodes.returns, np.float64), np.asarray(episodes.lengths)
+    n_seeds, n_episodes = returns.shape
+    how = "deterministic" if deterministic else "sampled"
+    title = f"{n_episodes} {how} episodes{' of each seed' if n_seeds > 1 else ''} ({seconds:.1f} s)"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
+    for name in ("", "return", "min", "median", "max", "length"):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+
+    def add(
+        name: str, mean: float, std: float, returns: np.ndarray, lengths: np.ndarray, **style: Any
+    ) -> None:
+        numbers = (np.min(returns), np.median(returns), np.max(returns), np.mean(lengths))
+        table.add_row(name, f"{mean:.2f} ± {std:.2f}", *(f"{number:.2f}" for number in numbers), **style)
+
+    for seed, (of_seed, length) in enumerate(zip(returns, lengths, strict=True)):
+        name = f"seed {seed}" if n_seeds > 1 else "episodes"
+        add(name, of_seed.mean(), of_seed.std(), of_seed, length, end_section=seed == n_seeds - 1)
+    if n_seeds > 1:
+        means = returns.mean(axis=1)
+        add("over seeds", means.mean(), means.std(), means, lengths, style="bold")
+    Console().print(table)
+    if n_cut := int(np.sum(~np.asarray(episodes.finished))):
+        print(f"{n_cut} episodes never ended and were cut; their returns count up to there.")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a plain table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def error(message: object) -> None:
+    """Prints one line to stderr."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _over_seeds(values: np.ndarray) -> str:
+    last = values[..., -1]
+    if np.all(np.isnan(last)):
+        return "-"
+    return f"{np.nanmean(last):.1f}" + (f" ± {np.nanstd(last):.1f}" if last.size > 1 else "")
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def _no_spread(config: GRPOConfig, share: float) -> str:
+    why = f"{share:.1%} of the groups had no spread so far: their candidates all earned the same return."
+    if config.candidates == "trajectory":
+        advice = (
+            "Raise --group-size, or use a reward that tells the episodes of a group apart (reward_function)."
+        )
+    else:
+        advice = (
+            f"A branch of horizon={config.horizon} steps ends before an action shows its consequence. Raise --horizon"
+            " to the number of steps until it does, or use --bootstrap (a critic values the branch's end), or,"
+            " in Python, a reward_function that shows the consequence earlier."
+        )
+    return f"{why} Such groups teach nothing. {advice}"

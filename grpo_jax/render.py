@@ -1,0 +1,153 @@
+"""Render: one episode of a policy as a GIF, drawn by gymnax."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.policies.policy import Policy, PolicyState
+from grpo_jax.training.loop import TrainState
+from grpo_jax.types import Observation, PyTree
+from grpo_jax.worlds.base import World
+from grpo_jax.worlds.gymnax import GymnaxWorld
+
+MAX_FRAMES = 500
+"""Where longer episodes are cut."""
+
+_CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
+_OTHERS = (
+    *("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"),
+    *("Catch-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "Pong-misc"),
+)
+
+
+def check(world: World, path: Path) -> GymnaxWorld:
+    """Finds out before the work whether a GIF can be drawn.
+
+    Returns:
+      The world itself.
+
+    Raises:
+      TypeError: no gymnax world.
+      ValueError: gymnax cannot draw this environment, or the path is no ``.gif`` in a directory that exists.
+      ModuleNotFoundError: pygame is missing.
+    """
+    if not isinstance(world, GymnaxWorld):
+        raise TypeError(f"world={type(world).__name__} cannot be drawn: only gymnax environments can")
+    name = world.env.name
+    if name not in (*_CLASSIC, *_OTHERS):
+        raise ValueError(f"render: gymnax cannot draw {name}; it can {', '.join((*_CLASSIC, *_OTHERS))}")
+    if path.suffix.lower() != ".gif":
+        raise ValueError(f"render={str(path)!r} must end in .gif")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"render={str(path)!r} is in a directory that does not exist")
+    if name in _CLASSIC:
+        try:
+            import pygame  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"render: drawing {name} needs pygame; `pip install pygame` (or gymnasium[classic-control])"
+            ) from error
+    return world
+
+
+def render(
+    state: TrainState, world: World, key: jax.Array, path: Path, *, deterministic: bool = False
+) -> tuple[int, float]:
+    """Writes one episode, at most ``MAX_FRAMES`` pictures of it, as a GIF; all or not at all.
+
+    Args:
+      state: a training state of a single seed.
+      world: the world to play in.
+      key: PRNG key.
+      path: a ``.gif`` file.
+      deterministic: the most probable action (or the mean) instead of a sampled one.
+
+    Returns:
+      The number of frames and the return up to the last of them.
+
+    Raises:
+      TypeError, ValueError, ModuleNotFoundError: as :func:`check`.
+    """
+    drawable = check(world, path)
+    states, returns = episode(state, world, key, deterministic=deterministic)
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".render-") as directory:
+        drawn = Path(directory) / "episode.gif"
+        _draw(drawable, states, returns, drawn)
+        os.replace(drawn, path)
+    return len(states), float(returns[-1])
+
+
+def episode(
+    state: TrainState,
+    world: World,
+    key: jax.Array,
+    *,
+    deterministic: bool = False,
+    max_frames: int = MAX_FRAMES,
+) -> tuple[list[PyTree], np.ndarray]:
+    """The world states of one episode, the first and the last included, and the return up to each.
+
+    Args:
+      state: a training state of a single seed.
+      world: the world to play in.
+      key: PRNG key.
+      deterministic: the most probable action (or the mean) instead of a sampled one.
+      max_frames: where to cut.
+    """
+    policy_state = state.learner.policy
+    states, rewards, ended = jax.device_get(
+        _play(state.policy, policy_state, world, as_key(key), deterministic, max_frames)
+    )
+    length = int(np.argmax(ended)) + 1 if np.any(ended) else max_frames
+    returns = np.cumsum(np.asarray(rewards[:length], np.float64))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(length)], returns
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "deterministic", "max_frames"))
+def _play(
+    policy: Policy,
+    policy_state: PolicyState,
+    world: World,
+    key: jax.Array,
+    deterministic: bool,
+    max_frames: int,
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    """States, the rewards that led to them, and whether they are an end; ``[max_frames, ...]``."""
+    reset_key, play_key = split(key, 2)
+    observation, world_state = world.reset(reset_key)
+
+    def body(carry: tuple[Observation, PyTree], k: jax.Array) -> tuple[Any, Any]:
+        observation, world_state = carry
+        words = draw_bits(jax.random.fold_in(play_key, k), (2 + policy.distribution.n_uniforms,))
+        parameters = policy.parameters(policy_state, observation, world.action_mask(world_state))
+        if deterministic:
+            action = policy.distribution.mode(parameters)
+        else:
+            action = policy.distribution.sample(parameters, bits_to_uniform(words[2:]))
+        step = world.step(bits_to_keys(words[:2]), world_state, policy.to_world(action))
+        reward = step.reward if step.task_reward is None else step.task_reward
+        ended = step.terminated | step.truncated
+        return (step.observation, step.state), (step.state, reward, ended)
+
+    _, rest = jax.lax.scan(body, (observation, world_state), jnp.arange(max_frames - 1))
+    first = (world_state, jnp.zeros_like(rest[1][0]), jnp.bool_(False))
+    return jax.tree.map(lambda one, many: jnp.concatenate([jnp.asarray(one)[None], many]), first, rest)
+
+
+def _draw(world: GymnaxWorld, states: Sequence[PyTree], returns: np.ndarray, path: Path) -> None:
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no screen
+    import matplotlib
+    from gymnax.visualize import Visualizer
+
+    with matplotlib.rc_context({"backend": "agg"}):
+        Visualizer(world.env, world.params, states, returns).animate(str(path))
