@@ -117,11 +117,11 @@ def _go_on(directory: RunDirectory, run: Run, world: World, state: TrainState | 
 
             def callback(chunk: grpo_jax.Chunk) -> bool:
                 nonlocal timing
+                interrupt.can_wait = True
                 rates = show(chunk)
                 record(chunk, rates)
                 timing = f"compiled in {chunk.compile_seconds:.1f} s, trained in {chunk.seconds:.1f} s"
                 timing += f" ({progress.rates_text(*rates.values())})"
-                interrupt.can_wait = True
                 return not interrupt.requested
 
             key = jax.random.key(run.seed)

@@ -130,9 +130,12 @@ def _parse_with(argv: list[str], env_id: str) -> Command:
 def _field_docs() -> dict[str, str]:
     """The docstrings of GRPOConfig's fields, each as one line."""
     source: Any = ast.parse(textwrap.dedent(inspect.getsource(GRPOConfig)))
-    fields: list[tuple[Any, Any]] = list(itertools.pairwise(source.body[0].body))
+    documented: list[tuple[Any, Any]] = [
+        pair
+        for pair in itertools.pairwise(source.body[0].body)
+        if isinstance(pair[0], ast.AnnAssign) and isinstance(pair[1], ast.Expr)
+    ]
     return {
         field.target.id: " ".join(doc.value.value.replace("[traced]", "").split())
-        for field, doc in fields
-        if type(field) is ast.AnnAssign and type(doc) is ast.Expr
+        for field, doc in documented
     }

@@ -43,7 +43,7 @@ class Progress:
         console = Console()
         if console.is_terminal:
             self._bar = progress.Progress(
-                progress.BarColumn(bar_width=20),
+                progress.BarColumn(bar_width=10),
                 progress.TaskProgressColumn(),
                 progress.TextColumn("{task.fields[line]}"),
                 progress.TimeRemainingColumn(compact=True),
@@ -71,12 +71,15 @@ class Progress:
             (after - before) / max(chunk.seconds, 1e-9)
             for after, before in zip(now, self._before, strict=True)
         )
-        line = f"return {_over_seeds(chunk.metrics['episode_return'])}, {rates_text(decisions, simulated)}"
-        line += f", entropy {np.mean(chunk.metrics['entropy'][..., -1]):.2f}"
+        reward = f"return {_over_seeds(chunk.metrics['episode_return'])}"
+        entropy = f"entropy {np.mean(chunk.metrics['entropy'][..., -1]):.2f}"
         if self._bar is not None:
+            # Short: a bar and its line share 80 columns.
+            line = f"{reward}  {_short(decisions)} steps/s  {_short(simulated)} simulated/s  {entropy}"
             self._bar.update(self._task, total=chunk.n_iterations, completed=chunk.iteration, line=line)
         elif time.monotonic() - self._printed > PLAIN_SECONDS or chunk.iteration == chunk.n_iterations:
             self._printed = time.monotonic()
+            line = f"{reward}, {rates_text(decisions, simulated)}, {entropy}"
             print(f"iteration {chunk.iteration}/{chunk.n_iterations}: {line}", flush=True)
         self._watch_spread(chunk)
         return {"decision_steps_per_second": decisions, "simulator_steps_per_second": simulated}
@@ -97,7 +100,7 @@ class Interrupt:
 
     Attributes:
       requested: Ctrl-C came. A second one stops at once, by the usual exception.
-      can_wait: whether there is a chunk that could be saved; to be set after the first one.
+      can_wait: whether a chunk has come that can be saved; until then the first Ctrl-C stops at once.
     """
 
     requested = False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,7 @@ def check(world: World, path: Path) -> GymnaxWorld:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"render={str(path)!r} is in a directory that does not exist")
     if name in _CLASSIC:
+        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         try:
             import pygame  # noqa: F401
         except ModuleNotFoundError as error:
@@ -95,7 +98,7 @@ def episode(
     deterministic: bool = False,
     max_frames: int = MAX_FRAMES,
 ) -> tuple[list[PyTree], np.ndarray]:
-    """The world states of one episode, the first and the last included, and the return up to each.
+    """The world states of one episode, after each step, and the return up to each.
 
     Args:
       state: a training state of a single seed.
@@ -124,7 +127,6 @@ def _play(
 ) -> tuple[PyTree, jax.Array, jax.Array]:
     """States, the rewards that led to them, and whether they are an end; ``[max_frames, ...]``."""
     reset_key, play_key = split(key, 2)
-    observation, world_state = world.reset(reset_key)
 
     def body(carry: tuple[Observation, PyTree], k: jax.Array) -> tuple[Any, Any]:
         observation, world_state = carry
@@ -139,15 +141,41 @@ def _play(
         ended = step.terminated | step.truncated
         return (step.observation, step.state), (step.state, reward, ended)
 
-    _, rest = jax.lax.scan(body, (observation, world_state), jnp.arange(max_frames - 1))
-    first = (world_state, jnp.zeros_like(rest[1][0]), jnp.bool_(False))
-    return jax.tree.map(lambda one, many: jnp.concatenate([jnp.asarray(one)[None], many]), first, rest)
+    return jax.lax.scan(body, world.reset(reset_key), jnp.arange(max_frames))[1]
 
 
 def _draw(world: GymnaxWorld, states: Sequence[PyTree], returns: np.ndarray, path: Path) -> None:
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no screen
+    for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # pygame shall look for no screen and no sound card
+        os.environ.setdefault(name, "dummy")
     import matplotlib
     from gymnax.visualize import Visualizer
+    from matplotlib import pyplot
+    from PIL import Image
 
-    with matplotlib.rc_context({"backend": "agg"}):
-        Visualizer(world.env, world.params, states, returns).animate(str(path))
+    with matplotlib.rc_context({"backend": "agg"}), _lasting_pygame():
+        drawing = Visualizer(world.env, world.params, states, returns)
+        try:
+            drawing.init()
+            frames = []
+            # Not its own animate(): that draws every frame three times.
+            for i in range(len(states)):
+                drawing.update(i)
+                drawing.fig.canvas.draw()
+                pixels = np.asarray(drawing.fig.canvas.buffer_rgba())[..., :3]
+                frames.append(Image.fromarray(np.ascontiguousarray(pixels)).quantize(64))
+        finally:
+            pyplot.close(drawing.fig)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=drawing.interval, loop=0)
+
+
+@contextlib.contextmanager
+def _lasting_pygame() -> Iterator[None]:
+    """Puts pygame's end off: gymnax asks for it after every frame, and it takes longer than all the rest."""
+    try:
+        import pygame
+    except ModuleNotFoundError:  # not needed, else `check` had said so
+        yield
+        return
+    with mock.patch.object(pygame, "quit"):
+        yield
+    pygame.quit()

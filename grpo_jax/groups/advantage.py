@@ -110,7 +110,9 @@ def _baseline(
         values = jnp.where(active, values, 0.0)
         return (jnp.sum(values) - values) / jnp.maximum(n_others, 1.0)
 
-    center = jnp.sum(jnp.where(active, mean, 0.0)) / jnp.maximum(n_active, 1.0)  # squares of small numbers are exact
+    center = jnp.sum(jnp.where(active, mean, 0.0)) / jnp.maximum(
+        n_active, 1.0
+    )  # squares of small numbers are exact
     shift_of_others = of_other_groups(mean - center)
     observed = of_other_groups((mean - center) ** 2) - shift_of_others**2
     noise_of_others = of_other_groups(noise)

@@ -114,7 +114,10 @@ def kl_estimate(
     """
     log_ratio = reference_log_prob - log_prob
     if estimator == "k1":
-        estimate = -log_ratio
+        # With weights that are constants, k1's own gradient is E[grad log pi] = 0 whatever pi_ref is: take k2's, which
+        # is the KL's.
+        k2 = 0.5 * log_ratio**2
+        estimate = jax.lax.stop_gradient(-log_ratio) + (k2 - jax.lax.stop_gradient(k2))
     elif estimator == "k2":
         estimate = 0.5 * log_ratio**2
     elif estimator == "k3":

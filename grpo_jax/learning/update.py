@@ -168,7 +168,7 @@ def update(
         learning_rate = scheduled(
             config.learning_rate, config.learning_rate_decay, learner.n_updates, progress
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         too_far = jnp.bool_(False)
         if config.target_kl is not None:

@@ -8,7 +8,7 @@ from flax import struct
 
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Observation, PyTree
+from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import World
 
 
@@ -73,6 +73,46 @@ def start(world: World, keys: jax.Array) -> Environments:
     )
 
 
+def step_environments(
+    world: World,
+    environments: Environments,
+    actions: jax.Array,
+    step_keys: jax.Array,
+    reset_keys: jax.Array,
+) -> tuple[Environments, Step]:
+    """Steps all environments once; those whose episode ends start over and are counted.
+
+    Args:
+      world: what is stepped.
+      environments: where they stand.
+      actions: ``[N, *A]`` in the world's units.
+      step_keys: ``[N]``.
+      reset_keys: ``[N]``, used where an episode ends.
+
+    Returns:
+      The environments afterwards, and the step itself with what was reached before any reset.
+    """
+    step = jax.vmap(world.step)(step_keys, environments.state, actions)
+    fresh_observation, fresh_state = jax.vmap(world.reset)(reset_keys)
+    ended = step.terminated | step.truncated
+
+    def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
+        return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
+
+    task_reward = step.reward if step.task_reward is None else step.task_reward
+    episode_return = environments.episode_return + task_reward
+    episode_length = environments.episode_length + 1
+    environments = Environments(
+        state=jax.tree.map(start_over, fresh_state, step.state),
+        observation=jax.tree.map(start_over, fresh_observation, step.observation),
+        episode_return=jnp.where(ended, 0.0, episode_return),
+        episode_length=jnp.where(ended, 0, episode_length),
+        last_return=jnp.where(ended, episode_return, environments.last_return),
+        last_length=jnp.where(ended, episode_length, environments.last_length),
+    )
+    return environments, step
+
+
 def rollout(
     world: World,
     policy: Policy,
@@ -106,16 +146,7 @@ def rollout(
         mask = jax.vmap(world.action_mask)(envs.state)
         parameters = policy.parameters(policy_state, envs.observation, mask)
         action = policy.distribution.sample(parameters, uniforms)
-        step = jax.vmap(world.step)(step_keys, envs.state, policy.to_world(action))
-        fresh_observation, fresh_state = jax.vmap(world.reset)(reset_keys)
-        ended = step.terminated | step.truncated
-
-        def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
-            return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
-
-        task_reward = step.reward if step.task_reward is None else step.task_reward
-        episode_return = envs.episode_return + task_reward
-        episode_length = envs.episode_length + 1
+        after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(
             state=envs.state,
             observation=envs.observation,
@@ -127,14 +158,6 @@ def rollout(
             truncated=step.truncated,
             next_observation=step.observation if keep_next_observation else None,
         )
-        envs = Environments(
-            state=jax.tree.map(start_over, fresh_state, step.state),
-            observation=jax.tree.map(start_over, fresh_observation, step.observation),
-            episode_return=jnp.where(ended, 0.0, episode_return),
-            episode_length=jnp.where(ended, 0, episode_length),
-            last_return=jnp.where(ended, episode_return, envs.last_return),
-            last_length=jnp.where(ended, episode_length, envs.last_length),
-        )
-        return envs, trajectory
+        return after, trajectory
 
     return jax.lax.scan(step_all, environments, words)

@@ -1,0 +1,8 @@
+"""The bridge to Stable-Baselines3 and Gymnasium; importing it registers the ids ``gymnax/<id>``."""
+
+from sb3_bridge.registration import register_envs
+from sb3_bridge.vec_env import GymnaxVecEnv
+
+__all__ = ["GymnaxVecEnv", "register_envs"]
+
+register_envs()

@@ -1,0 +1,29 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import pytest
+
+from grpo_jax.noise import as_key
+
+# Compiling makes first examples slow, and a test-suite must say the same thing every time.
+hypothesis.settings.register_profile("grpo", deadline=None, derandomize=True, max_examples=50, database=None)
+hypothesis.settings.load_profile("grpo")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A PRNG key of the library's own kind."""
+    return as_key(jax.random.key(0))
+
+
+@pytest.fixture(params=["eager", "jit"])
+def compiled(request):
+    """``jax.jit``, or nothing at all: what is tested must hold with both."""
+    return jax.jit if request.param == "jit" else lambda function: function

@@ -1,0 +1,380 @@
+"""The update on tiny batches: against optax by hand, and what its switches do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax.config import GRPOConfig
+from grpo_jax.groups import candidates
+from grpo_jax.learning.update import init_learner, loss, update, update_reference
+from grpo_jax.policies.policy import make_policy
+from grpo_jax.spaces import Box, Discrete
+from grpo_jax.types import Batch
+
+N, A, D = 8, 3, 4  # decision states, actions, features
+BASE = GRPOConfig(
+    n_envs=2, n_steps=4, batch_size=N, n_epochs=1, net_arch=(5,), learning_rate=0.01, max_grad_norm=1e6
+)
+RNG = np.random.default_rng(0)
+OBSERVATION = RNG.normal(size=(N, D)).astype(np.float32)
+ADVANTAGE = RNG.normal(size=(N, A)).astype(np.float32)
+KEY = jax.random.key(3)
+
+run_update = jax.jit(update, static_argnums=1)
+
+
+def setup(config=BASE, seed=0, **batch):
+    """A policy with random parameters, its learner, and a batch that it enumerated itself."""
+    space = Box(np.full(D, -np.inf), np.full(D, np.inf), (D,))
+    policy = make_policy(config, space, Discrete(A))
+    learner = init_learner(config, policy, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), learner.policy.params
+    )
+    learner = learner.replace(policy=learner.policy.replace(params=params))
+    return policy, learner, make_batch(policy, learner.policy, **batch)
+
+
+def make_batch(policy, state, **changes):
+    observation = jnp.asarray(changes.pop("observation", OBSERVATION))
+    parameters = policy.parameters(state, observation)
+    group = candidates.enumerate_actions(policy.distribution, parameters, jnp.zeros(N, jnp.int32))
+    batch = Batch(
+        observation=observation,
+        action_mask=None,
+        group=group,
+        advantage=jnp.asarray(ADVANTAGE),
+        active=jnp.ones(N, bool),
+        alive=jnp.ones(N, bool),
+        distribution=parameters,
+    )
+    return batch.replace(**changes)
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def assert_close(left, right, **kwargs):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **kwargs), left, right)
+
+
+def by_hand(params, policy, state, batch, clip_low=0.2, clip_high=0.2):
+    """PPO's loss in ratios, as the paper writes it."""
+    logits = policy.parameters(state.replace(params=params), batch.observation)
+    log_pi = jax.nn.log_softmax(logits)
+    old = jax.nn.softmax(batch.distribution)
+    ratio = jnp.exp(log_pi) / old
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    objective = old * jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    return -jnp.mean(jnp.sum(objective, axis=1))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e6, 0.01])
+def test_one_step_is_one_step_of_optax(max_grad_norm):
+    config = BASE.replace(max_grad_norm=max_grad_norm)
+    policy, learner, batch = setup(config)
+    new, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+
+    params = learner.policy.params
+    optimizer = optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(0.01, eps=1e-5))
+    total, gradient = jax.value_and_grad(by_hand)(params, policy, learner.policy, batch)
+    changes, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert_close(new.policy.params, optax.apply_updates(params, changes), rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert norm > 0.01  # the bound bites where it is asked to
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-4, atol=1e-7)
+    assert int(new.n_updates) == 1 and float(metrics["n_updates"]) == 1.0
+
+
+def test_epochs_are_steps_of_optax_in_a_row():
+    config = BASE.replace(n_epochs=6, learning_rate=0.1, clip_range=0.05)  # far enough to be clipped
+    policy, learner, batch = setup(config)
+    new, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    params, optimizer = learner.policy.params, optax.adam(0.1, eps=1e-5)
+    state = optimizer.init(params)
+    gradient = jax.jit(jax.grad(lambda p: by_hand(p, policy, learner.policy, batch, 0.05, 0.05)))
+    for _ in range(6):
+        changes, state = optimizer.update(gradient(params), state, params)
+        params = optax.apply_updates(params, changes)
+    assert_close(new.policy.params, params, rtol=1e-3, atol=1e-5)
+    assert float(metrics["clip_fraction_high"]) > 0.0 and float(metrics["clip_fraction_low"]) > 0.0
+
+
+def test_an_update_decreases_the_loss():
+    config = BASE.replace(n_epochs=5, batch_size=4)
+    policy, learner, batch = setup(config)
+    new, _ = run_update(config, policy, learner, batch, KEY, 0.0)
+    evaluate = jax.jit(lambda params: loss(params, config, policy, learner.policy, batch, 0.2, 0.2)[0])
+    assert evaluate(new.policy.params) < evaluate(learner.policy.params) - 1e-3
+
+
+@pytest.mark.parametrize(("n_epochs", "batch_size"), [(1, 2), (3, 2), (2, 8), (1, 1)])
+def test_every_row_is_visited_once_an_epoch(n_epochs, batch_size):
+    """With learning rate 0 the mean loss is that of the rows visited: 5^i of row i spells how often, in base 5."""
+    config = BASE.replace(n_epochs=n_epochs, batch_size=batch_size, learning_rate=0.0)
+    policy, learner, batch = setup(config)
+    pi = jax.nn.softmax(batch.distribution)
+    # An advantage that only the first action has: the row's objective is pi(0) A = 5^i.
+    advantage = jnp.zeros((N, A)).at[:, 0].set(5.0 ** jnp.arange(N) / pi[:, 0])
+    _, metrics = run_update(config, policy, learner, batch.replace(advantage=advantage), KEY, 0.0)
+    total = -float(metrics["policy_loss"]) * n_epochs * N
+    np.testing.assert_allclose(
+        total, n_epochs * (5**N - 1) / 4, rtol=2e-6
+    )  # one row more or less: at least 5^0
+    assert abs(total - n_epochs * (5**N - 1) / 4) < 0.5
+
+
+def test_order_depends_on_the_key_alone():
+    config = BASE.replace(n_epochs=2, batch_size=2)
+    policy, learner, batch = setup(config)
+    first, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    second, same = run_update(config, policy, learner, batch, KEY, 0.0)
+    assert_same((first, metrics), (second, same))
+    other, _ = run_update(config, policy, learner, batch, jax.random.key(4), 0.0)
+    differs = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.policy.params, other.policy.params)
+    assert any(jax.tree.leaves(differs))
+
+
+def test_target_kl_stops_early():
+    config = BASE.replace(n_epochs=10, batch_size=4, learning_rate=0.1)
+    policy, learner, batch = setup(config)
+    free, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    assert int(free.n_updates) == 20 and float(metrics["n_updates"]) == 20.0
+    bounded = config.replace(target_kl=0.01)
+    new, metrics = run_update(bounded, policy, learner, batch, KEY, 0.0)
+    assert 1 <= int(new.n_updates) < 20 and float(metrics["n_updates"]) < 20.0
+
+    def kl(learner):
+        return float(
+            jnp.mean(
+                policy.distribution.kl(
+                    batch.distribution, policy.parameters(learner.policy, batch.observation)
+                )
+            )
+        )
+
+    assert kl(new) < kl(free)
+    assert kl(new) > 0.01  # it stopped because it went too far, not before
+    loose, _ = run_update(config.replace(target_kl=1e6), policy, learner, batch, KEY, 0.0)
+    assert_close(loose.policy.params, free.policy.params, rtol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["advantage", "observation", "inf"])
+def test_what_is_not_finite_changes_nothing(what):
+    policy, learner, batch = setup()
+    if what == "observation":
+        broken = batch.replace(observation=batch.observation.at[2, 1].set(jnp.nan))
+    else:
+        broken = batch.replace(
+            advantage=batch.advantage.at[2, 1].set(jnp.nan if what == "advantage" else jnp.inf)
+        )
+    new, metrics = run_update(BASE, policy, learner, broken, KEY, 0.0)
+    assert_same(new, learner)
+    assert float(metrics["nonfinite_updates"]) == 1.0
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+
+
+def test_only_the_broken_minibatch_is_left_out():
+    config = BASE.replace(n_epochs=2, batch_size=2)
+    policy, learner, batch = setup(config)
+    broken = batch.replace(advantage=batch.advantage.at[5].set(jnp.nan))
+    new, metrics = run_update(config, policy, learner, broken, KEY, 0.0)
+    assert float(metrics["nonfinite_updates"]) == 2.0  # once in each of two epochs
+    assert int(new.n_updates) == 8 - 2
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new.policy.params))
+    assert any(
+        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (new.policy, learner.policy)), strict=True)
+    )
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_dead_and_inactive_rows_teach_nothing():
+    policy, learner, batch = setup()
+    half = jnp.arange(N) < 4
+    garbage = batch.replace(advantage=jnp.where(half[:, None], batch.advantage, 1e6))
+    dead, _ = run_update(BASE, policy, learner, garbage.replace(alive=half), KEY, 0.0)
+    inactive, _ = run_update(BASE, policy, learner, garbage.replace(active=half), KEY, 0.0)
+    weight = jnp.where(half, 2.0, 0.0)[:, None]  # the mean over half of the rows
+
+    def by_hand_half(params):
+        return by_hand(params, policy, learner.policy, batch.replace(advantage=batch.advantage * weight))
+
+    gradient = jax.grad(by_hand_half)(learner.policy.params)
+    optimizer = optax.adam(0.01, eps=1e-5)
+    for new, scale in ((dead, 1.0), (inactive, 0.5)):  # inactive states stay in the mean
+        scaled = jax.tree.map(lambda leaf, scale=scale: scale * leaf, gradient)
+        changes, _ = optimizer.update(scaled, optimizer.init(gradient))
+        assert_close(
+            new.policy.params, optax.apply_updates(learner.policy.params, changes), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_entropy_bonus():
+    config = BASE.replace(ent_coef=0.5, n_epochs=5)
+    policy, learner, batch = setup(config)
+    nothing = batch.replace(advantage=jnp.zeros((N, A)), active=jnp.zeros(N, bool))
+    new, _ = run_update(config, policy, learner, nothing, KEY, 0.0)
+    entropy = [
+        float(jnp.mean(policy.distribution.entropy(policy.parameters(state.policy, batch.observation))))
+        for state in (learner, new)
+    ]
+    assert entropy[1] > entropy[0] + 1e-3
+
+
+# Schedules.
+
+
+def first_step_size(config, progress, n_updates=0):
+    """Adam's first step is the learning rate in every coordinate with a gradient far above eps."""
+    policy, learner, batch = setup(config)
+    learner = learner.replace(n_updates=jnp.int32(n_updates))
+    batch = batch.replace(advantage=1e4 * batch.advantage)
+    new, metrics = run_update(config, policy, learner, batch, KEY, progress)
+    change = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), new.policy.params, learner.policy.params)
+    return max(jax.tree.leaves(change)), metrics
+
+
+@pytest.mark.parametrize(
+    ("decay", "progress", "factor"),
+    [
+        ("none", 0.75, 1.0),
+        ("linear", 0.0, 1.0),
+        ("linear", 0.75, 0.25),
+        ("cosine", 0.5, 0.5),
+        ("cosine", 0.25, 0.853553),
+    ],
+)
+def test_decays(decay, progress, factor):
+    config = BASE.replace(learning_rate_decay=decay, clip_range_decay=decay)
+    step, metrics = first_step_size(config, progress)
+    np.testing.assert_allclose(step, 0.01 * factor, rtol=1e-3)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.01 * factor, rtol=1e-5)
+    np.testing.assert_allclose(metrics["clip_range"], 0.2 * factor, rtol=1e-5)
+
+
+def test_optax_schedules_count_optimizer_steps():
+    schedule = optax.linear_schedule(0.02, 0.0, 100)
+    config = BASE.replace(
+        learning_rate=schedule, clip_range=optax.piecewise_constant_schedule(0.3, {50: 0.5})
+    )
+    for n_updates, rate, clip in ((0, 0.02, 0.3), (25, 0.015, 0.3), (75, 0.005, 0.15)):
+        step, metrics = first_step_size(config, 0.0, n_updates)
+        np.testing.assert_allclose(step, rate, rtol=1e-3)
+        np.testing.assert_allclose(metrics["clip_range"], clip, rtol=1e-5)
+
+
+def test_a_schedule_moves_on_within_an_iteration():
+    """Rates 0.1 then 0: the second of two steps moves nothing."""
+    config = BASE.replace(n_epochs=2, learning_rate=lambda count: jnp.where(count < 1, 0.1, 0.0))
+    policy, learner, batch = setup(config)
+    two, _ = run_update(config, policy, learner, batch, KEY, 0.0)
+    one, _ = run_update(BASE.replace(learning_rate=0.1), policy, learner, batch, KEY, 0.0)
+    assert int(two.n_updates) == 2
+    assert_close(two.policy.params, one.policy.params, rtol=1e-5, atol=1e-7)
+
+
+def test_separate_clip_ranges():
+    config = BASE.replace(n_epochs=4, learning_rate=0.1, clip_range=0.05, clip_range_high=0.3)
+    policy, learner, batch = setup(config)
+    new, _ = run_update(config, policy, learner, batch, KEY, 0.0)
+    params, optimizer = learner.policy.params, optax.adam(0.1, eps=1e-5)
+    state = optimizer.init(params)
+    gradient = jax.jit(jax.grad(lambda p: by_hand(p, policy, learner.policy, batch, 0.05, 0.3)))
+    for _ in range(4):
+        changes, state = optimizer.update(gradient(params), state, params)
+        params = optax.apply_updates(params, changes)
+    assert_close(new.policy.params, params, rtol=1e-3, atol=1e-5)
+
+
+# The reference policy.
+
+
+def references(config, n_iterations):
+    """Reference parameters after each iteration, the policy's being filled with 1, 2, 3, ...; first 0."""
+    _, learner, _ = setup(config)
+    learner = learner.replace(reference=jax.tree.map(jnp.zeros_like, learner.policy))
+    seen = []
+    for i in range(n_iterations):
+        policy_state = jax.tree.map(lambda leaf, i=i: jnp.full_like(leaf, i + 1.0), learner.policy)
+        learner = update_reference(config, learner.replace(policy=policy_state), jnp.int32(i))
+        leaves = np.unique(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(learner.reference)]))
+        assert len(leaves) == 1
+        seen.append(float(leaves[0]))
+    return seen
+
+
+def test_reference():
+    config = BASE.replace(kl_coef=0.1, reference_interval=3, reference_decay=0.75)
+    assert references(config.replace(reference="fixed"), 4) == [0.0] * 4
+    assert references(config.replace(reference="periodic"), 7) == [0.0, 0.0, 3.0, 3.0, 3.0, 6.0, 6.0]
+    expected, now = [], 0.0
+    for i in range(4):
+        now = 0.75 * now + 0.25 * (i + 1)
+        expected.append(now)
+    np.testing.assert_allclose(references(config.replace(reference="ema"), 4), expected, rtol=1e-6)
+    _, learner, _ = setup(BASE)
+    assert learner.reference is None  # nothing is kept without a KL term
+    assert update_reference(BASE, learner, jnp.int32(0)) is learner
+
+
+def test_the_reference_starts_as_a_copy():
+    config = BASE.replace(kl_coef=0.1)
+    policy, _, _ = setup(config)
+    learner = init_learner(config, policy, KEY)
+    assert_same(learner.reference, learner.policy)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1", "k2", "k3"])
+def test_kl_coef_pulls_towards_the_reference(estimator):
+    config = BASE.replace(kl_coef=1.0, kl_estimator=estimator, n_epochs=20, learning_rate=0.02)
+    policy, learner, batch = setup(config)
+    reference = jnp.asarray(np.random.default_rng(1).normal(size=(N, A)), jnp.float32)
+    nothing = batch.replace(advantage=jnp.zeros((N, A)), active=jnp.zeros(N, bool), reference=reference)
+    new, metrics = run_update(config, policy, learner, nothing, KEY, 0.0)
+
+    def kl(learner):
+        logits = policy.parameters(learner.policy, batch.observation)
+        return float(jnp.mean(policy.distribution.kl(logits, reference)))
+
+    assert kl(new) < 0.7 * kl(learner)
+    assert "kl" in metrics
+
+
+# The critic.
+
+
+def test_value_loss_trains_the_critic():
+    config = BASE.replace(bootstrap=True, n_epochs=200, learning_rate=0.02)
+    policy, learner, batch = setup(config)
+    target = jnp.asarray(OBSERVATION @ np.array([1.0, -2.0, 0.5, 0.0], np.float32))
+    batch = batch.replace(
+        value=policy.value(learner.policy, batch.observation),
+        value_target=target,
+        advantage=jnp.zeros((N, A)),
+        active=jnp.zeros(N, bool),
+    )
+
+    def error(learner):
+        return float(jnp.mean((policy.value(learner.policy, batch.observation) - target) ** 2))
+
+    new, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    assert error(new) < 0.1 * error(learner)
+    assert_same(new.policy.params["actor"], learner.policy.params["actor"])  # the two share nothing
+    assert float(metrics["value_loss"]) > 0.0
+
+
+def test_vf_coef_scales_the_value_loss():
+    config = BASE.replace(bootstrap=True, vf_coef=0.25)
+    policy, learner, batch = setup(config)
+    value = policy.value(learner.policy, batch.observation)
+    batch = batch.replace(value=value, value_target=value + 2.0)
+    _, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    np.testing.assert_allclose(metrics["value_loss"], 4.0, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], metrics["policy_loss"] + 1.0, rtol=1e-5)

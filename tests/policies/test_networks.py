@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.noise import as_key
+from grpo_jax.policies import networks
+from grpo_jax.policies.networks import ACTIVATIONS, Actor, Critic
+
+initialise = jax.jit(networks.initialise, static_argnums=(0, 3))
+
+
+def kernels(params, path=()):
+    """Every kernel as a matrix, by the names of its layers."""
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield from kernels(value, (*path, name))
+        elif name == "kernel":
+            yield "/".join(path), np.asarray(value, np.float64).reshape(-1, value.shape[-1])
+
+
+def biases(params):
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "bias"]
+
+
+NETWORKS = {
+    "mlp": (Actor("mlp", 1, (64, 16), "tanh", 3), (8,), 0.01),
+    "wide": (Actor("mlp", 2, (4,), "relu", 20), (2, 3), 0.5),
+    "critic": (Critic("mlp", 1, (8, 8), "relu"), (5,), 1.0),
+    "small-map": (Actor("cnn", 3, (), "relu", 5), (10, 10, 4), 0.01),
+    "large-map": (Critic("cnn", 3, (), "relu"), (36, 40, 2), 1.0),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request):
+    module, shape, gain = NETWORKS[request.param]
+    params = initialise(module, as_key(jax.random.key(0)), jnp.zeros(shape), gain)
+    return request.param, module, shape, gain, params
+
+
+def test_kernels_are_orthogonal_with_their_gains(network):
+    _, _, _, output_gain, params = network
+    seen = 0
+    for name, kernel in kernels(params):
+        gain = output_gain if name == "output" else np.sqrt(2)
+        rows, columns = kernel.shape
+        gram = kernel.T @ kernel if rows >= columns else kernel @ kernel.T
+        np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), atol=1e-5)
+        seen += 1
+    assert seen >= 2
+
+
+def test_biases_are_zero(network):
+    params = network[-1]
+    assert len(biases(params)) == len(list(kernels(params)))
+    assert all(np.all(np.asarray(bias) == 0) for bias in biases(params))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_output_shapes_and_rows(network, batch):
+    name, module, shape, _, params = network
+    x = np.random.default_rng(0).normal(size=(*batch, *shape)).astype(np.float32)
+    output = module.apply({"params": params}, x)
+    expected = {"mlp": (3,), "wide": (20,), "critic": (), "small-map": (5,), "large-map": ()}[name]
+    assert output.shape == (*batch, *expected)
+    if batch:
+        first = (0,) * len(batch)
+        np.testing.assert_allclose(
+            output[first], module.apply({"params": params}, x[first]), rtol=1e-3, atol=1e-5
+        )
+
+
+EXPECTED_SHAPES = {
+    "mlp": {"MLP_0/Dense_0": (8, 64), "MLP_0/Dense_1": (64, 16), "output": (16, 3)},
+    "wide": {"MLP_0/Dense_0": (6, 4), "output": (4, 20)},
+    "critic": {"MLP_0/Dense_0": (5, 8), "MLP_0/Dense_1": (8, 8), "output": (8, 1)},
+    # A 3x3 convolution without padding leaves 8x8 of 10x10.
+    "small-map": {"torso/Conv_0": (3 * 3 * 4, 16), "torso/Dense_0": (8 * 8 * 16, 128), "output": (128, 5)},
+    # 36x40 -> 8x9 -> 3x3 -> 1x1.
+    "large-map": {
+        "torso/Conv_0": (8 * 8 * 2, 32),
+        "torso/Conv_1": (4 * 4 * 32, 64),
+        "torso/Conv_2": (3 * 3 * 64, 64),
+        "torso/Dense_0": (64, 512),
+        "output": (512, 1),
+    },
+}
+
+
+def test_layer_sizes(network):
+    name, *_, params = network
+    assert {layer: kernel.shape for layer, kernel in kernels(params)} == EXPECTED_SHAPES[name]
+
+
+def test_keys_make_different_networks_and_equal_keys_equal_ones():
+    module = Actor("mlp", 1, (8,), "tanh", 2)
+    example = jnp.zeros(3)
+    keys = [as_key(jax.random.key(seed)) for seed in (0, 0, 1)]
+    first, again, other = (initialise(module, key, example, 0.01) for key in keys)
+    for (name, one), (_, two), (_, three) in zip(*map(kernels, (first, again, other)), strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert not np.allclose(one, three, atol=1e-4), name
+
+
+def test_the_layers_of_one_network_differ():
+    params = initialise(
+        Actor("mlp", 1, (6, 6), "tanh", 6), as_key(jax.random.key(0)), jnp.zeros(6), np.sqrt(2.0)
+    )
+    matrices = [kernel for _, kernel in kernels(params)]
+    assert len(matrices) == 3
+    for i in range(3):
+        assert not np.allclose(matrices[i], matrices[i - 1], atol=1e-2)
+
+
+@pytest.mark.parametrize("log_std_init", [0.0, -1.5])
+def test_log_std_is_learned_and_the_same_in_every_state(log_std_init):
+    actor = Actor("mlp", 1, (8,), "tanh", 2, gaussian=True, log_std_init=log_std_init)
+    params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(3), 0.01)
+    np.testing.assert_array_equal(params["log_std"], [log_std_init] * 2)
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    output = actor.apply({"params": params}, x)
+    assert output.shape == (5, 4)
+    np.testing.assert_array_equal(output[:, 2:], np.full((5, 2), log_std_init, np.float32))
+    assert np.ptp(output[:, :2], axis=0).min() > 0
+    gradient = jax.grad(lambda params: actor.apply({"params": params}, x)[:, 2:].sum())(params)
+    np.testing.assert_array_equal(gradient["log_std"], [5.0, 5.0])
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        ("tanh", np.tanh(-0.5)),
+        ("relu", 0.0),
+        ("elu", np.exp(-0.5) - 1),
+        ("gelu", -0.154286),
+        ("silu", -0.5 / (1 + np.exp(0.5))),
+        ("leaky_relu", -0.005),
+    ],
+)
+def test_activations(activation, expected):
+    assert activation in ACTIVATIONS
+    actor = Actor("mlp", 1, (1,), activation, 1)
+    params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(1), 1.0)
+    ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if leaf.ndim == 2 else leaf, params)
+    output = actor.apply({"params": ones}, jnp.array([-0.5]))
+    np.testing.assert_allclose(output[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_untrained_policy_is_nearly_uniform():
+    actor = Actor("mlp", 1, (64, 64), "tanh", 4)
+    params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(4), 0.01)
+    logits = actor.apply({"params": params}, jax.random.normal(jax.random.key(1), (100, 4)) * 3)
+    assert np.abs(logits).max() < 0.2
+    assert np.abs(logits).max() > 0

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_jax.policies import normalize
+
+update = jax.jit(normalize.update)
+# A few fixed sizes: every size is compiled once.
+BATCHES = st.lists(
+    st.sampled_from([1, 2, 5]).flatmap(
+        lambda n: hnp.arrays(np.float32, (n, 2), elements=st.floats(-100, 100, width=32))
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(BATCHES)
+def test_statistics_are_those_of_all_batches_together(batches):
+    statistics = normalize.initial(jnp.zeros(2))
+    for batch in batches:
+        statistics = update(statistics, batch)
+    together = np.concatenate(batches).astype(np.float64)
+    assert float(statistics.count) == len(together)
+    np.testing.assert_allclose(statistics.mean, together.mean(0), rtol=1e-4, atol=1e-3)
+    variance = np.asarray(statistics.sum_squares) / len(together)
+    np.testing.assert_allclose(variance, together.var(0), rtol=1e-3, atol=1e-2)
+
+
+def test_a_small_spread_around_a_large_mean_survives():
+    # The sum of squares minus the squared sum would lose all digits here.
+    rng = np.random.default_rng(0)
+    batches = 1000 + rng.normal(size=(50, 20, 1)).astype(np.float32) * np.float32(0.1)
+    statistics = normalize.initial(jnp.zeros(1))
+    for batch in batches:
+        statistics = update(statistics, batch)
+    together = batches.astype(np.float64).reshape(-1, 1)
+    np.testing.assert_allclose(statistics.sum_squares / statistics.count, together.var(0), rtol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_shapes(shape):
+    statistics = normalize.update(normalize.initial(jnp.zeros(shape)), jnp.ones((4, *shape)))
+    assert statistics.mean.shape == statistics.sum_squares.shape == shape
+    assert statistics.count.shape == ()
+    assert normalize.normalize(statistics, jnp.ones((5, 6, *shape))).shape == (5, 6, *shape)
+
+
+def test_nothing_seen_leaves_observations_as_they_are(compiled):
+    statistics = normalize.initial(jnp.zeros(3))
+    observation = jnp.array([[1.5, -9.0, 0.25], [0.0, 3.0, 1e-3]])
+    np.testing.assert_array_equal(compiled(normalize.normalize)(statistics, observation), observation)
+
+
+def test_one_observation_has_no_variance_yet():
+    statistics = normalize.update(normalize.initial(jnp.zeros(2)), jnp.array([[5.0, -3.0]]))
+    np.testing.assert_array_equal(normalize.normalize(statistics, jnp.array([6.0, -3.5])), [1.0, -0.5])
+
+
+def test_normalized_observations_by_hand(compiled):
+    statistics = normalize.update(normalize.initial(jnp.zeros(1)), jnp.array([[1.0], [5.0]]))
+    # Mean 3, standard deviation 2.
+    normalized = compiled(normalize.normalize)(statistics, jnp.array([[3.0], [5.0], [-1.0]]))
+    np.testing.assert_allclose(normalized, [[0.0], [1.0], [-2.0]], atol=1e-6)
+
+
+def test_observations_are_clipped_at_ten_standard_deviations():
+    statistics = normalize.update(normalize.initial(jnp.zeros(1)), jnp.array([[-1.0], [1.0]]))
+    np.testing.assert_allclose(
+        normalize.normalize(statistics, jnp.array([[9.0], [11.0], [-1e6], [jnp.inf]])),
+        [[9.0], [10.0], [-10.0], [10.0]],
+        rtol=1e-6,
+    )
+
+
+def test_a_constant_coordinate_stays_finite():
+    statistics = normalize.update(normalize.initial(jnp.zeros(1)), jnp.full((8, 1), 2.0))
+    np.testing.assert_array_equal(normalize.normalize(statistics, jnp.array([[2.0], [3.0]])), [[0.0], [10.0]])

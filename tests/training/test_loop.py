@@ -1,0 +1,218 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import Line, MaskedLine
+
+import grpo_jax
+from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from grpo_jax.training import loop
+
+TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=6, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def cartpole():
+    return grpo_jax.make("CartPole-v1")
+
+
+def test_same_key_gives_the_same_numbers_bit_for_bit_and_another_key_others(cartpole):
+    first = grpo_jax.train(TINY, cartpole, jax.random.key(3), 96)
+    second = grpo_jax.train(TINY, cartpole, jax.random.key(3), 96)
+    other = grpo_jax.train(TINY, cartpole, jax.random.key(4), 96)
+    chex.assert_trees_all_equal(first.state.params, second.state.params)
+    chex.assert_trees_all_equal(first.metrics, second.metrics)
+    different = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first.state.params, other.state.params)
+    assert different["actor"]["output"]["kernel"]
+
+
+def test_legacy_keys_mean_the_same_run(cartpole):
+    typed = grpo_jax.train(TINY, cartpole, jax.random.key(3), 32)
+    legacy = grpo_jax.train(TINY, cartpole, jax.random.PRNGKey(3), 32)
+    chex.assert_trees_all_equal(typed.state.params, legacy.state.params)
+
+
+def test_one_trace_serves_all_keys_and_all_traced_settings(cartpole):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(loop._train, n=1)
+    jitted = jax.jit(counted, static_argnames="n_iterations")
+    keys = [grpo_jax.noise.as_key(jax.random.key(seed)) for seed in range(3)]
+    for key, rate in zip(keys, (1e-3, 2e-3, 3e-3), strict=True):
+        jitted(TINY.replace(learning_rate=rate, gamma=0.9 + rate), cartpole, key, None, n_iterations=2)
+
+
+def test_two_worlds_of_one_id_share_their_trace():
+    before = loop._train_jitted._cache_size()
+    for _ in range(2):
+        grpo_jax.train(TINY.replace(horizon=5), grpo_jax.make("CartPole-v1"), jax.random.key(0), 32)
+    assert loop._train_jitted._cache_size() == before + 1
+
+
+def test_vmap_over_keys_is_a_loop_over_keys(cartpole):
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = jax.vmap(lambda key: grpo_jax.train(TINY, cartpole, key, 64))(keys)
+    for i, key in enumerate(keys):
+        alone = grpo_jax.train(TINY, cartpole, key, 64)
+        for name in ("episode_return", "simulator_steps", "entropy"):
+            np.testing.assert_allclose(together.metrics[name][i], alone.metrics[name], rtol=2e-4)
+
+
+def test_vmap_over_traced_settings_is_a_loop_over_them(cartpole):
+    rates = jnp.array([1e-3, 3e-2])
+    together = jax.vmap(
+        lambda rate: grpo_jax.train(TINY.replace(learning_rate=rate), cartpole, jax.random.key(0), 64)
+    )(rates)
+    for i, rate in enumerate(rates):
+        alone = grpo_jax.train(TINY.replace(learning_rate=float(rate)), cartpole, jax.random.key(0), 64)
+        np.testing.assert_allclose(together.metrics["entropy"][i], alone.metrics["entropy"], rtol=2e-4)
+    assert together.metrics["entropy"][0, -1] != together.metrics["entropy"][1, -1]
+
+
+def test_total_timesteps_are_rounded_up_and_counted(cartpole):
+    result = grpo_jax.train(TINY, cartpole, jax.random.key(0), 33)
+    assert result.metrics["episode_return"].shape == (2,)
+    assert grpo_jax.count(result.state.decision_steps) == 64
+    assert grpo_jax.count(result.state.simulator_steps) == int(result.metrics["simulator_steps"][-1])
+    # No branch of these first, short episodes is longer than the horizon.
+    assert 2 * 64 <= grpo_jax.count(result.state.simulator_steps) <= 2 * 64 * TINY.horizon
+
+
+@pytest.mark.parametrize("total", [0, -5, 1.5, True])
+def test_total_timesteps_must_be_a_positive_integer(cartpole, total):
+    with pytest.raises(ValueError, match="total_timesteps"):
+        grpo_jax.train(TINY, cartpole, jax.random.key(0), total)
+
+
+def test_training_goes_on_from_a_state(cartpole):
+    state = grpo_jax.train(TINY, cartpole, jax.random.key(0), 64).state
+    more = grpo_jax.train(TINY, cartpole, jax.random.key(9), 32, state=state)
+    assert int(more.state.iteration) == 3
+    assert grpo_jax.count(more.state.decision_steps) == 96
+
+
+SPACES = [Discrete(2), MultiDiscrete((2, 3)), MultiBinary(3), Box(-np.ones(2), np.ones(2), (2,))]
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: type(space).__name__)
+def test_every_action_space_learns_to_walk(space, bootstrap):
+    env = Line(space)
+    config = TINY.replace(
+        n_steps=16, batch_size=32, bootstrap=bootstrap, horizon=2 if bootstrap else 6, group_size=4
+    )
+    result = grpo_jax.train(config, env, jax.random.key(0), 64 * 25)
+    assert set(result.state.params) == ({"actor", "critic"} if bootstrap else {"actor"})
+    # The best return is 1 + 2 + 3 + 4 for walking all the time, or more for waiting at 3: 3 + 3 + ...; standing
+    # still earns nothing.
+    first, last = result.metrics["episode_return"][jnp.array([2, -1])]
+    assert last > 10 and last > first
+
+
+def test_masked_actions_are_neither_drawn_nor_branched(cartpole):
+    config = TINY.replace(baseline="mean")
+    result = grpo_jax.train(config, MaskedLine(Discrete(2)), jax.random.key(0), 64)
+    np.testing.assert_array_equal(result.metrics["episode_length"], 4.0)
+    # One valid candidate has nothing to be compared with.
+    np.testing.assert_array_equal(result.metrics["frac_zero_std"], 1.0)
+    np.testing.assert_allclose(result.metrics["entropy"], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["outcome", "process"])
+def test_trajectory_groups_learn_without_a_world_to_branch_in(form):
+    config = TINY.replace(
+        candidates="trajectory", trajectory_form=form, n_steps=10, batch_size=40, group_size=4, n_envs=16
+    ).replace(batch_size=40)
+    result = grpo_jax.train(config, Line(Discrete(2)), jax.random.key(0), 160 * 30)
+    assert grpo_jax.count(result.state.simulator_steps) == 0
+    assert grpo_jax.count(result.state.decision_steps) <= 160 * 30
+    assert result.metrics["episode_return"][-1] > result.metrics["episode_return"][0]
+
+
+def test_environments_of_a_trajectory_group_start_in_the_same_state(cartpole):
+    config = TINY.replace(candidates="trajectory", group_size=2, baseline="mean")
+    state = grpo_jax.init(config, cartpole, jax.random.key(0))
+    restarted = loop._restart_groups(config, cartpole, state.environments, state.key)
+    x = np.asarray(restarted.observation)
+    np.testing.assert_array_equal(x[0::2], x[1::2])
+    assert not np.array_equal(x[0], x[2])
+
+
+def test_enumerating_a_box_is_refused():
+    with pytest.raises(ValueError, match="candidates='enumerate'"):
+        grpo_jax.init(TINY.replace(candidates="enumerate"), grpo_jax.make("Pendulum-v1"), jax.random.key(0))
+
+
+def test_enumerating_too_many_actions_is_refused():
+    with pytest.raises(ValueError, match="max_enumerated=64"):
+        grpo_jax.init(TINY.replace(candidates="enumerate"), Line(MultiBinary(10)), jax.random.key(0))
+
+
+def test_a_reward_that_becomes_nan_raises_and_leaves_the_parameters_finite(cartpole):
+    def sometimes_nan(state, action, next_state):
+        del state, action
+        return jnp.where(jnp.abs(next_state[2]) < 0.1, 1.0, jnp.nan)
+
+    env = grpo_jax.make("CartPole-v1", reward_function=sometimes_nan)
+    with pytest.raises(FloatingPointError, match="reward_function"):
+        grpo_jax.train(TINY.replace(horizon=30), env, jax.random.key(0), 64)
+    pure = jax.jit(lambda key: grpo_jax.train(TINY.replace(horizon=30), env, key, 64))(jax.random.key(0))
+    assert float(pure.metrics["nonfinite_groups"].sum()) > 0
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(pure.state.params))
+
+
+def test_a_reward_function_replaces_what_is_learned_but_not_the_statistics():
+    def left(state, action, next_state):
+        del state, action
+        return -next_state[0]
+
+    env = grpo_jax.make(Line(Discrete(2)), reward_function=left)
+    result = grpo_jax.train(TINY, env, jax.random.key(0), 32 * 40)
+    # The policy learned to stand still; the statistics show the line's own reward going to 0.
+    assert result.metrics["episode_return"][-1] < 3.0
+    assert result.metrics["episode_length"][-1] == 10.0
+
+
+def test_a_group_whose_candidates_differ_only_later_needs_a_horizon(cartpole):
+    short = grpo_jax.train(TINY.replace(horizon=1), cartpole, jax.random.key(0), 64)
+    np.testing.assert_array_equal(short.metrics["frac_zero_std"], 1.0)
+    np.testing.assert_array_equal(short.metrics["policy_loss"], 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"surrogate": "cispo"},
+        {"surrogate": "sapo"},
+        {"surrogate": "tpo"},
+        {"dual_clip": 3.0, "clip_range_high": 0.28},
+        {"baseline": "leave_one_out", "candidates": "sample"},
+        {"baseline": "executed"},
+        {"baseline": "shrinkage", "advantage_scale": "group"},
+        {"kl_coef": 0.1, "reference": "periodic", "reference_interval": 1, "kl_estimator": "k3"},
+        {"kl_coef": 0.1, "reference": "ema"},
+        {"n_rollouts": 2, "backup": "max", "common_random_numbers": False},
+        {"normalize_observations": True, "target_kl": 0.01, "ent_coef": 0.01},
+    ],
+    ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_every_choice_runs_and_stays_finite(changes):
+    result = grpo_jax.train(TINY.replace(**changes), Line(Discrete(2)), jax.random.key(0), 32 * 30)
+    assert result.metrics["episode_return"][-1] > 10
+    assert all(np.isfinite(value).all() for name, value in result.metrics.items() if "episode" not in name)
+
+
+def test_cartpole_is_solved_within_20_000_decision_steps_by_nine_seeds_of_ten(cartpole):
+    config, n = grpo_jax.preset("CartPole-v1"), grpo_jax.preset_timesteps("CartPole-v1")
+    keys = jax.random.split(jax.random.key(0), 10)
+
+    @jax.jit
+    @jax.vmap
+    def score(key):
+        result = grpo_jax.train(config, cartpole, key, n)
+        returns = grpo_jax.evaluate(result.state, cartpole, jax.random.fold_in(key, 1), 128)
+        return jnp.mean(returns), result.metrics["decision_steps"][-1]
+
+    returns, decision_steps = score(keys)
+    assert np.max(decision_steps) <= 20_000
+    assert np.sum(np.asarray(returns) >= 475) >= 9, f"sampled policy, 128 episodes: {returns}"

@@ -1,0 +1,76 @@
+import chex
+import jax
+import numpy as np
+import pytest
+
+import grpo_jax
+
+TINY = grpo_jax.GRPOConfig(
+    n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=6, learning_rate=1e-2, learning_rate_decay="linear"
+)
+
+
+@pytest.fixture(scope="module")
+def cartpole():
+    return grpo_jax.make("CartPole-v1")
+
+
+def test_run_is_train_number_for_number(cartpole):
+    state, metrics = grpo_jax.run(TINY, cartpole, jax.random.key(0), 7 * 32)
+    result = grpo_jax.train(TINY, cartpole, jax.random.key(0), 7 * 32)
+    assert set(metrics) == set(result.metrics)
+    for name, values in metrics.items():
+        np.testing.assert_allclose(values, result.metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    chex.assert_trees_all_close(state.params, result.state.params, rtol=1e-3, atol=1e-5)
+
+
+def test_seeds_side_by_side_have_a_leading_axis(cartpole):
+    seen = []
+    _, metrics = grpo_jax.run(TINY, cartpole, jax.random.key(0), 64, n_seeds=3, callback=seen.append)
+    assert metrics["episode_return"].shape == (3, 2)
+    assert seen[-1].decision_steps == 3 * 64
+    assert seen[-1].metrics["entropy"].shape[0] == 3
+
+
+def test_callback_sees_every_iteration_once_and_can_stop(cartpole):
+    seen = []
+
+    def callback(chunk):
+        seen.append((chunk.iteration, chunk.metrics["entropy"].shape[-1]))
+        assert chunk.n_iterations == 50
+        assert chunk.decision_steps == chunk.iteration * 32
+        assert chunk.seconds >= 0 and chunk.compile_seconds > 0
+        return np.bool_(chunk.iteration < 3)
+
+    state, metrics = grpo_jax.run(TINY, cartpole, jax.random.key(0), 50 * 32, callback=callback)
+    done = int(state.iteration)
+    assert 3 <= done < 50
+    assert seen[-1][0] == done == sum(length for _, length in seen) == metrics["entropy"].shape[0]
+
+
+def test_a_callback_that_returns_nothing_does_not_stop(cartpole):
+    state, _ = grpo_jax.run(TINY, cartpole, jax.random.key(0), 4 * 32, callback=lambda chunk: None)
+    assert int(state.iteration) == 4
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(cartpole, tmp_path):
+    whole, _ = grpo_jax.run(TINY, cartpole, jax.random.key(0), 6 * 32)
+    half, first = grpo_jax.run(
+        TINY, cartpole, jax.random.key(0), 6 * 32, callback=lambda chunk: chunk.iteration < 2
+    )
+    grpo_jax.save(tmp_path / "half.msgpack", half)
+    restored = grpo_jax.restore(tmp_path / "half.msgpack", TINY, cartpole)
+    rest, second = grpo_jax.run(TINY, cartpole, jax.random.key(99), 6 * 32, state=restored)
+    assert first["entropy"].shape[0] + second["entropy"].shape[0] == 6
+    chex.assert_trees_all_equal(whole.params, rest.params)
+
+
+def test_a_finished_state_has_nothing_left_to_do(cartpole):
+    state, _ = grpo_jax.run(TINY, cartpole, jax.random.key(0), 64)
+    same, metrics = grpo_jax.run(TINY, cartpole, jax.random.key(0), 64, state=state)
+    assert metrics == {} and int(same.iteration) == 2
+
+
+def test_bad_number_of_seeds(cartpole):
+    with pytest.raises(ValueError, match="n_seeds=0"):
+        grpo_jax.run(TINY, cartpole, jax.random.key(0), 64, n_seeds=0)
