@@ -168,7 +168,9 @@ class GRPOConfig:
         """A copy with some fields changed, validated."""
         unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
         if unknown:
-            raise TypeError(f"GRPOConfig has no field {', '.join(unknown)}; it has {', '.join(field_names())}")
+            raise TypeError(
+                f"GRPOConfig has no field {', '.join(unknown)}; it has {', '.join(field_names())}"
+            )
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:

@@ -22,9 +22,7 @@ KEY_WORDS = 2
 """32-bit words in one threefry key."""
 
 
-def threefry2x32(
-    key: jax.Array, high: jax.Array, low: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def threefry2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The Threefry-2x32 hash with 20 rounds (Salmon et al. 2011, doi:10.1145/2063384.2063405).
 
     Args:

@@ -88,7 +88,9 @@ class Box:
 
     def __repr__(self) -> str:
         # Bounds of images would fill the screen of an error message.
-        low, high = (b.flat[0] if b.size and np.all(b == b.flat[0]) else b.tolist() for b in (self.low, self.high))
+        low, high = (
+            b.flat[0] if b.size and np.all(b == b.flat[0]) else b.tolist() for b in (self.low, self.high)
+        )
         return f"Box(low={low}, high={high}, shape={self.shape}, dtype={self.dtype!r})"
 
     def __hash__(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import jax
@@ -35,7 +35,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
       ValueError, TypeError: what is wrong with which argument, and the fix.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": RENDER_FPS}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": RENDER_FPS}
 
     def __init__(self, env: Any, render_mode: str | None = None):
         check_render_mode(render_mode)
@@ -88,7 +88,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
         observation = to_numpy(self.observation_space, step.observation)
         return observation, float(step.reward), terminated, truncated, {}
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """A picture uint8 ``[height, width, 3]``, None without a render mode; see :class:`Renderer` for errors."""
         if self.render_mode is None:
             return None

@@ -92,10 +92,10 @@ class GymnaxVecEnv(VecEnv):
     @environments.setter
     def environments(self, environments: Environments) -> None:
         like = self._started("environments was written")
-        if jax.tree.structure(environments) != jax.tree.structure(like):
+        given: Any = jax.tree.structure(environments)
+        if given != jax.tree.structure(like):
             raise ValueError(
-                f"environments has the structure {jax.tree.structure(environments)}, this world's is"
-                f" {jax.tree.structure(like)}"
+                f"environments has the structure {given}, this world's is {jax.tree.structure(like)}"
             )
         for (path, leaf), expected in zip(
             jax.tree_util.tree_flatten_with_path(environments)[0], jax.tree.leaves(like), strict=True

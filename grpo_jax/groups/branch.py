@@ -192,7 +192,9 @@ def _run_chunk(
         alive = front.alive
         cut = front.cut
         if value is not None:
-            cut = jax.tree.map(lambda old, new: jnp.where(_expand(alive, new), new, old), cut, step.observation)
+            cut = jax.tree.map(
+                lambda old, new: jnp.where(_expand(alive, new), new, old), cut, step.observation
+            )
         front = front.replace(
             state=step.state,
             # What a world pays or does behind an end never counts, not even NaN.

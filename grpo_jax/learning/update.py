@@ -178,9 +178,7 @@ def update(
         )
         params = optax.apply_updates(learner.policy.params, changes)
         applies = finite & ~too_far
-        params, optimizer = _choose(
-            applies, (params, optimizer), (learner.policy.params, learner.optimizer)
-        )
+        params, optimizer = _choose(applies, (params, optimizer), (learner.policy.params, learner.optimizer))
         metrics = {name: jnp.where(finite, value, 0.0) for name, value in metrics.items()}
         metrics["grad_norm"] = jnp.where(finite, norm, 0.0)
         metrics["nonfinite_updates"] = 1.0 - finite.astype(norm.dtype)

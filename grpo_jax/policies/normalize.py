@@ -23,7 +23,9 @@ class RunningStatistics(struct.PyTreeNode):
 def initial(example: jax.Array) -> RunningStatistics:
     """Statistics of nothing yet: they leave observations as they are."""
     dtype = jnp.result_type(float)
-    return RunningStatistics(jnp.zeros(example.shape, dtype), jnp.zeros(example.shape, dtype), jnp.zeros((), dtype))
+    return RunningStatistics(
+        jnp.zeros(example.shape, dtype), jnp.zeros(example.shape, dtype), jnp.zeros((), dtype)
+    )
 
 
 def update(statistics: RunningStatistics, batch: jax.Array) -> RunningStatistics:

@@ -31,7 +31,9 @@ def save(path: str | os.PathLike[str], state: PyTree) -> None:
     write_atomically(Path(path), serialization.msgpack_serialize({"format": FORMAT, "leaves": leaves}))
 
 
-def restore(path: str | os.PathLike[str], config: GRPOConfig, env: World, *, n_seeds: int | None = None) -> TrainState:
+def restore(
+    path: str | os.PathLike[str], config: GRPOConfig, env: World, *, n_seeds: int | None = None
+) -> TrainState:
     """Reads a state that ``save`` wrote; training goes on from it bit for bit.
 
     Args:
@@ -50,7 +52,10 @@ def restore(path: str | os.PathLike[str], config: GRPOConfig, env: World, *, n_s
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     if n_seeds is not None:
-        template, key = jax.vmap(template), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n_seeds))
+        template, key = (
+            jax.vmap(template),
+            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n_seeds)),
+        )
     state = restore_like(path, jax.eval_shape(template, key))
     assert isinstance(state, TrainState)
     return state
@@ -89,6 +94,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment either the old or the new content is there, whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        # mkstemp keeps a file to its owner; a run is as readable as any other file would be.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(handle, 0o666 & ~umask)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -100,7 +109,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [
+        (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def _is_key(leaf: Any) -> bool:

@@ -68,9 +68,7 @@ def evaluate_episodes(
     """
     if n_episodes < 1 or max_steps < 1:
         raise ValueError(f"n_episodes={n_episodes} and max_steps={max_steps} must be at least 1")
-    return _play(
-        state.policy, state.learner.policy, env, as_key(key), n_episodes, deterministic, max_steps
-    )
+    return _play(state.policy, state.learner.policy, env, as_key(key), n_episodes, deterministic, max_steps)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "n_episodes", "deterministic", "max_steps"))

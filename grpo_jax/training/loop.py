@@ -320,7 +320,9 @@ def _episode_metrics(environments: Environments, trajectory: Trajectory) -> Metr
     n_known = jnp.sum(known)
 
     def mean(values: jax.Array) -> jax.Array:
-        return jnp.where(n_known > 0, jnp.sum(jnp.where(known, values, 0.0)) / jnp.maximum(n_known, 1), jnp.nan)
+        return jnp.where(
+            n_known > 0, jnp.sum(jnp.where(known, values, 0.0)) / jnp.maximum(n_known, 1), jnp.nan
+        )
 
     ended = trajectory.terminated | trajectory.truncated
     return {

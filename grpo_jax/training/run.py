@@ -22,6 +22,11 @@ CHUNK_SECONDS = 0.25
 """How often the host looks, about; a chunk is at least one iteration."""
 
 
+MAX_CHUNK = 256
+"""Iterations in the longest chunk. The trip count is dynamic and the buffers have this size: one program, and one entry
+in a compilation cache, for runs and chunks of every length."""
+
+
 class Chunk(NamedTuple):
     """What a callback sees.
 
@@ -86,18 +91,15 @@ def run(
         keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
         state = _init(config, env, keys, n_seeds is not None)
     done = int(np.max(np.asarray(state.iteration)))
-    # A dynamic trip count with a static buffer: one program for chunks of every length.
-    capacity = max(1, min(256, n_iterations))
-    advance = (
-        _chunk.lower(config, env, state, np.int32(0), np.int32(n_iterations), capacity, n_seeds is not None)
-        .compile()
-    )
+    advance = _chunk.lower(
+        config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None
+    ).compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
     history: list[dict[str, np.ndarray]] = []
     length, start = 1, time.perf_counter()
     while done < n_iterations:
-        length = min(length, capacity, n_iterations - done)
+        length = min(length, MAX_CHUNK, n_iterations - done)
         clock = time.perf_counter()
         state, buffers = advance(config, env, state, np.int32(length), np.int32(n_iterations))
         metrics = {name: np.asarray(buffer)[..., :length] for name, buffer in buffers.items()}
@@ -121,7 +123,11 @@ def run(
             if answer is not None and not answer:
                 break
         length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
-    joined = {name: np.concatenate([part[name] for part in history], axis=-1) for name in history[0]} if history else {}
+    joined = (
+        {name: np.concatenate([part[name] for part in history], axis=-1) for name in history[0]}
+        if history
+        else {}
+    )
     return state, joined
 
 
@@ -131,21 +137,20 @@ def _init(config: GRPOConfig, env: World, key: jax.Array, vmapped: bool) -> Trai
     return jax.vmap(one)(key) if vmapped else one(key)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "vmapped"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="vmapped")
 def _chunk(
     config: GRPOConfig,
     env: World,
     state: TrainState,
     length: jax.Array,
     n_iterations: jax.Array,
-    capacity: int,
     vmapped: bool,
 ) -> tuple[TrainState, Metrics]:
-    """``length`` iterations, at most ``capacity``; metrics ``[capacity]``, unspecified behind ``length``."""
+    """``length`` iterations, at most ``MAX_CHUNK``; metrics ``[MAX_CHUNK]``, unspecified behind ``length``."""
 
     def one(state: TrainState) -> tuple[TrainState, Metrics]:
         shapes = jax.eval_shape(lambda: iteration(config, env, state, n_iterations))[1]
-        buffers = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), shapes)
+        buffers = jax.tree.map(lambda leaf: jnp.zeros((MAX_CHUNK, *leaf.shape), leaf.dtype), shapes)
 
         def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, buffers = carry

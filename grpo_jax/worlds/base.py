@@ -174,8 +174,7 @@ def check_world(world: World) -> None:
         action = jax.eval_shape(lambda: example_action(world.action_space))
         # A fresh function object each time: a cached trace would hide what changed in between.
         first, second = (
-            jax.make_jaxpr(lambda *args: world.step(*args))(key, state, action)  # noqa: PLW0108
-            for _ in range(2)
+            jax.make_jaxpr(lambda *args: world.step(*args))(key, state, action) for _ in range(2)
         )
         step = jax.eval_shape(world.step, key, state, action)
     except jax.errors.UnexpectedTracerError as error:
@@ -219,8 +218,10 @@ def _same_bytes(left: Any, right: Any) -> bool:
 
 
 def _check_shapes(name: str, space: Space, observation: Observation) -> None:
+    expected: Any
+    actual: Any
     if isinstance(space, Dict):
-        expected = {key: part.shape for key, part in space.spaces}
+        expected = {key: getattr(part, "shape", None) for key, part in space.spaces}
         is_dict = isinstance(observation, dict)
         actual = {key: part.shape for key, part in observation.items()} if is_dict else observation
     else:
@@ -232,9 +233,10 @@ def _check_shapes(name: str, space: Space, observation: Observation) -> None:
 
 
 def _check_same(what: str, expected: PyTree, actual: PyTree) -> None:
-    if jax.tree.structure(expected) != jax.tree.structure(actual):
+    structure: Any = jax.tree.structure(actual)
+    if structure != jax.tree.structure(expected):
         raise TypeError(
-            f"{what} has another structure than reset's: {jax.tree.structure(actual)} instead of"
+            f"{what} has another structure than reset's: {structure} instead of"
             f" {jax.tree.structure(expected)}"
         )
     paths = jax.tree_util.tree_flatten_with_path(expected)[0]

@@ -26,7 +26,9 @@ def make(env: Any, params: PyTree | None = None, *, reward_function: RewardFunct
     """
     if isinstance(env, World):
         if params is not None:
-            raise ValueError("params= is for gymnax environments; set a World's parameters on the World itself")
+            raise ValueError(
+                "params= is for gymnax environments; set a World's parameters on the World itself"
+            )
         world = env
     elif isinstance(env, str):
         world = gymnax.from_id(env, params)

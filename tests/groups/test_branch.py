@@ -88,7 +88,7 @@ def test_returns_are_those_of_plain_rollouts(horizon, bootstrap):
 
 
 def test_hand_computed():
-    """State 0: action 0 pays 1, then state 1 pays 3 and leads to 2; action 1 leads to 2, which pays 2 and leads to 1."""
+    """From 0: action 0 pays 1, then state 1 pays 3; action 1 leads to 2, which pays 2; action 2 to 3, which pays -4."""
     branches = library(deterministic_world(), 0, 0.5, 2, False)
     np.testing.assert_allclose(branches.returns[0], [1 + 0.5 * 3, -2 + 0.5 * 2, 0.5 + 0.5 * -4])
     np.testing.assert_allclose(
@@ -231,7 +231,7 @@ def test_chunking_a_network_changes_no_bit():
 def test_dead_states_cost_and_count_nothing():
     alive = np.array([True, False, True, True, False, False, True])
     run = functools.partial(sampled, jax.random.key(1), POSITIONS, ACTIONS, horizon=4, bootstrap=True)
-    everyone = run()
+    everyone = run(alive=np.ones(7, bool))
     for max_branches in (0, 9):
         some = run(alive=alive, max_branches=max_branches)
         np.testing.assert_array_equal(some.returns[alive], everyone.returns[alive])

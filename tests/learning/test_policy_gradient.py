@@ -60,6 +60,7 @@ def make_batch(policy, state, observation, group, advantages):
     )
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="baseline")
 def enumerated_batch(policy, state, observation, returns, baseline="policy"):
     """All actions of states ``[B]`` with their returns ``[B, A]``."""
     parameters = policy.parameters(state, observation)
@@ -76,6 +77,7 @@ def enumerated_batch(policy, state, observation, returns, baseline="policy"):
     return make_batch(policy, state, observation, group, advantages)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def ascent(config, policy, state, batch):
     """Minus the gradient of the library's unclipped loss."""
     gradient = jax.grad(lambda params: loss(params, config, policy, state, batch, HUGE, HUGE)[0])(
@@ -176,7 +178,7 @@ def test_baselines_of_enumerated_groups(baseline, factor):
         # Shrinkage leaves a share of one out: between 1 and n / (n - 1) times the gradient, in each state.
         ratio = actual / expected
         np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-8)
-        assert np.all(ratio > 1.0) and np.all(ratio < 1.5)
+        assert np.all(ratio >= 1.0 - 1e-8) and np.any(ratio > 1.01) and np.all(ratio < 1.5)
     else:
         np.testing.assert_allclose(actual, factor * expected, rtol=1e-5, atol=1e-12)
 

@@ -160,10 +160,41 @@ def test_target_kl_stops_early():
             )
         )
 
+    # The step that would have gone too far was looked at and not taken.
+    assert float(metrics["n_updates"]) == int(new.n_updates) + 1.0
     assert kl(new) < kl(free)
     assert kl(new) > 0.01  # it stopped because it went too far, not before
     loose, _ = run_update(config.replace(target_kl=1e6), policy, learner, batch, KEY, 0.0)
     assert_close(loose.policy.params, free.policy.params, rtol=1e-6)
+
+
+def test_the_last_parameters_are_those_within_reach():
+    """Full batches, so that the order does not matter: the stopped run is a shorter one."""
+    config = BASE.replace(n_epochs=10, learning_rate=0.05, target_kl=0.01)
+    policy, learner, batch = setup(config)
+    stopped, _ = run_update(config, policy, learner, batch, KEY, 0.0)
+    shorter = config.replace(n_epochs=int(stopped.n_updates), target_kl=None)
+    expected, _ = run_update(shorter, policy, learner, batch, KEY, 0.0)
+    assert_close(stopped.policy.params, expected.policy.params, rtol=1e-4, atol=1e-6)
+    assert_close(stopped.optimizer, expected.optimizer, rtol=1e-4, atol=1e-6)
+
+
+def test_forbidden_actions_are_not_learned_from():
+    config = BASE.replace(net_arch=(), kl_coef=0.5, kl_estimator="k2", ent_coef=0.1)
+    policy, learner, _ = setup(config)
+    mask = jnp.array([[True, False, True]] * N)
+    parameters = policy.parameters(learner.policy, OBSERVATION, mask)
+    group = candidates.enumerate_actions(policy.distribution, parameters, jnp.zeros(N, jnp.int32), mask)
+    reference = policy.distribution.apply_mask(jnp.zeros((N, A)), mask)
+    batch = make_batch(
+        policy, learner.policy, action_mask=mask, group=group, distribution=parameters, reference=reference
+    )
+    batch = batch.replace(advantage=jnp.where(mask, batch.advantage, 1e6))
+    new, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    before, after = (state.policy.params["actor"]["output"] for state in (learner, new))
+    np.testing.assert_array_equal(after["kernel"][:, 1], before["kernel"][:, 1])
+    assert np.all(after["kernel"][:, [0, 2]] != before["kernel"][:, [0, 2]])
+    assert abs(float(metrics["loss"])) < 10.0  # the forbidden advantage is not in it
 
 
 @pytest.mark.parametrize("what", ["advantage", "observation", "inf"])

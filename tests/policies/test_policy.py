@@ -20,7 +20,7 @@ def init(policy, key):
     """A policy's state with made-up parameters, which takes no compiling."""
     shapes = jax.eval_shape(policy.init, key)
     rng = np.random.default_rng(0)
-    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * np.float32(0.3)  # noqa: E731
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * np.float32(0.3)
     nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes.statistics)
     return shapes.replace(params=jax.tree.map(draw, shapes.params), statistics=nothing_seen)
 

@@ -20,7 +20,7 @@ def state(cartpole):
 
 
 def as_arrays(tree):
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
 
 
@@ -41,7 +41,9 @@ def test_vmapped_states_round_trip(tmp_path, cartpole):
 
 def test_another_config_is_refused_with_the_difference(tmp_path, cartpole, state):
     grpo_jax.save(tmp_path / "state.msgpack", state)
-    with pytest.raises(ValueError, match=r"does not fit this config and env: .*\[4, 64\], expected .*\[4, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"does not fit this config and env: .*\[4, 64\], expected .*\[4, 32\]"
+    ):
         grpo_jax.restore(tmp_path / "state.msgpack", TINY.replace(net_arch=(32,)), cartpole)
     with pytest.raises(ValueError, match="is missing"):
         grpo_jax.restore(tmp_path / "state.msgpack", TINY.replace(bootstrap=True), cartpole)

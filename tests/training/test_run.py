@@ -6,7 +6,13 @@ import pytest
 import grpo_jax
 
 TINY = grpo_jax.GRPOConfig(
-    n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=6, learning_rate=1e-2, learning_rate_decay="linear"
+    n_envs=4,
+    n_steps=8,
+    batch_size=16,
+    n_epochs=2,
+    horizon=6,
+    learning_rate=1e-2,
+    learning_rate_decay="linear",
 )
 
 

@@ -149,7 +149,7 @@ def test_what_is_not_callable_is_a_type_error():
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_reward_that_is_not_finite_is_told_with_its_transition(value):
-    function = lambda s, a, n: jnp.where(n[0] > 0.5, float(value), 0.0)  # noqa: E731
+    function = lambda s, a, n: jnp.where(n[0] > 0.5, float(value), 0.0)
     message = rf"returned {value} for state=\[0\. 1\.\], action=\[1\. 1\.\], next_state=\[1\. 2\.\]"
     with pytest.raises(ValueError, match=message):
         override_reward(Line(), function)
