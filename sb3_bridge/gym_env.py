@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import jax
@@ -35,7 +35,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
       ValueError, TypeError: what is wrong with which argument, and the fix.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": RENDER_FPS}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": RENDER_FPS}  # noqa: RUF012 (as Gymnasium declares it)
 
     def __init__(self, env: Any, render_mode: str | None = None):
         check_render_mode(render_mode)

@@ -183,13 +183,13 @@ class Leak(Count):
     [
         pytest.param(Count, id="counter"),
         pytest.param(Leak, id="leak"),
-        pytest.param(lambda: lambda key, s, a: s + np.random.normal(), id="numpy-number"),  # noqa: NPY002
+        pytest.param(lambda: lambda key, s, a: s + np.random.normal(), id="numpy-number"),
         pytest.param(
-            lambda: lambda key, s, a: s + jnp.asarray(np.random.normal(size=2), jnp.float32),  # noqa: NPY002
+            lambda: lambda key, s, a: s + jnp.asarray(np.random.normal(size=2), jnp.float32),
             id="numpy-array",
         ),
         pytest.param(
-            lambda: lambda key, s, a: s + jax.random.normal(jax.random.key(np.random.randint(2**30))),  # noqa: NPY002
+            lambda: lambda key, s, a: s + jax.random.normal(jax.random.key(np.random.randint(2**30))),
             id="numpy-seed",
         ),
     ],
