@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import jax
@@ -147,6 +147,13 @@ class GRPOConfig:
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and all(isinstance(width, Integral) for width in value):
                 object.__setattr__(self, name, tuple(int(width) for width in value))
+        # gamma=1 and gamma=1.0 are one program, and a NumPy number is a number.
+        kinds: tuple[tuple[Any, Any, Any], ...] = ((_WITHIN, Real, float), (_AT_LEAST, Integral, int))
+        for names, kind, convert in kinds:
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, kind) and not isinstance(value, bool):
+                    object.__setattr__(self, name, convert(value))
         _validate(self)
 
     @property
@@ -302,9 +309,9 @@ def _validate(config: GRPOConfig) -> None:
     for name, (low, high) in _WITHIN.items():
         value = getattr(config, name)
         # Tracers, arrays and schedules have no value that could be looked at here.
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+        if isinstance(value, float) and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{name}={value!r} must be finite and between {low:g} and {high:g}")
-        if isinstance(value, (str, list, tuple)) or (value is None and name not in _OPTIONAL):
+        if isinstance(value, (bool, str, list, tuple)) or (value is None and name not in _OPTIONAL):
             raise TypeError(f"{name}={value!r} must be a number")
         if callable(value) and name not in _SCHEDULED:
             raise TypeError(f"{name}={value!r} must be a number; schedules are for {', '.join(_SCHEDULED)}")

@@ -285,3 +285,12 @@ def test_a_schedule_is_asked_for_the_optimizer_steps():
     schedule = optax.linear_schedule(1.0, 0.0, 10)
     np.testing.assert_allclose(scheduled(schedule, "none", 4, 0.9), 0.6, rtol=1e-6)
     np.testing.assert_allclose(scheduled(schedule, "linear", 4, 0.5), 0.3, rtol=1e-6)
+
+
+def test_numbers_of_other_types_are_the_numbers_they_are():
+    config = GRPOConfig(gamma=1, horizon=np.int64(3), learning_rate=np.float32(0.5))
+    assert (type(config.gamma), type(config.horizon), config.learning_rate) == (float, int, 0.5)
+    with pytest.raises(ValueError, match="learning_rate=nan"):
+        GRPOConfig(learning_rate=np.float32("nan"))
+    with pytest.raises(TypeError, match="gamma=True must be a number"):
+        GRPOConfig(gamma=True)

@@ -60,7 +60,7 @@ def make_batch(policy, state, observation, group, advantages):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="baseline")
+@functools.partial(jax.jit, static_argnames=("policy", "baseline"))
 def enumerated_batch(policy, state, observation, returns, baseline="policy"):
     """All actions of states ``[B]`` with their returns ``[B, A]``."""
     parameters = policy.parameters(state, observation)
