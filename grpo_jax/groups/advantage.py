@@ -64,6 +64,7 @@ def group_advantages(
     mean = jnp.sum(returns, axis=1) / jnp.maximum(count, 1.0)
     deviation = jnp.where(usable, returns - mean[:, None], 0.0)
     variance = jnp.sum(deviation**2, axis=1) / jnp.maximum(count, 1.0)
+    finite &= jnp.isfinite(variance)  # returns so large that their squares overflow
     spread = jnp.sqrt(variance)
     size = jnp.maximum(1.0, jnp.sum(jnp.abs(returns), axis=1) / jnp.maximum(count, 1.0))
     active = finite & (count > 1) & (spread > spread_floor * size)

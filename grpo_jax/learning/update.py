@@ -158,7 +158,7 @@ def update(
     order = jnp.argsort(draw_bits(key, (config.n_epochs, config.n_states)), axis=1)
     rows = order.reshape(config.n_updates, config.batch_size)
     gradient = jax.value_and_grad(loss, has_aux=True)
-    state = learner.policy
+    state, n_before = learner.policy, learner.n_updates
 
     def step(learner: Learner, rows: jax.Array) -> tuple[Learner, Metrics, jax.Array]:
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
@@ -214,7 +214,7 @@ def update(
         metrics["loss"].dtype,
     )
     metrics["clip_range"] = jnp.asarray(clip_low, metrics["loss"].dtype)
-    metrics["n_updates"] = taken.astype(metrics["loss"].dtype)
+    metrics["n_updates"] = (learner.n_updates - n_before).astype(metrics["loss"].dtype)
     return learner, metrics
 
 

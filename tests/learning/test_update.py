@@ -161,7 +161,7 @@ def test_target_kl_stops_early():
         )
 
     # The step that would have gone too far was looked at and not taken.
-    assert float(metrics["n_updates"]) == int(new.n_updates) + 1.0
+    assert float(metrics["n_updates"]) == int(new.n_updates)
     assert kl(new) < kl(free)
     assert kl(new) > 0.01  # it stopped because it went too far, not before
     loose, _ = run_update(config.replace(target_kl=1e6), policy, learner, batch, KEY, 0.0)
