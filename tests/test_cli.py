@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax import progress, runs
-from grpo_jax.cli import main
-from grpo_jax.runs import RunDirectory
+from grpo_jax.cli import main, progress, runs
+from grpo_jax.cli.runs import RunDirectory
 from grpo_jax.training.checkpoint import restore_like
 
 TINY = ["--n-envs", "4", "--n-steps", "16", "--batch-size", "32", "--horizon", "8", "--no-cache"]
@@ -276,7 +275,7 @@ def test_help_shows_every_field_and_the_presets_values(capsys: pytest.CaptureFix
 def test_an_id_in_another_argument_is_not_the_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[runs.Run] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("grpo_jax.cli._go_on", lambda directory, run, world, state: seen.append(run) or 0)
+    monkeypatch.setattr("grpo_jax.cli.commands._go_on", lambda directory, run, world, state: seen.append(run) or 0)
     assert main(["train", "--out", "CartPole-v1", "Acrobot-v1", "--no-cache"]) == 0
     assert seen[0].env == "Acrobot-v1"
     assert seen[0].config == grpo_jax.preset("Acrobot-v1")

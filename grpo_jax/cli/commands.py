@@ -1,4 +1,4 @@
-"""The door: ``grpo-jax train | resume | evaluate | envs``."""
+"""The commands: ``grpo-jax train | resume | evaluate | envs``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 import grpo_jax
-from grpo_jax import plots, progress, render, runs, spaces
+from grpo_jax import spaces
+from grpo_jax.cli import plots, progress, render, runs
+from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse
+from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.config import GRPOConfig
-from grpo_jax.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse
-from grpo_jax.runs import Run, RunDirectory
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.worlds.base import World
 
@@ -229,7 +230,3 @@ def _iterations(state: TrainState | None) -> int:
 
 def _evaluation_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), _EVALUATION)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""``python -m grpo_jax.cli``."""
+
+from grpo_jax.cli import main
+
+raise SystemExit(main())
