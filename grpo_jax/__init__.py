@@ -1,5 +1,6 @@
 """GRPO for control, in functional JAX. See README.md; the public names are those in ``__all__``."""
 
+from grpo_jax import spaces
 from grpo_jax._version import __version__
 from grpo_jax.config import GRPOConfig
 from grpo_jax.counter import to_int as count
@@ -12,6 +13,7 @@ from grpo_jax.learning.update import Learner, update
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
 from grpo_jax.presets import preset, preset_ids, preset_timesteps
 from grpo_jax.training.checkpoint import restore, save
+from grpo_jax.training.diagnose import NoSpreadWarning
 from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
 from grpo_jax.training.loop import Result, TrainState, init, iteration, train
 from grpo_jax.training.run import Chunk, run
@@ -31,6 +33,7 @@ __all__ = [
     "Group",
     "GymnaxWorld",
     "Learner",
+    "NoSpreadWarning",
     "Policy",
     "PolicyState",
     "Result",
@@ -59,6 +62,7 @@ __all__ = [
     "run",
     "sample_actions",
     "save",
+    "spaces",
     "train",
     "trajectory_advantages",
     "update",

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,13 @@ def _go_on(directory: RunDirectory, run: Run, world: World, state: TrainState | 
             before = (grpo_jax.count(state.decision_steps), grpo_jax.count(state.simulator_steps))
         timing = ""
         with (
+            warnings.catch_warnings(),
             runs.Recorder(directory, run, state) as record,
-            progress.Progress(run.config, *before) as show,
+            progress.Progress(*before) as show,
             progress.Interrupt() as interrupt,
         ):
+            warnings.simplefilter("always", grpo_jax.NoSpreadWarning)
+            warnings.showwarning = lambda message, *_: progress.warn(str(message))
 
             def callback(chunk: grpo_jax.Chunk) -> bool:
                 nonlocal timing

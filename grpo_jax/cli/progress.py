@@ -11,33 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import GRPOConfig
 from grpo_jax.training.evaluate import Episodes
 from grpo_jax.training.run import Chunk
 
 PLAIN_SECONDS = 10.0
 """How often a line is printed where stdout is no terminal."""
-SPREAD_ITERATIONS = 10
-"""How many iterations are looked at before a warning about groups without spread."""
 
 
 class Progress:
     """A progress bar, or now and then a plain line where stdout is no terminal; a context manager."""
 
-    def __init__(self, config: GRPOConfig, decision_steps: int = 0, simulator_steps: int = 0) -> None:
+    def __init__(self, decision_steps: int = 0, simulator_steps: int = 0) -> None:
         """Prepares, without printing yet.
 
         Args:
-          config: of the run, for advice.
           decision_steps: that were done before, of all seeds: rates count from there.
           simulator_steps: as many.
         """
         from rich import progress
         from rich.console import Console
 
-        self._config = config
         self._before = (decision_steps, simulator_steps)
-        self._zero_std: list[float] | None = []
         self._printed = -PLAIN_SECONDS
         self._bar: progress.Progress | None = None
         console = Console()
@@ -81,18 +75,7 @@ class Progress:
             self._printed = time.monotonic()
             line = f"{reward}, {rates_text(decisions, simulated)}, {entropy}"
             print(f"iteration {chunk.iteration}/{chunk.n_iterations}: {line}", flush=True)
-        self._watch_spread(chunk)
         return {"decision_steps_per_second": decisions, "simulator_steps_per_second": simulated}
-
-    def _watch_spread(self, chunk: Chunk) -> None:
-        """Warns once, and loudly, where the groups of a run have had nothing to tell from its start on."""
-        if self._zero_std is None:
-            return
-        self._zero_std += np.atleast_2d(chunk.metrics["frac_zero_std"]).mean(axis=0).tolist()
-        if len(self._zero_std) >= SPREAD_ITERATIONS or chunk.iteration == chunk.n_iterations:
-            share, self._zero_std = float(np.mean(self._zero_std)), None
-            if share > 0.99:
-                warn(_no_spread(self._config, share))
 
 
 class Interrupt:
@@ -203,18 +186,3 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
-
-
-def _no_spread(config: GRPOConfig, share: float) -> str:
-    why = f"{share:.1%} of the groups had no spread so far: their candidates all earned the same return."
-    if config.candidates == "trajectory":
-        advice = (
-            "Raise --group-size, or use a reward that tells the episodes of a group apart (reward_function)."
-        )
-    else:
-        advice = (
-            f"A branch of horizon={config.horizon} steps ends before an action shows its consequence. Raise --horizon"
-            " to the number of steps until it does, or use --bootstrap (a critic values the branch's end), or,"
-            " in Python, a reward_function that shows the consequence earlier."
-        )
-    return f"{why} Such groups teach nothing. {advice}"

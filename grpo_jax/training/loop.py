@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from grpo_jax import counter
@@ -22,6 +20,7 @@ from grpo_jax.learning.update import Learner, init_learner, update, update_refer
 from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
 from grpo_jax.policies.distributions import Categorical
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.rollout import Environments, Trajectory, rollout, start
 from grpo_jax.types import Batch, Counter, Group, Metrics, Params
 from grpo_jax.worlds.base import World
@@ -69,6 +68,10 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
       env: a world, as ``make`` returns it.
       key: PRNG key of the whole run; one key, one run, bit for bit.
     """
+    if not isinstance(config, GRPOConfig):
+        raise TypeError(f"config={config!r} must be a GRPOConfig; grpo_jax.preset(id) gives one")
+    if not isinstance(env, World):
+        raise TypeError(f"env={env!r} must be a World; grpo_jax.make(env) makes one")
     policy = make_policy(config, env.observation_space, env.action_space)
     candidates.resolve(config, policy.distribution)  # refuses what cannot be, before anything is traced
     keys = split(as_key(key), 3)
@@ -143,7 +146,8 @@ def train(
 ) -> Result:
     """A whole training run as one pure function: jit it, vmap it over keys or config fields, shard it.
 
-    Called outside of any transformation it is jitted, and checks afterwards that nothing became NaN or inf.
+    Called outside of any transformation it is jitted, checks afterwards that nothing became NaN or inf, and warns
+    (``NoSpreadWarning``) if the groups had nothing to tell.
 
     Args:
       config: the settings; traced fields may be tracers or arrays.
@@ -165,6 +169,7 @@ def train(
         return _train(config, env, as_key(key), state, n_iterations)
     result = _train_jitted(config, env, as_key(key), state, n_iterations)
     check_finite(result.metrics)
+    warn_without_spread(config, result.metrics["frac_zero_std"][:SPREAD_ITERATIONS])
     return result
 
 
@@ -173,18 +178,6 @@ def iterations_for(config: GRPOConfig, total_timesteps: int) -> int:
     if isinstance(total_timesteps, bool) or total_timesteps != int(total_timesteps) or total_timesteps < 1:
         raise ValueError(f"total_timesteps={total_timesteps!r} must be an integer of at least 1")
     return -(-int(total_timesteps) // config.n_states)
-
-
-def check_finite(metrics: Mapping[str, Any]) -> None:
-    """Raises FloatingPointError where metrics say that losses, gradients or group returns were not finite."""
-    n_updates = float(np.sum(metrics["nonfinite_updates"]))
-    n_groups = float(np.sum(metrics["nonfinite_groups"]))
-    if n_updates or n_groups:
-        raise FloatingPointError(
-            f"{n_groups:.0f} groups had a return that is NaN or inf and {n_updates:.0f} minibatches a loss or"
-            " gradient that is not finite. They were left out of training. Check the reward (reward_function)"
-            " and the world for divisions by zero, or lower learning_rate"
-        )
 
 
 def _train(

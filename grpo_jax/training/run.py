@@ -14,7 +14,8 @@ import numpy as np
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
-from grpo_jax.training.loop import TrainState, check_finite, init, iteration, iterations_for
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
+from grpo_jax.training.loop import TrainState, init, iteration, iterations_for
 from grpo_jax.types import Metrics
 from grpo_jax.worlds.base import World
 
@@ -82,6 +83,9 @@ def run(
     Raises:
       FloatingPointError: losses, gradients or group returns were not finite.
       ValueError: bad arguments.
+
+    Warns:
+      NoSpreadWarning: the groups of the first iterations had nothing to tell; says what to change.
     """
     n_iterations = iterations_for(config, total_timesteps)
     if n_seeds is not None and n_seeds < 1:
@@ -97,6 +101,7 @@ def run(
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
     history: list[dict[str, np.ndarray]] = []
+    is_new = done == 0
     length, start = 1, time.perf_counter()
     while done < n_iterations:
         length = min(length, MAX_CHUNK, n_iterations - done)
@@ -107,6 +112,10 @@ def run(
         per_iteration = (time.perf_counter() - clock) / length
         history.append(metrics)
         check_finite(metrics)
+        if is_new and (done >= SPREAD_ITERATIONS or done == n_iterations):
+            is_new = False
+            first = [part["frac_zero_std"] for part in history]
+            warn_without_spread(config, np.concatenate(first, axis=-1)[..., :SPREAD_ITERATIONS])
         if callback is not None:
             chunk = Chunk(
                 state=state,

@@ -11,7 +11,7 @@ from flax import struct
 
 from grpo_jax.spaces import ActionSpace, Box, Dict, Space
 from grpo_jax.types import Observation, Step
-from grpo_jax.worlds.base import RewardFunction, World, override_reward
+from grpo_jax.worlds.base import RewardFunction, World, check_world, override_reward
 
 
 class FunctionState(struct.PyTreeNode):
@@ -73,6 +73,7 @@ def from_function(
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps} must be at least 1")
     world = FunctionWorld(transition, initial_state, terminated, max_steps, observation_space, action_space)
+    check_world(world)
     return override_reward(world, reward_function)
 
 

@@ -6,7 +6,7 @@ import pytest
 import grpo_jax
 from grpo_jax.training import checkpoint
 
-TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, horizon=3)
+TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, horizon=24)
 
 
 @pytest.fixture(scope="module")

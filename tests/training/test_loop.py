@@ -9,7 +9,7 @@ import grpo_jax
 from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from grpo_jax.training import loop
 
-TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=6, learning_rate=1e-2)
+TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=24, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,6 @@ def test_total_timesteps_are_rounded_up_and_counted(cartpole):
     assert result.metrics["episode_return"].shape == (2,)
     assert grpo_jax.count(result.state.decision_steps) == 64
     assert grpo_jax.count(result.state.simulator_steps) == int(result.metrics["simulator_steps"][-1])
-    # No branch of these first, short episodes is longer than the horizon.
     assert 2 * 64 <= grpo_jax.count(result.state.simulator_steps) <= 2 * 64 * TINY.horizon
 
 
@@ -111,7 +110,8 @@ def test_every_action_space_learns_to_walk(space, bootstrap):
 
 def test_masked_actions_are_neither_drawn_nor_branched(cartpole):
     config = TINY.replace(baseline="mean")
-    result = grpo_jax.train(config, MaskedLine(Discrete(2)), jax.random.key(0), 64)
+    with pytest.warns(grpo_jax.NoSpreadWarning):
+        result = grpo_jax.train(config, MaskedLine(Discrete(2)), jax.random.key(0), 64)
     np.testing.assert_array_equal(result.metrics["episode_length"], 4.0)
     # One valid candidate has nothing to be compared with.
     np.testing.assert_array_equal(result.metrics["frac_zero_std"], 1.0)
@@ -174,7 +174,8 @@ def test_a_reward_function_replaces_what_is_learned_but_not_the_statistics():
 
 
 def test_a_group_whose_candidates_differ_only_later_needs_a_horizon(cartpole):
-    short = grpo_jax.train(TINY.replace(horizon=1), cartpole, jax.random.key(0), 64)
+    with pytest.warns(grpo_jax.NoSpreadWarning, match=r"100.0% of the groups.*horizon=1 .*Raise horizon"):
+        short = grpo_jax.train(TINY.replace(horizon=1), cartpole, jax.random.key(0), 64)
     np.testing.assert_array_equal(short.metrics["frac_zero_std"], 1.0)
     np.testing.assert_array_equal(short.metrics["policy_loss"], 0.0)
 
@@ -216,3 +217,10 @@ def test_cartpole_is_solved_within_20_000_decision_steps_by_nine_seeds_of_ten(ca
     returns, decision_steps = score(keys)
     assert np.max(decision_steps) <= 20_000
     assert np.sum(np.asarray(returns) >= 475) >= 9, f"sampled policy, 128 episodes: {returns}"
+
+
+def test_what_is_no_world_or_no_config_is_refused(cartpole):
+    with pytest.raises(TypeError, match=r"env='CartPole-v1' must be a World; grpo_jax.make"):
+        grpo_jax.init(TINY, "CartPole-v1", jax.random.key(0))
+    with pytest.raises(TypeError, match="must be a GRPOConfig"):
+        grpo_jax.init({"n_envs": 4}, cartpole, jax.random.key(0))

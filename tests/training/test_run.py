@@ -10,7 +10,7 @@ TINY = grpo_jax.GRPOConfig(
     n_steps=8,
     batch_size=16,
     n_epochs=2,
-    horizon=6,
+    horizon=24,
     learning_rate=1e-2,
     learning_rate_decay="linear",
 )
