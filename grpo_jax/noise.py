@@ -1,9 +1,9 @@
 """Random numbers: threefry that compiles fast, drawn in bulk.
 
-JAX lowers threefry to a loop of small kernels on a CPU, which takes 0.2 to 0.7 CPU seconds to compile at *every*
-call of ``jax.random``. Written out, the same function is one fused kernel: the same bits, compiled about five
-times faster and computed up to seven times faster (``benchmarks/compile_time.py``). Keys of this kind go through all
-of ``jax.random``, so environments draw with it too.
+JAX lowers threefry to a loop of many small kernels on a CPU, which takes 0.25 to 0.5 CPU seconds to compile at *every*
+call of ``jax.random``. Mostly written out, the same function gives the same bits, compiles 1.6 to 2.6 times faster and
+runs up to 4 times faster where there are many keys; one iteration compiles in a sixth less time
+(``benchmarks/compile_time.py``). Keys of this kind go through all of ``jax.random``, so environments draw with it too.
 
 Numbers are drawn as raw words, in bulk; every consumer turns its slice into keys, uniforms or an order. That is
 also what lets the candidates of a state share their randomness.
