@@ -16,7 +16,7 @@ from flax import struct
 
 from grpo_jax import counter
 from grpo_jax.config import Backup
-from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.types import Counter, Observation, PyTree
 from grpo_jax.worlds.base import World
 
@@ -52,7 +52,7 @@ class _Front(struct.PyTreeNode):
     alive: jax.Array
     cut: Observation  # where a living branch stands, or a truncated one was cut; None without bootstrap
     open_end: jax.Array  # bool: worth something beyond the branch
-    n_steps: jax.Array
+    n_steps: Counter
 
 
 def group_returns(
@@ -80,7 +80,7 @@ def group_returns(
     Args:
       world: what is stepped.
       act: the policy that branches follow after their candidate.
-      key: typed PRNG key; every state draws from a key of its own, so chunking changes no number.
+      key: PRNG key; every state draws from a key of its own, so chunking changes no number.
       states: world states, leaves ``[B, ...]``.
       actions: ``[B, G, *A]`` in the world's units.
       horizon: H >= 1, the candidate's own step included.
@@ -107,7 +107,7 @@ def group_returns(
 
     chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
     n_chunks = -(-n_states // chunk)
-    keys = split(key, 2 * n_states).reshape(n_states, 2)  # for the world, for the policy
+    keys = split(as_key(key), 2 * n_states).reshape(n_states, 2)  # for the world, for the policy
 
     def to_chunks(leaf: jax.Array) -> jax.Array:
         padding = n_chunks * chunk - n_states
@@ -117,7 +117,7 @@ def group_returns(
 
     wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk) < n_states)
 
-    def run(args: Any) -> tuple[jax.Array, jax.Array]:
+    def run(args: Any) -> tuple[jax.Array, Counter]:
         return _run_chunk(
             world,
             act,
@@ -137,7 +137,7 @@ def group_returns(
     else:
         returns, n_steps = jax.lax.map(run, chunks)
     returns = returns.reshape(n_chunks * chunk, n_group)[:n_states]
-    steps, _ = jax.lax.scan(lambda total, n: (counter.add(total, n), None), counter.zero(), n_steps)
+    steps, _ = jax.lax.scan(lambda total, n: (counter.merge(total, n), None), counter.zero(), n_steps)
     return Branches(returns, steps)
 
 
@@ -165,8 +165,8 @@ def _run_chunk(
     backup: Backup,
     value: Value | None,
     common_random_numbers: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """All branches of C states side by side; ``(returns [C, G], number of world steps [])``."""
+) -> tuple[jax.Array, Counter]:
+    """All branches of C states side by side; ``(returns [C, G], number of world steps)``."""
     n_states, n_group = actions.shape[:2]
     n_streams = 1 if common_random_numbers else n_group
     # States come last: an innermost axis of many elements is what a CPU's vector units want.
@@ -203,7 +203,7 @@ def _run_chunk(
             cut=cut,
             open_end=jnp.where(alive, ~step.terminated, front.open_end),
             alive=alive & ~(step.terminated | step.truncated),
-            n_steps=front.n_steps + jnp.sum(alive, dtype=jnp.int32),
+            n_steps=counter.add(front.n_steps, jnp.sum(alive, dtype=jnp.int32)),
         )
         return front, step.observation
 
@@ -237,7 +237,7 @@ def _run_chunk(
         alive=jnp.broadcast_to(wanted, shape),
         cut=observation,
         open_end=jnp.zeros(shape, bool),
-        n_steps=jnp.int32(0),
+        n_steps=counter.zero(),
     )
     if horizon > 1:
         _, front = jax.lax.while_loop(unfinished, body, (jnp.int32(0), front))

@@ -9,7 +9,7 @@ from flax import struct
 
 from grpo_jax.config import GRPOConfig, scheduled
 from grpo_jax.learning import losses
-from grpo_jax.noise import draw_bits
+from grpo_jax.noise import as_key, draw_bits
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Batch, Metrics, Params, PyTree
 
@@ -155,7 +155,7 @@ def update(
     if config.clip_range_high is not None:
         clip_high = scheduled(config.clip_range_high, config.clip_range_decay, learner.n_updates, progress)
     # One sort for all epochs: the order of random words is a random order.
-    order = jnp.argsort(draw_bits(key, (config.n_epochs, config.n_states)), axis=1)
+    order = jnp.argsort(draw_bits(as_key(key), (config.n_epochs, config.n_states)), axis=1)
     rows = order.reshape(config.n_updates, config.batch_size)
     gradient = jax.value_and_grad(loss, has_aux=True)
     state, n_before = learner.policy, learner.n_updates
