@@ -21,8 +21,9 @@ def without_prose(code: str) -> str:
     return re.sub(r'\s*#.*|print\(f".*"\)', "", code)
 
 
-def test_python_of_the_readme_runs(tmp_path):
-    code = "\n".join(blocks(ENGLISH, "python")).replace("/tmp/", f"{tmp_path}/")
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks(ENGLISH, "python"))
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert float(names["returns"].mean()) > 400
