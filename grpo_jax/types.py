@@ -32,6 +32,11 @@ class Step(struct.PyTreeNode):
     truncated: jax.Array
     task_reward: jax.Array | None = None
 
+    @property
+    def counted_reward(self) -> jax.Array:
+        """What episode statistics count: ``task_reward`` where it is told apart from ``reward``."""
+        return self.reward if self.task_reward is None else self.task_reward
+
 
 class Group(struct.PyTreeNode):
     """The candidate actions of each decision state.

@@ -137,7 +137,7 @@ def _play(
         else:
             action = policy.distribution.sample(parameters, bits_to_uniform(words[2:]))
         step = world.step(bits_to_keys(words[:2]), world_state, policy.to_world(action))
-        reward = step.reward if step.task_reward is None else step.task_reward
+        reward = step.counted_reward
         ended = step.terminated | step.truncated
         return (step.observation, step.state), (step.state, reward, ended)
 

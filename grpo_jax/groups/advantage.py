@@ -69,7 +69,7 @@ def group_advantages(
     size = jnp.maximum(1.0, jnp.sum(jnp.abs(returns), axis=1) / jnp.maximum(count, 1.0))
     active = finite & (count > 1) & (spread > spread_floor * size)
 
-    advantage = returns - _baseline(returns, weights, usable, count, mean, active, baseline)
+    advantage = returns - _baseline(returns, weights, count, mean, variance, active, baseline)
     if baseline == "executed":
         advantage = jnp.where(jnp.arange(returns.shape[1]) == executed[:, None], advantage, 0.0)
     if scale == "group":
@@ -85,9 +85,9 @@ def group_advantages(
 def _baseline(
     returns: jax.Array,
     weights: jax.Array,
-    usable: jax.Array,
     count: jax.Array,
     mean: jax.Array,
+    variance: jax.Array,
     active: jax.Array,
     baseline: Baseline,
 ) -> jax.Array:
@@ -102,8 +102,7 @@ def _baseline(
         return leave_one_out
     # James-Stein: the noisier a group's mean is, compared with how much true means differ, the more the mean of the
     # other groups is worth. Neither uses the group's own numbers, so the baseline stays independent of the action.
-    deviation = jnp.where(usable, returns - mean[:, None], 0.0)
-    noise = jnp.sum(deviation**2, axis=1) / jnp.maximum(count - 1.0, 1.0) / jnp.maximum(count, 1.0)
+    noise = variance / jnp.maximum(count - 1.0, 1.0)  # of a group's mean: its unbiased variance over its size
     n_active = jnp.sum(active).astype(returns.dtype)
     n_others = n_active - active
 
@@ -111,9 +110,8 @@ def _baseline(
         values = jnp.where(active, values, 0.0)
         return (jnp.sum(values) - values) / jnp.maximum(n_others, 1.0)
 
-    center = jnp.sum(jnp.where(active, mean, 0.0)) / jnp.maximum(
-        n_active, 1.0
-    )  # squares of small numbers are exact
+    # Centred first: the difference of two large squares would be all rounding.
+    center = jnp.sum(jnp.where(active, mean, 0.0)) / jnp.maximum(n_active, 1.0)
     shift_of_others = of_other_groups(mean - center)
     observed = of_other_groups((mean - center) ** 2) - shift_of_others**2
     noise_of_others = of_other_groups(noise)

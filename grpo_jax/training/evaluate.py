@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training.loop import TrainState
 from grpo_jax.types import Observation, PyTree
@@ -88,16 +88,16 @@ def _play(
         carry: tuple[jax.Array, PyTree, Observation, Episodes],
     ) -> tuple[jax.Array, PyTree, Observation, Episodes]:
         k, world_state, observation, episodes = carry
-        n_words = 2 + policy.distribution.n_uniforms
+        n_words = KEY_WORDS + policy.distribution.n_uniforms
         words = draw_bits(jax.random.fold_in(play_key, k), (n_episodes, n_words))
         mask = jax.vmap(env.action_mask)(world_state)
         parameters = policy.parameters(policy_state, observation, mask)
         if deterministic:
             action = policy.distribution.mode(parameters)
         else:
-            action = policy.distribution.sample(parameters, bits_to_uniform(words[:, 2:]))
-        step = jax.vmap(env.step)(bits_to_keys(words[:, :2]), world_state, policy.to_world(action))
-        reward = step.reward if step.task_reward is None else step.task_reward
+            action = policy.distribution.sample(parameters, bits_to_uniform(words[:, KEY_WORDS:]))
+        step = jax.vmap(env.step)(bits_to_keys(words[:, :KEY_WORDS]), world_state, policy.to_world(action))
+        reward = step.counted_reward
         plays = ~episodes.finished
         episodes = Episodes(
             returns=episodes.returns + jnp.where(plays, reward, 0.0),

@@ -99,7 +99,7 @@ def step_environments(
     def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
         return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
 
-    task_reward = step.reward if step.task_reward is None else step.task_reward
+    task_reward = step.counted_reward
     episode_return = environments.episode_return + task_reward
     episode_length = environments.episode_length + 1
     environments = Environments(

@@ -99,7 +99,7 @@ class RewardOverride(World):
         return step.replace(
             state=RewardOverrideState(step.state, step.observation),
             reward=jnp.asarray(reward, jnp.result_type(float)),
-            task_reward=step.reward if step.task_reward is None else step.task_reward,
+            task_reward=step.counted_reward,
         )
 
     def action_mask(self, state: RewardOverrideState) -> jax.Array | None:
