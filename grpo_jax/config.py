@@ -14,8 +14,10 @@ import optax
 
 Schedule = Callable[[Any], Any]
 """An optax schedule: from the number of optimizer steps so far to a value."""
+Optimizer = Callable[[Any], optax.GradientTransformation]
+"""From a learning rate (a number or a tracer) to an optimizer; equal ones (``==``, ``hash``) share their programs."""
 
-Candidates = Literal["auto", "enumerate", "sample", "trajectory"]
+Candidates = Literal["auto", "enumerate", "sample", "trajectory", "episodes"]
 TrajectoryForm = Literal["outcome", "process"]
 Backup = Literal["mean", "max"]
 Baseline = Literal["policy", "mean", "leave_one_out", "executed", "shrinkage"]
@@ -48,12 +50,12 @@ class GRPOConfig:
     n_epochs: int = 4
     """Passes over the decision states of an iteration."""
     batch_size: int = 128
-    """Decision states in a minibatch; must divide n_envs * n_steps."""
+    """Decision states in a minibatch; where it does not divide n_envs * n_steps, the last one of an epoch is smaller."""
 
     candidates: Candidates = "auto"
-    """Where a group comes from: all actions (enumerate), group_size draws from the policy (sample), or group_size
-    episodes from one reset (trajectory, needs no world to branch in). auto: enumerate small discrete spaces, else
-    sample."""
+    """Where a group comes from: all actions (enumerate), group_size draws from the policy (sample), group_size
+    episodes from one reset (trajectory, needs no world to branch in), or whatever episodes the rollout holds (episodes,
+    needs no common reset either). auto: enumerate small discrete spaces, else sample."""
     group_size: int = 8
     """Candidates in a sampled group, or episodes in a trajectory group."""
     max_enumerated: int = 64
@@ -91,7 +93,9 @@ class GRPOConfig:
     """Iterations between two copies of a periodic reference."""
 
     network: Network = "auto"
-    """Feature extractor; auto: convolutions for feature maps, dense layers for everything else."""
+    """Features extractor; auto: convolutions for feature maps, dense layers for everything else."""
+    share_features_extractor: bool = False
+    """Whether actor and critic learn one features extractor (the convolutions) together, where bootstrap is on."""
     net_arch: tuple[int, ...] | None = None
     """Dense layers of the actor. None: 64, 64 behind vectors, none behind convolutions."""
     critic_net_arch: tuple[int, ...] | None = None
@@ -139,6 +143,8 @@ class GRPOConfig:
     """Bound on the gradient's global norm. [traced]"""
     spread_floor: float = _traced(1e-5)
     """Standard deviation of a group's returns (relative to their size, from 1 on) that counts as no spread. [traced]"""
+    optimizer: Optimizer | None = None
+    """Makes an optax optimizer from a learning rate, in Python only; None: Adam with eps=1e-5."""
     log_std_init: float = 0.0
     """Where the log standard deviation of a Gaussian policy starts, on actions scaled to [-1, 1]."""
 
@@ -164,7 +170,7 @@ class GRPOConfig:
     @property
     def n_minibatches(self) -> int:
         """Minibatches in an epoch."""
-        return self.n_states // self.batch_size
+        return -(-self.n_states // self.batch_size)
 
     @property
     def n_updates(self) -> int:
@@ -293,7 +299,7 @@ _WITHIN: dict[str, tuple[float, float]] = {
 
 _OPTIONAL = ("clip_range_high", "dual_clip", "clip_range_vf", "kl_coef", "target_kl")
 _SCHEDULED = ("learning_rate", "clip_range", "clip_range_high")
-_SWITCHES = ("bootstrap", "common_random_numbers", "normalize_observations")
+_SWITCHES = ("bootstrap", "common_random_numbers", "normalize_observations", "share_features_extractor")
 
 
 def _validate(config: GRPOConfig) -> None:
@@ -324,13 +330,6 @@ def _validate(config: GRPOConfig) -> None:
             not isinstance(widths, tuple) or any(not isinstance(width, int) or width < 1 for width in widths)
         ):
             raise ValueError(f"{name}={widths!r} must hold positive layer sizes, such as (64, 64)")
-    if config.n_states % config.batch_size:
-        divisors = [d for d in range(1, config.n_states + 1) if config.n_states % d == 0]
-        nearest = min(divisors, key=lambda divisor: abs(divisor - config.batch_size))
-        raise ValueError(
-            f"batch_size={config.batch_size} must divide n_envs * n_steps = {config.n_envs} * {config.n_steps}"
-            f" = {config.n_states}; the nearest that does is {nearest}"
-        )
     if config.candidates == "trajectory":
         if config.n_envs % config.group_size:
             raise ValueError(
@@ -340,10 +339,20 @@ def _validate(config: GRPOConfig) -> None:
         if config.bootstrap:
             raise ValueError(
                 "bootstrap=True has no meaning with candidates='trajectory', whose returns are whole episodes;"
-                " use bootstrap=False, or candidates='enumerate' or 'sample'"
+                " use bootstrap=False, or candidates='enumerate', 'sample' or 'episodes'"
             )
-        if config.baseline == "executed":
-            raise ValueError(
-                "baseline='executed' has no meaning with candidates='trajectory': every candidate is executed;"
-                " use 'mean' or 'leave_one_out'"
-            )
+    if config.optimizer is not None and not callable(config.optimizer):
+        raise TypeError(
+            f"optimizer={config.optimizer!r} must be a function from a learning rate to an optax optimizer, such as"
+            " optax.adamw"
+        )
+    if config.candidates in ("trajectory", "episodes") and config.baseline == "executed":
+        raise ValueError(
+            f"baseline='executed' has no meaning with candidates={config.candidates!r}: every candidate is executed;"
+            " use 'mean' or 'leave_one_out'"
+        )
+    if config.candidates == "episodes" and config.baseline == "shrinkage":
+        raise ValueError(
+            "baseline='shrinkage' has no meaning with candidates='episodes', whose groups differ in size; use 'mean'"
+            " or 'leave_one_out'"
+        )

@@ -64,12 +64,15 @@ class Box:
       high: upper bounds, broadcast to ``shape``, float32.
       shape: shape of one sample.
       dtype: name of the dtype; ``"uint8"`` marks an image, whose values are divided by 255.
+      channels_first: whether the samples are images ``[channels, height, width]``, as SB3 has them; networks always
+        see the channels last.
     """
 
     low: np.ndarray
     high: np.ndarray
     shape: tuple[int, ...]
     dtype: str = "float32"
+    channels_first: bool = False
     _digest: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,10 +83,14 @@ class Box:
             high = np.broadcast_to(np.asarray(self.high, np.float32), shape)
         if np.any(np.isnan(low)) or np.any(np.isnan(high)) or np.any(low > high):
             raise ValueError(f"Box needs low <= high without NaN, got low={low}, high={high}")
+        if self.channels_first and len(shape) != 3:
+            raise ValueError(
+                f"channels_first=True is for images [channels, height, width], got shape={shape}; leave it out"
+            )
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "low", low)
         object.__setattr__(self, "high", high)
-        digest = hash((low.tobytes(), high.tobytes(), shape, self.dtype))
+        digest = hash((low.tobytes(), high.tobytes(), shape, self.dtype, self.channels_first))
         object.__setattr__(self, "_digest", digest)
 
     def __repr__(self) -> str:
@@ -91,7 +98,8 @@ class Box:
         low, high = (
             b.flat[0] if b.size and np.all(b == b.flat[0]) else b.tolist() for b in (self.low, self.high)
         )
-        return f"Box(low={low}, high={high}, shape={self.shape}, dtype={self.dtype!r})"
+        order = ", channels_first=True" if self.channels_first else ""
+        return f"Box(low={low}, high={high}, shape={self.shape}, dtype={self.dtype!r}{order})"
 
     def __hash__(self) -> int:
         return self._digest
@@ -101,6 +109,7 @@ class Box:
             isinstance(other, Box)
             and self.shape == other.shape
             and self.dtype == other.dtype
+            and self.channels_first == other.channels_first
             and np.array_equal(self.low, other.low)
             and np.array_equal(self.high, other.high)
         )
@@ -128,14 +137,18 @@ class Dict:
 
 Space = Discrete | MultiDiscrete | MultiBinary | Box | Dict
 ActionSpace = Discrete | MultiDiscrete | MultiBinary | Box
+Encoded = Any  # an array, or a dict of arrays
 
 
 def is_image(space: Space) -> bool:
     """Whether a space is a stack of 2-d feature maps ``[height, width, channels]``, 3x3 pixels or more."""
-    return isinstance(space, Box) and len(space.shape) == 3 and min(space.shape[:2]) >= 3
+    if not isinstance(space, Box) or len(space.shape) != 3:
+        return False
+    pixels = space.shape[1:] if space.channels_first else space.shape[:2]
+    return min(pixels) >= 3
 
 
-def encode(space: Space, observation: Any) -> jax.Array:
+def encode(space: Space, observation: Any) -> Encoded:
     """Turns observations into network input, one-hot where they are categories.
 
     Args:
@@ -143,25 +156,28 @@ def encode(space: Space, observation: Any) -> jax.Array:
       observation: ``[..., *space.shape]`` (a dict of such arrays for ``Dict``), any dtype.
 
     Returns:
-      ``[..., *space.shape]`` for a ``Box``, else ``[..., n_features]``; floating.
+      Floating; ``[..., *space.shape]`` for a ``Box`` (channels last), a dict of encoded entries for a ``Dict``, else
+      ``[..., n_features]``.
     """
     if isinstance(space, Dict):
-        parts = []
-        for name, part in space.spaces:
-            encoded = encode(part, observation[name])
-            batch_shape = encoded.shape[: encoded.ndim - _encoded_rank(part)]
-            parts.append(encoded.reshape(*batch_shape, -1))
-        return jnp.concatenate(parts, axis=-1)
+        return {name: encode(part, observation[name]) for name, part in space.spaces}
     observation = jnp.asarray(observation)
     if isinstance(space, Box):
         values = observation.astype(_float_dtype(observation))
-        return values / 255.0 if space.dtype == "uint8" else values
+        values = values / 255.0 if space.dtype == "uint8" else values
+        return jnp.moveaxis(values, -3, -1) if space.channels_first else values
     if isinstance(space, Discrete):
         return jax.nn.one_hot(observation, space.n)
     if isinstance(space, MultiBinary):
         return observation.astype(_float_dtype(observation))
     hots = [jax.nn.one_hot(observation[..., i], n) for i, n in enumerate(space.nvec)]
     return jnp.concatenate(hots, axis=-1)
+
+
+def encoded_rank(space: Space) -> int:
+    """Axes of one encoded observation; the entries of a ``Dict`` have ranks of their own."""
+    assert not isinstance(space, Dict)
+    return len(space.shape) if isinstance(space, Box) else 1
 
 
 def from_gymnasium(space: Any, name: str = "space") -> Space:
@@ -194,10 +210,6 @@ def from_gymnasium(space: Any, name: str = "space") -> Space:
         f"{name}: {kind} spaces are not supported; use Box, Discrete, MultiDiscrete, MultiBinary"
         " (or a flat Dict of them for observations)"
     )
-
-
-def _encoded_rank(space: Space) -> int:
-    return len(space.shape) if isinstance(space, Box) else 1
 
 
 def _float_dtype(values: jax.Array) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from grpo_jax.noise import KEY_WORDS
@@ -44,6 +45,7 @@ class GymnaxVecEnv(VecEnv):
       n_envs: how many.
       seed: environment ``i`` gets ``seed + i`` at the first reset, as by :meth:`seed`; None: unpredictable ones.
       render_mode: None or ``"rgb_array"``; ``render("human")`` shows the latter in a window.
+      monitor_dir: where to write ``0.monitor.csv``, which SB3's ``results_plotter`` reads; None: nowhere.
 
     Attributes:
       world: the world that is stepped. Immutable and shared by all environments.
@@ -53,7 +55,14 @@ class GymnaxVecEnv(VecEnv):
       ValueError, TypeError: what is wrong with which argument, and the fix.
     """
 
-    def __init__(self, env: Any, n_envs: int = 1, seed: int | None = None, render_mode: str | None = None):
+    def __init__(
+        self,
+        env: Any,
+        n_envs: int = 1,
+        seed: int | None = None,
+        render_mode: str | None = None,
+        monitor_dir: str | os.PathLike[str] | None = None,
+    ):
         if isinstance(n_envs, bool) or not isinstance(n_envs, int | np.integer) or n_envs < 1:
             raise ValueError(f"n_envs={n_envs!r} must be an integer of at least 1")
         check_render_mode(render_mode)
@@ -69,9 +78,15 @@ class GymnaxVecEnv(VecEnv):
         self.metadata: dict[str, Any] = {**self.metadata, "render_fps": RENDER_FPS}
         self._words: np.ndarray | jax.Array | None = None
         self._environments: Environments | None = None
+        self._pending: Callable[[], Environments] | None = None
         self._actions: np.ndarray | None = None
         self._renderer: Renderer | None = None
         self._start_time = time.time()
+        self._results: ResultsWriter | None = None
+        if monitor_dir is not None:
+            name = self.spec.id if self.spec else str(env)
+            header: dict[str, float | str] = {"t_start": self._start_time, "env_id": name}
+            self._results = ResultsWriter(os.path.join(monitor_dir, "0"), header=header)
         if seed is not None:
             self.seed(seed)
 
@@ -107,6 +122,28 @@ class GymnaxVecEnv(VecEnv):
                 )
         self._environments = jax.tree.map(jnp.copy, environments)
 
+    @property
+    def writes_episodes(self) -> bool:
+        """Whether a ``monitor.csv`` is kept."""
+        return self._results is not None
+
+    def write_episode(self, episode: dict[str, Any]) -> None:
+        """Writes an episode ``{"r", "l", "t"}`` to ``monitor.csv``, if one is kept."""
+        if self._results is not None:
+            self._results.write_row(episode)
+
+    def seconds(self) -> float:
+        """Since this object was made, as Monitor counts them."""
+        return round(time.time() - self._start_time, 6)
+
+    def lend(self) -> Environments:
+        """``environments`` without a copy: for programs that do not donate them, until the next ``step``."""
+        return self._started("lend() was called")
+
+    def move_to(self, where: Callable[[], Environments]) -> None:
+        """Puts the environments where ``where()`` says, which is asked only once somebody wants to know."""
+        self._pending = where
+
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds environment ``i`` with ``seed + i``, from the next reset on; None: with random numbers of NumPy.
 
@@ -137,7 +174,7 @@ class GymnaxVecEnv(VecEnv):
             if seed is not None:
                 words[index] = seed_words(seed)
         self._words, environments = _reset(self.world, words)
-        self._environments = environments
+        self._environments, self._pending = environments, None
         self._actions = None
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
@@ -168,7 +205,7 @@ class GymnaxVecEnv(VecEnv):
             raise RuntimeError("step_wait() was called without actions: call step_async(actions) first")
         actions, self._actions = self._actions, None
         self._words, environments, reward, ended, cut, final = _step(
-            self.world, self._words, self._environments, actions
+            self.world, self._words, self._started("step() was called"), actions
         )
         self._environments = environments
         observations = to_numpy(self.observation_space, environments.observation)
@@ -187,7 +224,7 @@ class GymnaxVecEnv(VecEnv):
         returns = np.asarray(self._environments.last_return)
         lengths = np.asarray(self._environments.last_length)
         final = to_numpy(self.observation_space, final)
-        seconds = round(time.time() - self._start_time, 6)
+        seconds = self.seconds()
         for index in indices.tolist():
             infos[index] = {
                 "TimeLimit.truncated": bool(truncated[index]),
@@ -195,6 +232,7 @@ class GymnaxVecEnv(VecEnv):
                 "episode": {"r": round(float(returns[index]), 6), "l": int(lengths[index]), "t": seconds},
             }
             self.reset_infos[index] = {}
+            self.write_episode(infos[index]["episode"])
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """Pictures uint8 ``[height, width, 3]`` of all environments.
@@ -215,7 +253,10 @@ class GymnaxVecEnv(VecEnv):
         return [renderer.frame(self.world, jax.tree.map(lambda leaf, i=i: leaf[i], states)) for i in indices]
 
     def close(self) -> None:
-        """Frees the renderer; may be called twice."""
+        """Frees the renderer and closes ``monitor.csv``; may be called twice."""
+        if self._results is not None:
+            self._results.close()
+            self._results = None
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -286,6 +327,8 @@ class GymnaxVecEnv(VecEnv):
         return chosen
 
     def _started(self, what: str) -> Environments:
+        if self._pending is not None:
+            self._environments, self._pending = self._pending(), None
         if self._environments is None:
             raise RuntimeError(f"{what} before reset(): call reset() first")
         return self._environments

@@ -71,14 +71,7 @@ MISTAKES = [
     ({"max_branches": -1}, "max_branches=-1", "at least 0"),
     ({"reference_interval": 0}, "reference_interval=0", "at least 1"),
     ({"batch_size": 0}, "batch_size=0", "at least 1"),
-    (
-        {"batch_size": 100},
-        "batch_size=100 must divide n_envs * n_steps = 16 * 32 = 512",
-        "nearest that does is 128",
-    ),
-    ({"batch_size": 1000}, "batch_size=1000", "nearest that does is 512"),
-    ({"n_envs": 3, "n_steps": 5, "batch_size": 4}, "batch_size=4", "nearest that does is 3"),
-    ({"candidates": "all"}, "candidates='all'", "auto, enumerate, sample, trajectory"),
+    ({"candidates": "all"}, "candidates='all'", "auto, enumerate, sample, trajectory, episodes"),
     ({"trajectory_form": "both"}, "trajectory_form='both'", "outcome, process"),
     ({"backup": "min"}, "backup='min'", "mean, max"),
     ({"baseline": "median"}, "baseline='median'", "policy, mean, leave_one_out, executed, shrinkage"),
@@ -123,7 +116,7 @@ MISTAKES = [
     (
         {"candidates": "trajectory", "bootstrap": True},
         "bootstrap=True",
-        "use bootstrap=False, or candidates='enumerate' or 'sample'",
+        "use bootstrap=False, or candidates='enumerate', 'sample' or 'episodes'",
     ),
     (
         {"candidates": "trajectory", "baseline": "executed"},

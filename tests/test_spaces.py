@@ -29,6 +29,8 @@ def make_spaces():
         Box(-1, 1, (3,)),
         Box(-1, 1, (2, 1)),
         Box(-1, 1, (2,), "uint8"),
+        Box(-1, 1, (3, 3, 3)),
+        Box(-1, 1, (3, 3, 3), channels_first=True),
         Dict((("a", Discrete(3)), ("b", Box(-1, 1, (2,))))),
         Dict((("b", Box(-1, 1, (2,))), ("a", Discrete(3)))),
         Dict((("a", Discrete(3)), ("b", Box(-1, 3, (2,))))),
@@ -121,7 +123,7 @@ ENCODINGS = [
             "speed": np.array([-0.5, 0.5], np.float32),
             "keys": np.array([0, 1]),
         },
-        [0, 1.0, 0.2, 0.4, 0, 1, 0, -0.5, 0.5, 0, 1],
+        {"image": [[[0, 1.0]], [[0.2, 0.4]]], "hand": [0, 1, 0], "speed": [-0.5, 0.5], "keys": [0, 1]},
         id="Dict",
     ),
 ]
@@ -130,16 +132,33 @@ ENCODINGS = [
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize(("space", "observation", "expected"), ENCODINGS)
 def test_encode(space, observation, expected, batch):
-    expected = np.asarray(expected, np.float32)
-    batched = jax.tree.map(
-        lambda leaf: np.broadcast_to(leaf, batch + np.shape(leaf)),
-        observation,
-        is_leaf=lambda leaf: isinstance(leaf, list),
+    batched, expected = (
+        jax.tree.map(
+            lambda leaf: np.broadcast_to(leaf, batch + np.shape(leaf)),
+            tree,
+            is_leaf=lambda leaf: isinstance(leaf, list),
+        )
+        for tree in (observation, expected)
     )
     encoded = spaces.encode(space, batched)
-    assert encoded.dtype == jnp.float32
-    assert encoded.shape == batch + expected.shape
-    np.testing.assert_allclose(encoded, np.broadcast_to(expected, encoded.shape), rtol=1e-6)
+    assert jax.tree.structure(encoded) == jax.tree.structure(expected)
+    for actual, wanted in zip(jax.tree.leaves(encoded), jax.tree.leaves(expected), strict=True):
+        assert actual.dtype == jnp.float32
+        assert actual.shape == wanted.shape
+        np.testing.assert_allclose(actual, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_networks_see_the_channels_last(batch):
+    image = np.random.default_rng(0).integers(0, 256, (*batch, 5, 6, 3), np.uint8)
+    last = spaces.encode(Box(0, 255, (5, 6, 3), "uint8"), image)
+    first = spaces.encode(Box(0, 255, (3, 5, 6), "uint8", channels_first=True), np.moveaxis(image, -1, -3))
+    np.testing.assert_array_equal(first, last)
+
+
+def test_only_images_have_channels():
+    with pytest.raises(ValueError, match=r"channels_first=True is for images .* got shape=\(4, 4\)"):
+        Box(0, 1, (4, 4), channels_first=True)
 
 
 def test_encode_tells_the_rows_of_a_batch_apart(compiled):
@@ -150,7 +169,10 @@ def test_encode_tells_the_rows_of_a_batch_apart(compiled):
 def test_dict_entries_are_found_by_name_whatever_their_order():
     space = Dict((("b", Discrete(2)), ("a", Box(0, 9, (1,)))))
     observation = {"a": jnp.array([7.0]), "b": jnp.int32(1), "unused": jnp.zeros(5)}
-    np.testing.assert_array_equal(spaces.encode(space, observation), [0, 1, 7])
+    encoded = spaces.encode(space, observation)
+    assert set(encoded) == {"a", "b"}
+    np.testing.assert_array_equal(encoded["a"], [7])
+    np.testing.assert_array_equal(encoded["b"], [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -158,6 +180,8 @@ def test_dict_entries_are_found_by_name_whatever_their_order():
     [
         (Box(0, 1, (10, 10, 4)), True),
         (Box(0, 255, (3, 3, 1), "uint8"), True),
+        (Box(0, 1, (2, 9, 9), channels_first=True), True),
+        (Box(0, 1, (9, 2, 9), channels_first=True), False),
         (Box(0, 1, (2, 10, 4)), False),  # a 3x3 convolution would see nothing
         (Box(0, 1, (10, 10)), False),
         (Box(0, 1, (4,)), False),
@@ -199,8 +223,8 @@ def test_samples_of_a_gymnasium_space_can_be_encoded():
         {"x": gym_spaces.MultiDiscrete([2, 3]), "y": gym_spaces.Box(0, 255, (2, 2, 1), np.uint8)}, seed=0
     )
     encoded = spaces.encode(spaces.from_gymnasium(theirs), theirs.sample())
-    assert encoded.shape == (2 + 3 + 4,)
-    assert float(encoded.max()) <= 1.0
+    assert {name: leaf.shape for name, leaf in encoded.items()} == {"x": (5,), "y": (2, 2, 1)}
+    assert float(encoded["y"].max()) <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -247,4 +271,5 @@ def test_spaces_of_gymnasium_environments(env_id):
 def test_the_bounds_of_an_image_do_not_fill_the_screen():
     assert repr(IMAGE) == "Box(low=0.0, high=255.0, shape=(2, 1, 2), dtype='uint8')"
     assert repr(Box([-1, -2], 3, (2,))) == "Box(low=[-1.0, -2.0], high=3.0, shape=(2,), dtype='float32')"
+    assert repr(Box(0, 1, (1, 3, 3), channels_first=True)).endswith("dtype='float32', channels_first=True)")
     assert len(repr(Box(0, 255, (84, 84, 4), "uint8"))) < 100

@@ -95,6 +95,8 @@ def _parse_with(argv: list[str], env_id: str) -> Command:
     # A twin of GRPOConfig: numbers where schedules could stand, and no validation inside of the parser.
     flags, docs, defaults = [], _field_docs(), preset(env_id)
     for name, hint in get_type_hints(GRPOConfig).items():
+        if name == "optimizer":  # a function cannot be typed
+            continue
         kinds = [kind for kind in get_args(hint) if kind != Schedule]
         plain = Union[tuple(kinds)] if Schedule in get_args(hint) else hint  # noqa: UP007
         flags.append(

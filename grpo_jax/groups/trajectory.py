@@ -1,4 +1,4 @@
-"""Trajectory groups: episodes from one reset, compared as the papers compare completions of one prompt."""
+"""Trajectory groups: whole episodes, compared as the papers compare completions of one prompt; nothing is branched."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def first_episode(ended: jax.Array) -> jax.Array:
     chex.assert_rank(ended, 2)
     ends_before = jnp.cumsum(ended, axis=0) - ended
     return ends_before == 0
+
+
+def ends_within(ended: jax.Array) -> jax.Array:
+    """Which steps belong to an episode that ends within the rollout; bool ``[T, N]`` -> bool ``[T, N]``."""
+    chex.assert_rank(ended, 2)
+    return jnp.cumsum(ended[::-1], axis=0)[::-1] > 0
 
 
 def returns_to_go(rewards: jax.Array, alive: jax.Array, gamma: float | jax.Array) -> jax.Array:
@@ -88,4 +94,62 @@ def trajectory_advantages(
         active=per_step(result.active) & alive,
         spread=per_step(result.spread),
         finite=per_step(result.finite),
+    )
+
+
+def episode_advantages(
+    returns: jax.Array,
+    valid: jax.Array,
+    group: jax.Array,
+    *,
+    baseline: Baseline = "mean",
+    scale: Scale = "batch",
+    spread_floor: float | jax.Array = 1e-5,
+) -> Advantages:
+    """Advantages of single steps, each compared with the other steps of its group; groups may differ in size.
+
+    Args:
+      returns: ``[B]``, what was earned from each step on.
+      valid: ``[B]`` bool, the return is known.
+      group: ``[B]`` int, steps with equal numbers are compared: the time since the reset (GR2PO, arXiv:2609.19850), or
+        one number for all.
+      baseline: ``mean`` (or ``policy``, weights being equal), or ``leave_one_out``.
+      scale: see :func:`group_advantages`.
+      spread_floor: see :func:`group_advantages`.
+
+    Returns:
+      ``Advantages`` with fields ``[B, 1]`` and ``[B]``: groups of one executed action each.
+    """
+    chex.assert_rank([returns, valid, group], 1)
+    chex.assert_equal_shape([returns, valid, group])
+    returns, n_steps = jnp.asarray(returns), returns.shape[0]
+    _, segment = jnp.unique(group, return_inverse=True, size=n_steps)
+    known = valid & jnp.isfinite(returns)
+
+    def total(values: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values, segment, num_segments=n_steps)
+
+    count = jnp.maximum(total(known.astype(returns.dtype)), 1.0)
+    mean = total(jnp.where(known, returns, 0.0)) / count
+    deviation = jnp.where(known, returns - mean[segment], 0.0)
+    variance = total(deviation**2) / count
+    size = jnp.maximum(1.0, total(jnp.where(known, jnp.abs(returns), 0.0)) / count)
+    finite = (total((valid & ~known).astype(returns.dtype)) == 0) & jnp.isfinite(variance)
+    has_spread = finite & (count > 1) & (jnp.sqrt(variance) > spread_floor * size)
+    active = has_spread[segment] & known
+
+    advantage = deviation
+    if baseline == "leave_one_out":
+        advantage = deviation * (count / jnp.maximum(count - 1.0, 1.0))[segment]
+    if scale == "group":
+        advantage = advantage / jnp.where(has_spread, jnp.sqrt(variance), 1.0)[segment]
+    elif scale == "batch":
+        n_active = jnp.sum(active)
+        mean_square = jnp.sum(jnp.where(active, deviation**2, 0.0)) / jnp.maximum(n_active, 1)
+        advantage = advantage / jnp.where(n_active > 0, jnp.sqrt(mean_square), 1.0)
+    return Advantages(
+        advantage=jnp.where(active, advantage, 0.0)[:, None],
+        active=active,
+        spread=jnp.sqrt(variance)[segment],
+        finite=finite[segment],
     )

@@ -34,16 +34,22 @@ _Carry = tuple[jax.Array, Learner, Metrics, jax.Array]
 
 
 def make_optimizer(config: GRPOConfig, learning_rate: float | jax.Array) -> optax.GradientTransformation:
-    """Adam behind a bound on the global norm, on one flat vector (one fused kernel instead of one a layer)."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.flatten(optax.adam(learning_rate, eps=1e-5)),
-    )
+    """An optimizer behind a bound on the gradient's global norm; Adam unless the config has another."""
+    if config.optimizer is None:
+        # One flat vector: one fused kernel instead of one a layer.
+        optimizer = optax.flatten(optax.adam(learning_rate, eps=1e-5))
+    else:
+        optimizer = config.optimizer(learning_rate)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
 
 
 def init_learner(config: GRPOConfig, policy: Policy, key: jax.Array) -> Learner:
     """A learner with fresh parameters; the reference starts as their copy."""
-    state = policy.init(key)
+    return start_learner(config, policy.init(key))
+
+
+def start_learner(config: GRPOConfig, state: PolicyState) -> Learner:
+    """A learner that starts from given parameters; the reference starts as their copy."""
     return Learner(
         policy=state,
         optimizer=make_optimizer(config, 0.0).init(state.params),
@@ -154,14 +160,19 @@ def update(
     clip_high = clip_low
     if config.clip_range_high is not None:
         clip_high = scheduled(config.clip_range_high, config.clip_range_decay, learner.n_updates, progress)
+    size = min(config.batch_size, config.n_states)
     # One sort for all epochs: the order of random words is a random order.
     order = jnp.argsort(draw_bits(as_key(key), (config.n_epochs, config.n_states)), axis=1)
-    rows = order.reshape(config.n_updates, config.batch_size)
+    # The last minibatch of an epoch is filled up with rows that do not exist.
+    n_missing = config.n_minibatches * size - config.n_states
+    order = jnp.pad(order, ((0, 0), (0, n_missing)), constant_values=config.n_states)
+    rows = order.reshape(config.n_updates, size)
     gradient = jax.value_and_grad(loss, has_aux=True)
     state, n_before = learner.policy, learner.n_updates
 
     def step(learner: Learner, rows: jax.Array) -> tuple[Learner, Metrics, jax.Array]:
-        minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
+        minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)  # out of range: the last row, not alive
+        minibatch = minibatch.replace(alive=minibatch.alive & (rows < config.n_states))
         (total, metrics), gradients = gradient(
             learner.policy.params, config, policy, state, minibatch, clip_low, clip_high
         )

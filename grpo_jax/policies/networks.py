@@ -1,4 +1,8 @@
-"""Actors and critics in flax; observations come encoded (``spaces.encode``), batch axes are free."""
+"""Features extractors, actors and critics in flax.
+
+Observations come encoded (``spaces.encode``): an extractor joins them into one vector of features, the heads of actor
+and critic stand on it. Batch axes are free.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.noise import bits_to_uniform, draw_bits
-from grpo_jax.types import Params
+from grpo_jax.types import Params, PyTree
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": nn.tanh,
@@ -21,18 +25,43 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "leaky_relu": nn.leaky_relu,
 }
+Activation = str | Callable[[jax.Array], jax.Array]
+"""A name in ``ACTIVATIONS``, or any hashable function of arrays."""
+
+
+def check_activation(activation: Any) -> None:
+    """Refuses what is no activation.
+
+    Raises:
+      ValueError: an unknown name.
+      TypeError: neither a name nor a hashable function.
+    """
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}, or a function"
+            )
+        return
+    try:
+        hash(activation)
+    except TypeError as error:
+        raise TypeError(f"activation={activation!r} must be hashable; use a plain function") from error
+    if not callable(activation) or isinstance(activation, (type, nn.Module)):
+        raise TypeError(
+            f"activation={activation!r} must be a name or a function of one array, such as jax.nn.relu"
+        )
 
 
 class MLP(nn.Module):
     """Dense layers with an activation after each; ``[..., n_in] -> [..., widths[-1]]``."""
 
     widths: tuple[int, ...]
-    activation: str
+    activation: Activation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for width in self.widths:
-            x = ACTIVATIONS[self.activation](nn.Dense(width)(x))
+            x = _activate(self.activation, nn.Dense(width)(x))
         return x
 
 
@@ -51,47 +80,72 @@ class CNN(nn.Module):
 
     From 36 pixels on the three layers of Mnih et al. 2015 (doi:10.1038/nature14236) and 512 features; below, one
     3x3 layer of 16 channels and 128 features, the network of MinAtar (arXiv:1903.03176).
+
+    Attributes:
+      activation: behind each layer.
+      n_features: size of the last layer; None: 512 or 128.
     """
 
-    activation: str
+    activation: Activation
+    n_features: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        activation = ACTIVATIONS[self.activation]
         if min(x.shape[-3:-1]) >= 36:
             layers, n_features = [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512
         else:
             layers, n_features = [(16, 3, 1)], 128
         for channels, kernel, stride in layers:
-            x = activation(nn.Conv(channels, (kernel, kernel), (stride, stride), padding="VALID")(x))
+            convolved = nn.Conv(channels, (kernel, kernel), (stride, stride), padding="VALID")(x)
+            x = _activate(self.activation, convolved)
         x = x.reshape(*x.shape[:-3], -1)
-        return activation(nn.Dense(n_features)(x))
+        return _activate(self.activation, nn.Dense(self.n_features or n_features)(x))
+
+
+class Combined(nn.Module):
+    """Joins the entries of a dict, images behind a :class:`CNN` each; ``{name: [..., *shape]} -> [..., F]``.
+
+    Attributes:
+      ranks: name and number of axes of each entry, in the order in which their features are joined.
+      images: names of the entries that are images.
+      activation: of the convolutions.
+      n_features: features of each image.
+    """
+
+    ranks: tuple[tuple[str, int], ...]
+    images: tuple[str, ...] = ()
+    activation: Activation = "relu"
+    n_features: int = 256
+
+    @nn.compact
+    def __call__(self, observation: dict[str, jax.Array]) -> jax.Array:
+        features = []
+        for name, rank in self.ranks:
+            is_image = name in self.images
+            part = CNN(self.activation, self.n_features, name=f"CNN_{name}") if is_image else Flatten(rank)
+            features.append(part(observation[name]))
+        return jnp.concatenate(features, axis=-1)
 
 
 class Actor(nn.Module):
-    """Observations to distribution parameters ``[..., P]``.
+    """Features ``[..., F]`` to distribution parameters ``[..., P]``.
 
     Attributes:
-      torso: ``"mlp"`` or ``"cnn"``, before the dense layers.
-      rank: axes of one encoded observation.
       widths: sizes of the dense layers.
-      activation: a name in ``ACTIVATIONS``.
+      activation: behind each of them.
       n_outputs: logits, or means.
       gaussian: appends log standard deviations, learned and the same in every state.
       log_std_init: where they start.
     """
 
-    torso: str
-    rank: int
     widths: tuple[int, ...]
-    activation: str
+    activation: Activation
     n_outputs: int
     gaussian: bool = False
     log_std_init: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _torso(self.torso, self.rank, self.activation)(x)
         x = MLP(self.widths, self.activation)(x)
         x = nn.Dense(self.n_outputs, name="output")(x)
         if not self.gaussian:
@@ -102,33 +156,54 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Observations to state values ``[...]``; the attributes of :class:`Actor`."""
+    """Features ``[..., F]`` to state values ``[...]``; the attributes of :class:`Actor`."""
 
-    torso: str
-    rank: int
     widths: tuple[int, ...]
-    activation: str
+    activation: Activation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _torso(self.torso, self.rank, self.activation)(x)
         x = MLP(self.widths, self.activation)(x)
         return nn.Dense(1, name="output")(x)[..., 0]
 
 
-def initialise(module: nn.Module, key: jax.Array, example: jax.Array, output_gain: float) -> Params:
-    """Parameters of an actor or critic: orthogonal kernels, zero biases.
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is one of this file, which takes any batch axes and can start orthogonally."""
+    return type(module) in (Flatten, CNN, Combined, Actor, Critic, MLP)
 
-    Gains as in Andrychowicz et al. 2021 (arXiv:2006.05990): sqrt(2) for relu-like and tanh hidden layers, a small one
-    for the actor's output. All kernels come from one draw, since XLA compiles every draw anew.
+
+def initialise(
+    module: nn.Module, key: jax.Array, example: PyTree, output_gain: float = 1.0, orthogonal: bool = True
+) -> Params:
+    """Parameters of a module; ``{}`` where it has none.
+
+    Modules of this file start with orthogonal kernels and zero biases, with gains as in Andrychowicz et al. 2021
+    (arXiv:2006.05990): sqrt(2) for relu-like and tanh hidden layers, a small one for the actor's output. All kernels
+    come from one draw, since XLA compiles every draw anew. Any other module starts as its own initialisers say.
 
     Args:
-      module: an actor or a critic.
+      module: a features extractor, an actor or a critic.
       key: PRNG key.
-      example: one encoded observation, or its shape and dtype.
+      example: one encoded observation, or its shape and dtype; with a batch axis for modules that need one.
       output_gain: gain of the layer named ``output``.
+      orthogonal: False: flax's own initialisers.
+
+    Raises:
+      ValueError: the module keeps more than parameters, such as running statistics.
     """
-    shapes = jax.eval_shape(module.init, key, example)["params"]
+    variables = jax.eval_shape(module.init, key, example)
+    state = sorted(set(variables) - {"params"})
+    if state:
+        raise ValueError(
+            f"{type(module).__name__} keeps {', '.join(state)} beside its parameters, which nothing here updates;"
+            " use layers without state, such as LayerNorm in place of BatchNorm"
+        )
+    shapes = variables.get("params", {})
+    if not shapes:
+        return {}
+    if not (orthogonal and is_own(module)):
+        examples = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
+        return module.init(key, examples)["params"]
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     sizes = [math.prod(leaf.shape) for _, leaf in leaves]
     normal = jax.scipy.special.ndtri(bits_to_uniform(draw_bits(key, (sum(sizes),))))
@@ -141,10 +216,15 @@ def initialise(module: nn.Module, key: jax.Array, example: jax.Array, output_gai
         elif names[-1] == "log_std":
             filled.append(jnp.full(leaf.shape, getattr(module, "log_std_init", 0.0)))
         else:
+            assert names[-1] == "bias", names
             filled.append(jnp.zeros(leaf.shape))
         filled[-1] = filled[-1].reshape(leaf.shape).astype(leaf.dtype)
         start += size
     return jax.tree_util.tree_unflatten(structure, filled)
+
+
+def _activate(activation: Activation, x: jax.Array) -> jax.Array:
+    return ACTIVATIONS[activation](x) if isinstance(activation, str) else activation(x)
 
 
 def _orthogonal(normal: jax.Array) -> jax.Array:
@@ -153,7 +233,3 @@ def _orthogonal(normal: jax.Array) -> jax.Array:
     q, r = jnp.linalg.qr(tall)
     q = q * jnp.sign(jnp.diagonal(r))  # makes the distribution uniform
     return q if normal.shape[0] >= normal.shape[1] else q.T
-
-
-def _torso(kind: str, rank: int, activation: str) -> Any:
-    return CNN(activation, name="torso") if kind == "cnn" else Flatten(rank, name="torso")

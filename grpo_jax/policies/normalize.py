@@ -13,39 +13,56 @@ CLIP = 10.0
 
 
 class RunningStatistics(struct.PyTreeNode):
-    """Mean and sum of squared deviations of all observations seen; both ``[*shape]``, ``count`` ``[]``."""
+    """Mean and sum of squared deviations of all observations seen.
 
-    mean: jax.Array
-    sum_squares: jax.Array
+    Attributes:
+      mean: ``[*shape]``, or a dict of such arrays.
+      sum_squares: the same.
+      count: ``[]``.
+    """
+
+    mean: PyTree
+    sum_squares: PyTree
     count: jax.Array
 
 
-def initial(example: jax.Array) -> RunningStatistics:
+def initial(example: PyTree) -> RunningStatistics:
     """Statistics of nothing yet: they leave observations as they are."""
     dtype = jnp.result_type(float)
-    return RunningStatistics(
-        jnp.zeros(example.shape, dtype), jnp.zeros(example.shape, dtype), jnp.zeros((), dtype)
-    )
+
+    def zeros(leaf: jax.Array) -> jax.Array:
+        return jnp.zeros(leaf.shape, dtype)
+
+    return RunningStatistics(jax.tree.map(zeros, example), jax.tree.map(zeros, example), jnp.zeros((), dtype))
 
 
-def update(statistics: RunningStatistics, batch: jax.Array) -> RunningStatistics:
+def update(statistics: RunningStatistics, batch: PyTree) -> RunningStatistics:
     """Adds a batch ``[N, *shape]`` (Chan et al. 1979, parallel form of Welford's algorithm)."""
-    n_new = jnp.asarray(batch.shape[0], statistics.count.dtype)
-    mean = jnp.mean(batch, axis=0)
-    sum_squares = jnp.sum((batch - mean) ** 2, axis=0)
-    total = statistics.count + n_new
-    delta = mean - statistics.mean
+    count = statistics.count
+    n_new = jnp.asarray(jax.tree.leaves(batch)[0].shape[0], count.dtype)
+    total = count + n_new
+
+    def moved_mean(mean: jax.Array, batch: jax.Array) -> jax.Array:
+        return mean + (jnp.mean(batch, axis=0) - mean) * n_new / total
+
+    def moved_squares(sum_squares: jax.Array, mean: jax.Array, batch: jax.Array) -> jax.Array:
+        batch_mean = jnp.mean(batch, axis=0)
+        own = jnp.sum((batch - batch_mean) ** 2, axis=0)
+        return sum_squares + own + (batch_mean - mean) ** 2 * count * n_new / total
+
     return RunningStatistics(
-        mean=statistics.mean + delta * n_new / total,
-        sum_squares=statistics.sum_squares + sum_squares + delta**2 * statistics.count * n_new / total,
+        mean=jax.tree.map(moved_mean, statistics.mean, batch),
+        sum_squares=jax.tree.map(moved_squares, statistics.sum_squares, statistics.mean, batch),
         count=total,
     )
 
 
-def normalize(statistics: RunningStatistics, observation: PyTree) -> jax.Array:
+def normalize(statistics: RunningStatistics, observation: PyTree) -> PyTree:
     """Observations with mean 0 and variance 1, clipped; ``[..., *shape]``."""
-    variance = jnp.where(
-        statistics.count > 1, statistics.sum_squares / jnp.maximum(statistics.count, 1.0), 1.0
-    )
-    scaled = (observation - statistics.mean) / jnp.sqrt(variance + 1e-8)
-    return jnp.clip(scaled, -CLIP, CLIP)
+    count = statistics.count
+
+    def scaled(observation: jax.Array, mean: jax.Array, sum_squares: jax.Array) -> jax.Array:
+        variance = jnp.where(count > 1, sum_squares / jnp.maximum(count, 1.0), 1.0)
+        return jnp.clip((observation - mean) / jnp.sqrt(variance + 1e-8), -CLIP, CLIP)
+
+    return jax.tree.map(scaled, observation, statistics.mean, statistics.sum_squares)

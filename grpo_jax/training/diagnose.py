@@ -43,6 +43,12 @@ def warn_without_spread(config: GRPOConfig, frac_zero_std: Any) -> None:
     why = f"{share:.1%} of the groups had no spread so far: their candidates all earned the same return."
     if config.candidates == "trajectory":
         advice = "Raise group_size, or use a reward_function that tells the episodes of a group apart."
+    elif config.candidates == "episodes":
+        advice = (
+            f"n_envs={config.n_envs} times n_steps={config.n_steps} must hold several whole episodes, with different"
+            " rewards: raise n_steps, or use bootstrap=True (a critic values what the rollout cuts), or a"
+            " reward_function that tells episodes apart."
+        )
     else:
         advice = (
             f"A branch of horizon={config.horizon} steps ends before an action shows its consequence. Raise horizon"

@@ -14,7 +14,12 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages, group_advantages
 from grpo_jax.groups.branch import group_returns
-from grpo_jax.groups.trajectory import first_episode, trajectory_advantages
+from grpo_jax.groups.trajectory import (
+    ends_within,
+    episode_advantages,
+    first_episode,
+    trajectory_advantages,
+)
 from grpo_jax.learning.losses import lambda_returns
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
@@ -24,6 +29,21 @@ from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_wit
 from grpo_jax.training.rollout import Environments, Trajectory, rollout, start
 from grpo_jax.types import Batch, Counter, Group, Metrics, Params
 from grpo_jax.worlds.base import World
+
+
+class Keys(NamedTuple):
+    """The PRNG keys that an iteration takes."""
+
+    next: jax.Array
+    reset: jax.Array
+    rollout: jax.Array
+    groups: jax.Array
+    update: jax.Array
+
+
+def iteration_keys(key: jax.Array) -> Keys:
+    """The keys of an iteration, from the one in its state."""
+    return Keys(*split(key, len(Keys._fields)))
 
 
 class TrainState(struct.PyTreeNode):
@@ -90,7 +110,7 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
 def iteration(
     config: GRPOConfig, env: World, state: TrainState, n_iterations: int | jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Rollout, groups, update: the whole algorithm once.
+    """Rollout, groups, update: the whole algorithm once; ``collect``, then ``learn``.
 
     Args:
       config: the settings.
@@ -101,40 +121,93 @@ def iteration(
     Returns:
       The state afterwards, and scalar metrics.
     """
-    policy = state.policy
-    learner = state.learner
-    next_key, reset_key, rollout_key, group_key, update_key = split(state.key, 5)
+    state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap)
+    state, metrics = learn(config, env, state, trajectory, state.iteration / n_iterations)
+    return state, metrics | _episode_metrics(state.environments, trajectory)
+
+
+def collect(
+    config: GRPOConfig, env: World, state: TrainState, *, keep_next_observation: bool
+) -> tuple[TrainState, Trajectory]:
+    """The first half of an iteration: the policy acts.
+
+    Args:
+      config: the settings.
+      env: the world that is acted in.
+      state: the state before.
+      keep_next_observation: whether the trajectory holds what was reached, which ``bootstrap`` needs.
+
+    Returns:
+      The state with the environments moved on, and the trajectory ``[n_steps, n_envs]``.
+    """
+    keys = iteration_keys(state.key)
     environments = state.environments
-    is_trajectory = config.candidates == "trajectory"
-    if is_trajectory:
-        environments = _restart_groups(config, env, environments, reset_key)
+    if config.candidates == "trajectory":
+        environments = _restart_groups(config, env, environments, keys.reset)
     environments, trajectory = rollout(
-        env, policy, learner.policy, environments, rollout_key, config.n_steps, config.bootstrap
+        env,
+        state.policy,
+        state.learner.policy,
+        environments,
+        keys.rollout,
+        config.n_steps,
+        keep_next_observation,
     )
-    if is_trajectory:
+    return state.replace(environments=environments), trajectory
+
+
+def learn(
+    config: GRPOConfig,
+    env: World | None,
+    state: TrainState,
+    trajectory: Trajectory,
+    progress: jax.Array | float,
+) -> tuple[TrainState, Metrics]:
+    """The second half of an iteration: groups, then the update.
+
+    Args:
+      config: the settings.
+      env: the world that is branched in; None for trajectory groups, which need none.
+      state: the state whose policy acted.
+      trajectory: what it did, ``[n_steps, n_envs]``.
+      progress: share of the run that is done, in [0, 1], for decaying rates.
+
+    Returns:
+      The state afterwards, and scalar metrics.
+    """
+    policy, learner = state.policy, state.learner
+    if trajectory.distribution is None:
+        distribution = policy.parameters(learner.policy, trajectory.observation, trajectory.action_mask)
+        trajectory = trajectory.replace(distribution=distribution)
+    keys = iteration_keys(state.key)
+    if config.candidates == "trajectory":
         batch, advantages, branches = _trajectory_groups(config, policy, trajectory)
+    elif config.candidates == "episodes":
+        batch, advantages, branches = _episode_groups(config, policy, learner.policy, trajectory)
     else:
+        assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
         batch, advantages, branches = _state_groups(
-            config, env, policy, learner.policy, trajectory, group_key
+            config, env, policy, learner.policy, trajectory, keys.groups
         )
     if learner.reference is not None:
         reference = policy.parameters(learner.reference, batch.observation, batch.action_mask)
         batch = batch.replace(reference=reference)
-    progress = state.iteration / n_iterations
-    learner, metrics = update(config, policy, learner, batch, update_key, progress)
+    learner, metrics = update(config, policy, learner, batch, keys.update, progress)
+    if batch.value is not None and batch.value_target is not None:
+        metrics["explained_variance"] = _explained_variance(batch.value, batch.value_target)
     learner = learner.replace(policy=policy.update_statistics(learner.policy, batch.observation))
     learner = update_reference(config, learner, state.iteration)
 
-    n_decisions = jnp.sum(batch.alive, dtype=jnp.int32)
+    # Behind the first episode of a trajectory group nothing is decided; everywhere else every step counts.
+    is_real = batch.alive if config.candidates == "trajectory" else jnp.ones_like(batch.alive)
+    n_decisions = jnp.sum(is_real, dtype=jnp.int32)
     state = state.replace(
         learner=learner,
-        environments=environments,
-        key=next_key,
+        key=keys.next,
         iteration=state.iteration + 1,
         decision_steps=counter.add(state.decision_steps, n_decisions),
         simulator_steps=counter.merge(state.simulator_steps, branches),
     )
-    metrics |= _episode_metrics(environments, trajectory)
     metrics |= _group_metrics(batch, advantages)
     metrics["decision_steps"] = counter.to_float(state.decision_steps)
     metrics["simulator_steps"] = counter.to_float(state.simulator_steps)
@@ -248,26 +321,68 @@ def _state_groups(
         group = group.replace(log_weight=jnp.zeros_like(group.log_weight))
     batch = _batch(flat, group, advantages, jnp.ones(config.n_states, bool))
     if config.bootstrap:
-        values = policy.value(policy_state, trajectory.observation)
-        next_values = policy.value(policy_state, trajectory.next_observation)
-        targets = lambda_returns(
-            trajectory.reward,
-            values,
-            next_values,
-            trajectory.terminated,
-            trajectory.terminated | trajectory.truncated,
-            config.gamma,
-            config.gae_lambda,
-        )
+        values, targets = _critic(config, policy, policy_state, trajectory)
         batch = batch.replace(value=values.reshape(-1), value_target=targets.reshape(-1))
     return batch, advantages, branches.simulator_steps
+
+
+def _critic(
+    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
+) -> tuple[jax.Array, jax.Array]:
+    """The critic's values of the decision states, and the lambda-returns it learns; both ``[T, N]``."""
+    values = policy.value(policy_state, trajectory.observation)
+    targets = lambda_returns(
+        trajectory.reward,
+        values,
+        policy.value(policy_state, trajectory.next_observation),
+        trajectory.terminated,
+        trajectory.ended,
+        config.gamma,
+        config.gae_lambda,
+    )
+    return values, targets
+
+
+def _episode_groups(
+    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
+) -> tuple[Batch, Advantages, Counter]:
+    """Groups of the episodes that the rollout happens to hold.
+
+    Without a critic a step is compared with the others at equal time since their reset, by returns to go; what the
+    rollout cut is left out. With one, lambda-returns beyond what the critic expected are comparable wherever they were
+    earned: all steps are one group, as in PPO with normalised advantages (arXiv:1707.06347; GAE arXiv:1506.02438).
+    """
+    ended = trajectory.ended
+    values = targets = None
+    if config.bootstrap:
+        values, targets = _critic(config, policy, policy_state, trajectory)
+        returns, group = targets - values, jnp.zeros_like(trajectory.time)
+        valid = jnp.ones_like(ended)
+    else:
+        nothing = jnp.zeros_like(trajectory.reward)
+        returns = lambda_returns(trajectory.reward, nothing, nothing, ended, ended, config.gamma, 1.0)
+        group, valid = trajectory.time, ends_within(ended)
+    flat, returns, valid, group, values, targets = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, returns, valid, group, values, targets)
+    )
+    advantages = episode_advantages(
+        returns,
+        valid,
+        group,
+        baseline=config.baseline,
+        scale=config.advantage_scale,
+        spread_floor=config.spread_floor,
+    )
+    executed = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
+    batch = _batch(flat, executed, advantages, valid)
+    return batch.replace(value=values, value_target=targets), advantages, counter.zero()
 
 
 def _trajectory_groups(
     config: GRPOConfig, policy: Policy, trajectory: Trajectory
 ) -> tuple[Batch, Advantages, Counter]:
     """Groups of episodes from one reset: nothing is branched."""
-    alive = first_episode(trajectory.terminated | trajectory.truncated)
+    alive = first_episode(trajectory.ended)
     advantages = trajectory_advantages(
         trajectory.reward,
         alive,
@@ -286,6 +401,7 @@ def _trajectory_groups(
 
 
 def _batch(flat: Trajectory, group: Group, advantages: Advantages, alive: jax.Array) -> Batch:
+    assert flat.distribution is not None
     return Batch(
         observation=flat.observation,
         action_mask=flat.action_mask,
@@ -317,7 +433,7 @@ def _episode_metrics(environments: Environments, trajectory: Trajectory) -> Metr
             n_known > 0, jnp.sum(jnp.where(known, values, 0.0)) / jnp.maximum(n_known, 1), jnp.nan
         )
 
-    ended = trajectory.terminated | trajectory.truncated
+    ended = trajectory.ended
     return {
         "episode_return": mean(environments.last_return),
         "episode_length": mean(environments.last_length),
@@ -334,9 +450,16 @@ def _group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
 
     return {
         "group_spread": average(advantages.spread),
-        "frac_zero_std": average(1.0 - advantages.active),
+        # 1 also where no step belongs to a group: nothing can be learned then either.
+        "frac_zero_std": 1.0 - average(advantages.active),
         "nonfinite_groups": jnp.sum(batch.alive & ~advantages.finite).astype(jnp.result_type(float)),
     }
+
+
+def _explained_variance(value: jax.Array, target: jax.Array) -> jax.Array:
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN where nothing varies."""
+    variance = jnp.var(target)
+    return jnp.where(variance > 0, 1.0 - jnp.var(target - value) / variance, jnp.nan)
 
 
 def _is_traced(*trees: Any) -> bool:

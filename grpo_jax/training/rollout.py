@@ -36,26 +36,46 @@ class Trajectory(struct.PyTreeNode):
     """What was seen; every leaf ``[T, N, ...]``.
 
     Attributes:
-      state: decision states.
-      observation: of the decision states.
+      environments: before the step: decision states, their observations, time since the reset.
       action_mask: bool, or None.
-      distribution: parameters of pi_old.
+      distribution: parameters of pi_old; None where they were not kept, ``learn`` then computes them.
       action: executed, in the policy's units.
       reward: what GRPO maximises.
+      task_reward: what episode statistics count; None where that is ``reward`` itself.
       terminated: bool.
       truncated: bool.
       next_observation: of the state that was reached, before any reset; None where no critic asks for it.
     """
 
-    state: PyTree
-    observation: Observation
+    environments: Environments
     action_mask: jax.Array | None
-    distribution: jax.Array
+    distribution: jax.Array | None
     action: jax.Array
     reward: jax.Array
+    task_reward: jax.Array | None
     terminated: jax.Array
     truncated: jax.Array
     next_observation: Observation | None
+
+    @property
+    def state(self) -> PyTree:
+        """Decision states."""
+        return self.environments.state
+
+    @property
+    def observation(self) -> Observation:
+        """Of the decision states."""
+        return self.environments.observation
+
+    @property
+    def time(self) -> jax.Array:
+        """Steps since the reset; int32 ``[T, N]``."""
+        return self.environments.episode_length
+
+    @property
+    def ended(self) -> jax.Array:
+        """Whether the step was the last one of its episode; bool ``[T, N]``."""
+        return self.terminated | self.truncated
 
 
 def start(world: World, keys: jax.Array) -> Environments:
@@ -148,12 +168,12 @@ def rollout(
         action = policy.distribution.sample(parameters, uniforms)
         after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(
-            state=envs.state,
-            observation=envs.observation,
+            environments=envs,
             action_mask=mask,
             distribution=parameters,
             action=action,
             reward=step.reward,
+            task_reward=step.task_reward,
             terminated=step.terminated,
             truncated=step.truncated,
             next_observation=step.observation if keep_next_observation else None,

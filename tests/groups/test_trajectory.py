@@ -6,7 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.groups.trajectory import first_episode, returns_to_go, trajectory_advantages
+from grpo_jax.groups.advantage import group_advantages
+from grpo_jax.groups.trajectory import (
+    ends_within,
+    episode_advantages,
+    first_episode,
+    returns_to_go,
+    trajectory_advantages,
+)
 
 # Two groups of two: lengths 3 (not ended), 2; and 1, 3.
 ENDED = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)
@@ -109,3 +116,47 @@ def test_a_broken_episode_breaks_its_group_alone():
         np.testing.assert_array_equal(result.advantage[:, :2][:1], 0.0)
         assert not np.any(result.finite[0, :2]) and np.all(result.finite[:, 2:])
         np.testing.assert_allclose(result.advantage[0, 2:, 0], [1, -1], rtol=1e-6)
+
+
+# Steps at times 0, 1, 0, 1, 2, 0: the third group has one member, a return of the first is not known.
+STEP_RETURNS = np.array([1.0, 4.0, 5.0, 8.0, 3.0, 99.0])
+STEP_VALID = np.array([1, 1, 1, 1, 1, 0], bool)
+STEP_TIME = np.array([0, 1, 0, 1, 2, 0])
+
+episode_jitted = jax.jit(episode_advantages, static_argnames=("baseline", "scale"))
+
+
+@pytest.mark.parametrize("function", [episode_advantages, episode_jitted], ids=["plain", "jit"])
+@pytest.mark.parametrize(("baseline", "factor"), [("mean", 1.0), ("policy", 1.0), ("leave_one_out", 2.0)])
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_steps_are_compared_with_those_at_equal_time(function, baseline, factor, scale):
+    """Group 0: 1, 5 about 3; group 1: 4, 8 about 6; both spreads are 2."""
+    result = function(STEP_RETURNS, STEP_VALID, STEP_TIME, baseline=baseline, scale=scale)
+    size = 2.0 if scale == "none" else 1.0
+    expected = factor * size * np.array([-1, -1, 1, 1, 0, 0])
+    np.testing.assert_allclose(result.advantage[:, 0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(result.active, [1, 1, 1, 1, 0, 0])
+    np.testing.assert_allclose(result.spread, [2, 2, 2, 2, 0, 2], rtol=1e-6)
+    assert np.all(result.finite)
+
+
+def test_one_group_of_all_steps_is_a_group_of_group_advantages():
+    returns = np.random.default_rng(0).normal(size=9)
+    together = episode_advantages(returns, np.ones(9, bool), np.zeros(9, int), scale="group")
+    weights, valid = np.full((1, 9), 1 / 9), np.ones((1, 9), bool)
+    group = group_advantages(returns[None], weights, valid, np.zeros(1, int), baseline="mean", scale="group")
+    np.testing.assert_allclose(together.advantage[:, 0], group.advantage[0], rtol=1e-5)
+
+
+def test_one_return_that_is_not_finite_silences_its_group_and_is_told():
+    returns = STEP_RETURNS.copy()
+    returns[0] = np.nan
+    result = episode_jitted(returns, STEP_VALID, STEP_TIME)
+    np.testing.assert_array_equal(result.finite, [0, 1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(result.active, [0, 1, 0, 1, 0, 0])
+    assert np.all(np.isfinite(result.advantage))
+
+
+def test_which_episodes_end_within_a_rollout():
+    ended = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
+    np.testing.assert_array_equal(ends_within(ended), [[1, 1, 0], [1, 0, 0], [0, 0, 0]])

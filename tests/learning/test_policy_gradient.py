@@ -16,7 +16,7 @@ from grpo_jax.learning.update import loss
 from grpo_jax.policies.policy import PolicyState, make_policy
 from grpo_jax.spaces import Discrete
 from grpo_jax.training.loop import _state_groups
-from grpo_jax.training.rollout import Trajectory
+from grpo_jax.training.rollout import Environments, Trajectory
 from grpo_jax.types import Batch
 
 HUGE = 1e6  # a clip range that never clips
@@ -309,12 +309,19 @@ def test_executed_baseline_in_the_loop(kind, factor):
         executed_key, group_key = jax.random.split(key)
         executed = policy.distribution.sample(parameters, jax.random.uniform(executed_key, (*shape, 1)))
         trajectory = Trajectory(
-            state=tabular.states_at(observation),
-            observation=observation,
+            environments=Environments(
+                state=tabular.states_at(observation),
+                observation=observation,
+                episode_return=jnp.zeros(shape),
+                episode_length=jnp.zeros(shape, jnp.int32),
+                last_return=jnp.zeros(shape),
+                last_length=jnp.zeros(shape),
+            ),
             action_mask=None,
             distribution=parameters,
             action=executed,
             reward=jnp.zeros(shape),
+            task_reward=None,
             terminated=jnp.zeros(shape, bool),
             truncated=jnp.zeros(shape, bool),
             next_observation=None,

@@ -10,7 +10,8 @@ import pytest
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
-from grpo_jax.learning.update import init_learner, loss, update, update_reference
+from grpo_jax.learning.update import init_learner, loss, make_optimizer, update, update_reference
+from grpo_jax.noise import as_key, draw_bits
 from grpo_jax.policies.policy import make_policy
 from grpo_jax.spaces import Box, Discrete
 from grpo_jax.types import Batch
@@ -409,3 +410,39 @@ def test_vf_coef_scales_the_value_loss():
     _, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
     np.testing.assert_allclose(metrics["value_loss"], 4.0, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["policy_loss"] + 1.0, rtol=1e-5)
+
+
+def test_the_last_minibatch_of_an_epoch_holds_what_is_left():
+    """8 states in minibatches of 5: steps on 5 and on 3 of them, each weighted by its own size."""
+    config = BASE.replace(batch_size=5, learning_rate=0.05, ent_coef=0.01)
+    policy, learner, batch = setup(config)
+    after, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    order = np.argsort(np.asarray(draw_bits(as_key(KEY), (1, N))), axis=1)[0]
+    optimizer = make_optimizer(config, 0.05)
+    params, state = learner.policy.params, learner.optimizer
+    for rows in (order[:5], order[5:]):
+        part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+        gradients = jax.grad(loss, has_aux=True)(params, config, policy, learner.policy, part, 0.2, 0.2)[0]
+        changes, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, changes)
+    assert_close(after.policy.params, params, rtol=1e-5, atol=1e-6)
+    assert metrics["n_updates"] == 2
+
+
+def test_a_minibatch_larger_than_the_rollout_is_the_rollout():
+    policy, learner, batch = setup()
+    whole, _ = run_update(BASE, policy, learner, batch, KEY, 0.0)
+    larger, _ = run_update(BASE.replace(batch_size=100), policy, learner, batch, KEY, 0.0)
+    assert_same(whole.policy.params, larger.policy.params)
+
+
+def test_another_optimizer():
+    """Plain gradient descent: parameters minus rate times gradient."""
+    config = BASE.replace(optimizer=optax.sgd, learning_rate=0.1)
+    policy, learner, batch = setup(config)
+    after, _ = run_update(config, policy, learner, batch, KEY, 0.0)
+    gradients = jax.grad(by_hand)(learner.policy.params, policy, learner.policy, batch)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, learner.policy.params, gradients)
+    assert_close(after.policy.params, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(TypeError, match="optimizer='adam' must be a function"):
+        BASE.replace(optimizer="adam")

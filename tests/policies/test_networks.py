@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 
 from grpo_jax.noise import as_key
 from grpo_jax.policies import networks
-from grpo_jax.policies.networks import ACTIVATIONS, Actor, Critic
+from grpo_jax.policies.networks import ACTIVATIONS, CNN, Actor, Combined, Critic, Flatten
 
-initialise = jax.jit(networks.initialise, static_argnums=(0, 3))
+initialise = jax.jit(networks.initialise, static_argnums=(0, 3, 4))
 
 
 def kernels(params, path=()):
@@ -26,11 +27,12 @@ def biases(params):
 
 
 NETWORKS = {
-    "mlp": (Actor("mlp", 1, (64, 16), "tanh", 3), (8,), 0.01),
-    "wide": (Actor("mlp", 2, (4,), "relu", 20), (2, 3), 0.5),
-    "critic": (Critic("mlp", 1, (8, 8), "relu"), (5,), 1.0),
-    "small-map": (Actor("cnn", 3, (), "relu", 5), (10, 10, 4), 0.01),
-    "large-map": (Critic("cnn", 3, (), "relu"), (36, 40, 2), 1.0),
+    "mlp": (Actor((64, 16), "tanh", 3), (8,), 0.01),
+    "wide": (Actor((4,), "relu", 20), (6,), 0.5),
+    "critic": (Critic((8, 8), jax.nn.relu), (5,), 1.0),
+    "small-map": (CNN("relu"), (10, 10, 4), 1.0),
+    "large-map": (CNN("relu"), (36, 40, 2), 1.0),
+    "few-features": (CNN("relu", 7), (36, 40, 1), 1.0),
 }
 
 
@@ -64,7 +66,14 @@ def test_output_shapes_and_rows(network, batch):
     name, module, shape, _, params = network
     x = np.random.default_rng(0).normal(size=(*batch, *shape)).astype(np.float32)
     output = module.apply({"params": params}, x)
-    expected = {"mlp": (3,), "wide": (20,), "critic": (), "small-map": (5,), "large-map": ()}[name]
+    expected = {
+        "mlp": (3,),
+        "wide": (20,),
+        "critic": (),
+        "small-map": (128,),
+        "large-map": (512,),
+        "few-features": (7,),
+    }[name]
     assert output.shape == (*batch, *expected)
     if batch:
         first = (0,) * len(batch)
@@ -78,14 +87,19 @@ EXPECTED_SHAPES = {
     "wide": {"MLP_0/Dense_0": (6, 4), "output": (4, 20)},
     "critic": {"MLP_0/Dense_0": (5, 8), "MLP_0/Dense_1": (8, 8), "output": (8, 1)},
     # A 3x3 convolution without padding leaves 8x8 of 10x10.
-    "small-map": {"torso/Conv_0": (3 * 3 * 4, 16), "torso/Dense_0": (8 * 8 * 16, 128), "output": (128, 5)},
+    "small-map": {"Conv_0": (3 * 3 * 4, 16), "Dense_0": (8 * 8 * 16, 128)},
     # 36x40 -> 8x9 -> 3x3 -> 1x1.
     "large-map": {
-        "torso/Conv_0": (8 * 8 * 2, 32),
-        "torso/Conv_1": (4 * 4 * 32, 64),
-        "torso/Conv_2": (3 * 3 * 64, 64),
-        "torso/Dense_0": (64, 512),
-        "output": (512, 1),
+        "Conv_0": (8 * 8 * 2, 32),
+        "Conv_1": (4 * 4 * 32, 64),
+        "Conv_2": (3 * 3 * 64, 64),
+        "Dense_0": (64, 512),
+    },
+    "few-features": {
+        "Conv_0": (8 * 8, 32),
+        "Conv_1": (4 * 4 * 32, 64),
+        "Conv_2": (3 * 3 * 64, 64),
+        "Dense_0": (64, 7),
     },
 }
 
@@ -96,7 +110,7 @@ def test_layer_sizes(network):
 
 
 def test_keys_make_different_networks_and_equal_keys_equal_ones():
-    module = Actor("mlp", 1, (8,), "tanh", 2)
+    module = Actor((8,), "tanh", 2)
     example = jnp.zeros(3)
     keys = [as_key(jax.random.key(seed)) for seed in (0, 0, 1)]
     first, again, other = (initialise(module, key, example, 0.01) for key in keys)
@@ -106,9 +120,7 @@ def test_keys_make_different_networks_and_equal_keys_equal_ones():
 
 
 def test_the_layers_of_one_network_differ():
-    params = initialise(
-        Actor("mlp", 1, (6, 6), "tanh", 6), as_key(jax.random.key(0)), jnp.zeros(6), np.sqrt(2.0)
-    )
+    params = initialise(Actor((6, 6), "tanh", 6), as_key(jax.random.key(0)), jnp.zeros(6), np.sqrt(2.0))
     matrices = [kernel for _, kernel in kernels(params)]
     assert len(matrices) == 3
     for i in range(3):
@@ -117,7 +129,7 @@ def test_the_layers_of_one_network_differ():
 
 @pytest.mark.parametrize("log_std_init", [0.0, -1.5])
 def test_log_std_is_learned_and_the_same_in_every_state(log_std_init):
-    actor = Actor("mlp", 1, (8,), "tanh", 2, gaussian=True, log_std_init=log_std_init)
+    actor = Actor((8,), "tanh", 2, gaussian=True, log_std_init=log_std_init)
     params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(3), 0.01)
     np.testing.assert_array_equal(params["log_std"], [log_std_init] * 2)
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -142,7 +154,7 @@ def test_log_std_is_learned_and_the_same_in_every_state(log_std_init):
 )
 def test_activations(activation, expected):
     assert activation in ACTIVATIONS
-    actor = Actor("mlp", 1, (1,), activation, 1)
+    actor = Actor((1,), activation, 1)
     params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(1), 1.0)
     ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if leaf.ndim == 2 else leaf, params)
     output = actor.apply({"params": ones}, jnp.array([-0.5]))
@@ -150,8 +162,83 @@ def test_activations(activation, expected):
 
 
 def test_an_untrained_policy_is_nearly_uniform():
-    actor = Actor("mlp", 1, (64, 64), "tanh", 4)
+    actor = Actor((64, 64), "tanh", 4)
     params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(4), 0.01)
     logits = actor.apply({"params": params}, jax.random.normal(jax.random.key(1), (100, 4)) * 3)
     assert np.abs(logits).max() < 0.2
     assert np.abs(logits).max() > 0
+
+
+def test_any_function_is_an_activation():
+    twice = lambda x: 2 * x
+    critic = Critic((3,), twice)
+    params = initialise(critic, as_key(jax.random.key(0)), jnp.zeros(2))
+    x = np.array([0.5, -1.0])
+    hidden, output = params["MLP_0"]["Dense_0"]["kernel"], params["output"]["kernel"]
+    np.testing.assert_allclose(critic.apply({"params": params}, x), (2 * x @ hidden @ output)[0], rtol=1e-5)
+    networks.check_activation(twice)
+
+
+@pytest.mark.parametrize(
+    ("activation", "error", "message"),
+    [
+        ("sine", ValueError, "activation='sine' must be one of tanh, relu"),
+        (3, TypeError, "must be a name or a function"),
+        (nn.PReLU, TypeError, "must be a name or a function"),
+        (nn.PReLU(), TypeError, "must be a name or a function"),
+        ([], TypeError, "must be hashable"),
+    ],
+)
+def test_what_is_no_activation(activation, error, message):
+    with pytest.raises(error, match=message):
+        networks.check_activation(activation)
+
+
+COMBINED = Combined((("b", 2), ("map", 3), ("a", 1)), images=("map",), n_features=5)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_combined_features_are_in_order_and_images_are_convolved(batch):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (2,), "b": (2, 2), "map": (6, 6, 1)}
+    observation = {name: rng.normal(size=batch + shape).astype(np.float32) for name, shape in shapes.items()}
+    example = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    params = initialise(COMBINED, as_key(jax.random.key(0)), example)
+    assert set(params) == {"CNN_map"}
+    features = COMBINED.apply({"params": params}, observation)
+    assert features.shape == (*batch, 4 + 5 + 2)
+    np.testing.assert_array_equal(features[..., :4], observation["b"].reshape(*batch, 4))
+    np.testing.assert_array_equal(features[..., 9:], observation["a"])
+    convolved = CNN("relu", 5).apply({"params": params["CNN_map"]}, observation["map"])
+    np.testing.assert_allclose(features[..., 4:9], convolved, rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_no_parameters_starts_with_none():
+    key = as_key(jax.random.key(0))
+    assert networks.initialise(Flatten(2), key, jnp.zeros((2, 3))) == {}
+    assert networks.initialise(Combined((("x", 1),)), key, {"x": jnp.zeros(3)}) == {}
+
+
+def test_without_orthogonal_kernels_flax_decides():
+    key = as_key(jax.random.key(0))
+    actor = Actor((16,), "tanh", 2, gaussian=True, log_std_init=-1.0)
+    params = initialise(actor, key, jnp.zeros(8), 0.01, False)
+    expected = actor.init(key, jnp.zeros(8))["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    kernel = np.asarray(params["MLP_0"]["Dense_0"]["kernel"])
+    assert not np.allclose(kernel @ kernel.T, 2 * np.eye(8), atol=0.1)
+    np.testing.assert_array_equal(params["log_std"], [-1.0, -1.0])
+
+
+def test_other_modules_start_as_they_say():
+    # Orthogonal initialisation knows no scale: all zeros would silence the layer for good.
+    key = as_key(jax.random.key(0))
+    params = initialise(nn.LayerNorm(), key, jnp.zeros((1, 4)))
+    np.testing.assert_array_equal(params["scale"], np.ones(4))
+
+
+def test_modules_with_a_state_are_refused():
+    with pytest.raises(ValueError, match="BatchNorm keeps batch_stats beside its parameters"):
+        networks.initialise(
+            nn.BatchNorm(use_running_average=False), as_key(jax.random.key(0)), jnp.zeros((1, 4))
+        )

@@ -82,3 +82,17 @@ def test_observations_are_clipped_at_ten_standard_deviations():
 def test_a_constant_coordinate_stays_finite():
     statistics = normalize.update(normalize.initial(jnp.zeros(1)), jnp.full((8, 1), 2.0))
     np.testing.assert_array_equal(normalize.normalize(statistics, jnp.array([[2.0], [3.0]])), [[0.0], [10.0]])
+
+
+def test_every_entry_of_a_dict_has_statistics_of_its_own(compiled):
+    batch = {"a": jnp.array([[1.0], [5.0]]), "b": jnp.array([[[2.0, 0.0]], [[2.0, -2.0]]])}
+    empty = normalize.initial({"a": jnp.zeros(1), "b": jnp.zeros((1, 2))})
+    statistics = compiled(normalize.update)(empty, batch)
+    assert statistics.count == 2
+    for name, leaf in batch.items():
+        alone = normalize.update(normalize.initial(leaf[0]), leaf)
+        np.testing.assert_array_equal(statistics.mean[name], alone.mean)
+        np.testing.assert_array_equal(statistics.sum_squares[name], alone.sum_squares)
+    normalized = normalize.normalize(statistics, batch)
+    np.testing.assert_allclose(normalized["a"], [[-1.0], [1.0]], rtol=1e-5)
+    np.testing.assert_allclose(normalized["b"], [[[0.0, 1.0]], [[0.0, -1.0]]], rtol=1e-5, atol=1e-6)

@@ -224,3 +224,58 @@ def test_what_is_no_world_or_no_config_is_refused(cartpole):
         grpo_jax.init(TINY, "CartPole-v1", jax.random.key(0))
     with pytest.raises(TypeError, match="must be a GRPOConfig"):
         grpo_jax.init({"n_envs": 4}, cartpole, jax.random.key(0))
+
+
+def test_an_iteration_is_collecting_then_learning(cartpole):
+    state = loop.init(TINY, cartpole, jax.random.key(0))
+    whole, metrics = jax.jit(loop.iteration)(TINY, cartpole, state, 10)
+
+    @jax.jit
+    def in_two(state):
+        collected, trajectory = loop.collect(TINY, cartpole, state, keep_next_observation=True)
+        bare = trajectory.replace(distribution=None)  # computed anew, from the same parameters
+        return loop.learn(TINY, cartpole, collected, bare, 0.0)
+
+    halves, learned = in_two(state)
+    chex.assert_trees_all_close(whole.params, halves.params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(jax.random.key_data(whole.key), jax.random.key_data(halves.key))
+    np.testing.assert_allclose(metrics["policy_loss"], learned["policy_loss"], rtol=1e-4, atol=1e-6)
+
+
+EPISODES = TINY.replace(candidates="episodes", n_envs=4, n_steps=64, batch_size=64, baseline="mean")
+
+
+def test_episode_groups_need_no_world():
+    """Episodes of 4 to 10 steps: only those that end within the rollout are learned from, every step is counted."""
+    world = Line(Discrete(2))
+    state = loop.init(EPISODES, world, jax.random.key(0))
+    state, trajectory = loop.collect(EPISODES, world, state, keep_next_observation=False)
+    after, metrics = loop.learn(EPISODES, None, state, trajectory, 0.0)
+    assert grpo_jax.count(after.decision_steps) == EPISODES.n_states
+    assert grpo_jax.count(after.simulator_steps) == 0
+    assert metrics["frac_zero_std"] < 0.5
+    different = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, after.params)
+    assert different["actor"]["output"]["kernel"]
+
+
+def test_no_episode_that_ends_leaves_the_policy_as_it_is():
+    config = EPISODES.replace(n_steps=3, batch_size=12)
+    state, metrics = loop.iteration(
+        config, Line(Discrete(2)), loop.init(config, Line(Discrete(2)), jax.random.key(0)), 1
+    )
+    assert metrics["frac_zero_std"] == 1.0
+    assert metrics["grad_norm"] == 0.0
+    with pytest.warns(
+        grpo_jax.NoSpreadWarning, match="n_envs=4 times n_steps=3 must hold several whole episodes"
+    ):
+        grpo_jax.train(config, Line(Discrete(2)), jax.random.key(0), 12)
+
+
+def test_with_a_critic_cut_episodes_teach_too():
+    config = EPISODES.replace(n_steps=3, batch_size=12, bootstrap=True)
+    _, metrics = loop.iteration(
+        config, Line(Discrete(2)), loop.init(config, Line(Discrete(2)), jax.random.key(0)), 1
+    )
+    assert metrics["frac_zero_std"] == 0.0
+    assert metrics["grad_norm"] > 0.0
+    assert metrics["explained_variance"] <= 1.0

@@ -1,0 +1,487 @@
+"""Rollouts behind SB3's callbacks: on the device for gymnax, on the host for every other VecEnv."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    ConvertCallback,
+    ProgressBarCallback,
+)
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+from grpo_jax import counter
+from grpo_jax.config import GRPOConfig
+from grpo_jax.learning.update import Learner
+from grpo_jax.noise import bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.policy import Policy, PolicyState
+from grpo_jax.training import loop
+from grpo_jax.training.rollout import Environments, Trajectory
+from grpo_jax.types import Observation
+from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
+from sb3_bridge.rewards import Reward
+from sb3_bridge.spaces import to_numpy
+from sb3_bridge.vec_env import GymnaxVecEnv
+
+if TYPE_CHECKING:
+    from sb3_bridge.grpo import GRPO
+
+
+class Simulator(NamedTuple):
+    """A gymnax VecEnv, and the monitors around it that a rollout on the device must feed itself."""
+
+    env: GymnaxVecEnv
+    monitors: tuple[VecMonitor, ...]
+
+
+def find_simulator(env: VecEnv | None) -> Simulator | None:
+    """The gymnax VecEnv that a training env is, bare or within VecMonitors; None for everything else.
+
+    Other wrappers change what the policy sees or what is paid, which a world on the device would not know.
+    """
+    monitors = []
+    while isinstance(env, VecMonitor):
+        monitors.append(env)
+        env = env.venv
+    return Simulator(env, tuple(monitors)) if isinstance(env, GymnaxVecEnv) else None
+
+
+def override(world: World, reward: Reward | None) -> World:
+    """The world with the user's reward, if there is one."""
+    return world if reward is None else RewardOverride(world, reward)
+
+
+def asks_for_every_step(callback: BaseCallback) -> bool:
+    """Whether a callback must be called at every step: all do but "no callback" and the progress bar."""
+    if isinstance(callback, CallbackList):
+        return any(asks_for_every_step(child) for child in callback.callbacks)
+    if type(callback) is ConvertCallback:
+        return callback.callback is not None
+    return type(callback) is not ProgressBarCallback
+
+
+def collect_on_device(
+    model: GRPO, config: GRPOConfig, simulator: Simulator, reward: Reward | None, callback: BaseCallback
+) -> Trajectory | None:
+    """A whole rollout in one program; callbacks that ask for every step are then shown one after the other.
+
+    While they are, the environments stand where that step left them, and training stops there if one says so: the
+    run is the same, bit for bit, with and without callbacks.
+
+    Args:
+      model: whose policy acts; its step counters, episode statistics and last observation move on.
+      config: its settings.
+      simulator: the environments.
+      reward: the user's, or None.
+      callback: initialised, told of the rollout's start.
+
+    Returns:
+      The trajectory ``[n_steps, n_envs]`` on the device; None where a callback stopped training.
+    """
+    env = simulator.env
+    before = _wrap(env.lend(), reward)
+    policy = model.policy
+    after, trajectory, ends = _rollout(
+        config, override(env.world, reward), policy.structure, policy.state, before, model.key_words
+    )
+    steps = _Steps(env, reward, trajectory, after, *jax.device_get(ends))
+    if asks_for_every_step(callback):
+        for step in steps.replay(policy.structure):
+            model.num_timesteps += env.num_envs
+            env.move_to(step.environments)
+            infos = list(step.infos)
+            for index in np.flatnonzero(step.dones).tolist():
+                infos[index] = infos[index] | {"episode": _record(simulator, index, infos[index]["episode"])}
+            callback.update_locals(
+                {
+                    "self": model,
+                    "env": model.env,
+                    "callback": callback,
+                    "rollout_buffer": None,
+                    "n_rollout_steps": config.n_steps,
+                    "n_steps": step.number,
+                    "actions": step.actions,
+                    "clipped_actions": step.actions,
+                    "new_obs": step.new_obs,
+                    "rewards": step.rewards,
+                    "dones": step.dones,
+                    "infos": infos,
+                }
+            )
+            goes_on = callback.on_step()
+            model._last_obs, model._last_episode_starts = step.new_obs, step.dones
+            if not goes_on:
+                _set_running(simulator)
+                return None
+            model._update_info_buffer(infos, step.dones)
+    else:
+        _advance_progress_bars(callback, config.n_states)
+        model.num_timesteps += config.n_states
+        assert model.ep_info_buffer is not None
+        all_needed = any(monitor.results_writer for monitor in simulator.monitors) or env.writes_episodes
+        episodes = steps.episodes(None if all_needed else model.ep_info_buffer.maxlen)
+        model.ep_info_buffer.extend(_record(simulator, index, episode) for index, episode in episodes)
+        model._last_obs = to_numpy(env.observation_space, after.observation)
+        model._last_episode_starts = steps.ended[-1].copy()
+    env.move_to(lambda: _unwrap(after, reward))
+    _set_running(simulator)
+    return trajectory
+
+
+def collect_on_host(
+    model: GRPO, config: GRPOConfig, env: VecEnv, reward: Reward | None, callback: BaseCallback
+) -> Trajectory | None:
+    """Steps any VecEnv, with one call of the jitted policy each time.
+
+    Args:
+      model: whose policy acts; its step counters, episode statistics and last observation move on.
+      config: its settings.
+      env: the environments, wrapped in whatever they are.
+      reward: the user's, which sees observations as they were before VecNormalize; None: the env's.
+      callback: initialised, told of the rollout's start.
+
+    Returns:
+      The trajectory ``[n_steps, n_envs]`` as NumPy arrays; None where a callback stopped training.
+    """
+    policy, n_envs = model.policy, env.num_envs
+    act = _acting(policy.structure)
+    uniforms = np.asarray(
+        _uniforms(model.key_words, config.n_steps, n_envs, policy.structure.distribution.n_uniforms)
+    )
+    is_box = isinstance(env.action_space, spaces.Box)
+    dtype = env.action_space.dtype
+    normalizer = model.get_vec_normalize_env()
+    keep_next = config.bootstrap or reward is not None
+    assert model._last_obs is not None, "collect_on_host() comes behind a reset"
+    assert model._last_episode_starts is not None
+    store = _Store(config.n_steps, n_envs)
+    for index in range(config.n_steps):
+        observation = model._last_obs
+        raw = normalizer.get_original_obs() if normalizer is not None and reward is not None else observation
+        choice, action = act(policy.state, observation, uniforms[index])
+        chosen = np.asarray(choice)
+        clipped_actions = np.asarray(action).astype(dtype) if is_box else chosen.astype(dtype)
+        new_obs, rewards, dones, infos = env.step(clipped_actions)
+        model.num_timesteps += n_envs
+        callback.update_locals(
+            {
+                "self": model,
+                "env": env,
+                "callback": callback,
+                "rollout_buffer": None,
+                "n_rollout_steps": config.n_steps,
+                "n_steps": index,
+                "actions": clipped_actions,
+                "clipped_actions": clipped_actions,
+                "new_obs": new_obs,
+                "rewards": rewards,
+                "dones": dones,
+                "infos": infos,
+            }
+        )
+        goes_on = callback.on_step()
+        episode_time = np.where(model._last_episode_starts, 0, model.episode_time).astype(np.int32)
+        model.episode_time = episode_time + 1
+        model._last_obs, model._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+        if not goes_on:
+            return None
+        model._update_info_buffer(infos, dones)
+        ended = np.flatnonzero(dones).tolist()
+        truncated = np.zeros(n_envs, bool)
+        for env_index in ended:
+            truncated[env_index] = infos[env_index].get("TimeLimit.truncated", False)
+        row: dict[str, Any] = {
+            "observation": observation,
+            "action": chosen,
+            "reward": np.asarray(rewards, np.float32),
+            "terminated": dones & ~truncated,
+            "truncated": truncated,
+            "time": episode_time,
+        }
+        if keep_next:
+            row["next_observation"] = _with_final(new_obs, ended, infos)
+        if reward is not None:
+            raw_next = row["next_observation"]
+            if normalizer is not None:
+                finals = [
+                    {"terminal_observation": normalizer.unnormalize_obs(infos[i]["terminal_observation"])}
+                    if i in ended
+                    else {}
+                    for i in range(n_envs)
+                ]
+                raw_next = _with_final(normalizer.get_original_obs(), ended, finals)
+            row["raw"], row["raw_action"], row["raw_next"] = raw, clipped_actions, raw_next
+        store.add(index, row)
+    if reward is not None:
+        shape = (config.n_steps, n_envs)
+        flat = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
+            (store["raw"], store["raw_action"], store["raw_next"]),
+        )
+        store["reward"] = reward.batch(*flat).reshape(shape)
+    return Trajectory(
+        environments=Environments(
+            state=None,
+            observation=store["observation"],
+            episode_return=None,  # type: ignore[arg-type]
+            episode_length=store["time"],
+            last_return=None,  # type: ignore[arg-type]
+            last_length=None,  # type: ignore[arg-type]
+        ),
+        action_mask=None,
+        distribution=None,
+        action=store["action"],
+        reward=store["reward"],
+        task_reward=None,
+        terminated=store["terminated"],
+        truncated=store["truncated"],
+        next_observation=store["next_observation"] if config.bootstrap else None,
+    )
+
+
+class _Store:
+    """Rows of a rollout, in arrays ``[n_steps, n_envs, ...]`` that are made when the first one comes."""
+
+    def __init__(self, n_steps: int, n_envs: int):
+        self._n_steps, self._n_envs = n_steps, n_envs
+        self._arrays: dict[str, Any] = {}
+
+    def add(self, index: int, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name not in self._arrays:
+                self._arrays[name] = jax.tree.map(
+                    lambda leaf: np.empty((self._n_steps, *leaf.shape), leaf.dtype), value
+                )
+            array = self._arrays[name]
+            if isinstance(value, dict):
+                for key, part in value.items():
+                    array[key][index] = part
+            else:
+                array[index] = value
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._arrays[name] = value
+
+
+def _with_final(observation: Any, ended: list[int], infos: Any) -> Any:
+    """Observations that were reached: where an episode ended, its last one instead of the next one's first."""
+    if not ended:
+        return observation
+    reached = jax.tree.map(np.array, observation)
+    for index in ended:
+        final = infos[index].get("terminal_observation")
+        if final is None:
+            raise ValueError(
+                f"environment {index} ended an episode without info['terminal_observation']: an SB3 VecEnv must give it"
+            )
+        if isinstance(reached, dict):
+            for name, array in reached.items():
+                array[index] = final[name]
+        else:
+            reached[index] = final
+    return reached
+
+
+class _Step(NamedTuple):
+    """One vectorised step of a finished rollout, as SB3's callbacks see it."""
+
+    number: int
+    actions: np.ndarray
+    new_obs: Any
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: list[dict[str, Any]]
+    environments: Callable[[], Environments]
+
+
+class _Steps:
+    """The steps of a rollout on the device, told to the host."""
+
+    def __init__(
+        self,
+        env: GymnaxVecEnv,
+        reward: Reward | None,
+        trajectory: Trajectory,
+        after: Environments,
+        ended: np.ndarray,
+        returns: np.ndarray,
+        lengths: np.ndarray,
+    ):
+        self._env, self._reward, self._trajectory, self._after = env, reward, trajectory, after
+        self.ended, self._returns, self._lengths = ended, returns, lengths
+
+    def episodes(self, most: int | None) -> list[tuple[int, dict[str, Any]]]:
+        """The episodes that ended, in order, the last ``most`` of them: ``(index of the environment, info)``."""
+        where = np.argwhere(self.ended)
+        where = where if most is None else where[max(len(where) - most, 0) :]
+        seconds = self._env.seconds()
+        return [
+            (int(i), _episode(self._returns[t, i], self._lengths[t, i], seconds)) for t, i in where.tolist()
+        ]
+
+    def replay(self, policy: Policy) -> Iterator[_Step]:
+        """Step after step."""
+        env, trajectory = self._env, self._trajectory
+        ended, returns, lengths = self.ended, self._returns, self._lengths
+        rewards = trajectory.reward if trajectory.task_reward is None else trajectory.task_reward
+        actions, rewards, truncated, terminated, reached, observation, last = jax.device_get(
+            (
+                _to_world(policy, trajectory.action),
+                rewards,
+                trajectory.truncated,
+                trajectory.terminated,
+                trajectory.next_observation,
+                trajectory.observation,
+                self._after.observation,
+            )
+        )
+        rewards = rewards.astype(np.float32)
+        actions = actions.astype(env.action_space.dtype)
+        n_steps = len(ended)
+        for index in range(n_steps):
+            cut = truncated[index] & ~terminated[index]
+            infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(env.num_envs)]
+            for i in np.flatnonzero(ended[index]).tolist():
+                final = jax.tree.map(lambda leaf, t=index, i=i: leaf[t, i], reached)
+                infos[i] = {
+                    "TimeLimit.truncated": bool(cut[i]),
+                    "terminal_observation": to_numpy(env.observation_space, final),
+                    "episode": _episode(returns[index, i], lengths[index, i], env.seconds()),
+                }
+            is_last = index + 1 == n_steps
+            following = last if is_last else jax.tree.map(lambda leaf, t=index: leaf[t + 1], observation)
+            yield _Step(
+                number=index,
+                actions=actions[index].copy(),
+                new_obs=to_numpy(env.observation_space, following),
+                rewards=rewards[index].copy(),
+                dones=ended[index].copy(),
+                infos=infos,
+                environments=functools.partial(self._at, index),
+            )
+
+    def _at(self, index: int) -> Environments:
+        """Where the environments stood after a step."""
+        if index + 1 == self._trajectory.reward.shape[0]:
+            return _unwrap(self._after, self._reward)
+        at = jax.tree.map(lambda leaf: leaf[index + 1], self._trajectory.environments)
+        return _unwrap(at, self._reward)
+
+
+def _episode(episode_return: Any, length: Any, seconds: float) -> dict[str, Any]:
+    """Monitor's info of an episode."""
+    return {"r": round(float(episode_return), 6), "l": int(length), "t": seconds}
+
+
+def _record(simulator: Simulator, index: int, episode: dict[str, Any]) -> dict[str, Any]:
+    """Writes an episode to the files that are kept, as the monitors would have; what the outermost one tells of it."""
+    simulator.env.write_episode(episode)
+    for monitor in reversed(simulator.monitors):
+        episode = {**episode, "t": round(time.time() - monitor.t_start, 6)}
+        monitor.episode_count += 1
+        if monitor.results_writer:
+            monitor.results_writer.write_row(episode)
+    return episode
+
+
+def _set_running(simulator: Simulator) -> None:
+    """Tells the monitors of the episodes that are still running."""
+    if not simulator.monitors:
+        return
+    environments = simulator.env.lend()
+    for monitor in simulator.monitors:
+        monitor.episode_returns = np.array(environments.episode_return, np.float32)
+        monitor.episode_lengths = np.array(environments.episode_length, np.int32)
+
+
+def _advance_progress_bars(callback: BaseCallback, n_timesteps: int) -> None:
+    if isinstance(callback, CallbackList):
+        for child in callback.callbacks:
+            _advance_progress_bars(child, n_timesteps)
+    elif isinstance(callback, ProgressBarCallback):
+        callback.pbar.update(n_timesteps)
+
+
+def _wrap(environments: Environments, reward: Reward | None) -> Environments:
+    """Environments of a world in the form that its :func:`override` steps."""
+    if reward is None:
+        return environments
+    return environments.replace(state=RewardOverrideState(environments.state, environments.observation))
+
+
+def _unwrap(environments: Environments, reward: Reward | None) -> Environments:
+    return environments if reward is None else environments.replace(state=environments.state.inner)
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def _rollout(
+    config: GRPOConfig,
+    world: World,
+    policy: Policy,
+    policy_state: PolicyState,
+    environments: Environments,
+    words: jax.Array,
+) -> tuple[Environments, Trajectory, tuple[jax.Array, jax.Array, jax.Array]]:
+    """A rollout; also ``[T, N]`` where episodes ended, and the return and length of each that did."""
+    state = train_state(policy, Learner(policy_state, None, None, jnp.int32(0)), environments, words)
+    state, trajectory = loop.collect(config, world, state, keep_next_observation=True)
+    before, after = trajectory.environments, state.environments
+    returns, lengths = (
+        jnp.concatenate([of_last[1:], last[None]])
+        for of_last, last in (
+            (before.last_return, after.last_return),
+            (before.last_length, after.last_length),
+        )
+    )
+    return after, trajectory, (trajectory.ended, returns, lengths)
+
+
+def train_state(
+    policy: Policy, learner: Learner, environments: Environments | None, words: jax.Array, iteration: Any = 0
+) -> loop.TrainState:
+    """What ``grpo_jax`` trains, from what the SB3 object keeps; step counts start at 0."""
+    return loop.TrainState(
+        learner=learner,
+        environments=environments,  # type: ignore[arg-type]  # None where they are on the host
+        key=bits_to_keys(words),
+        iteration=jnp.int32(iteration),
+        decision_steps=counter.zero(),
+        simulator_steps=counter.zero(),
+        policy=policy,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _acting(policy: Policy) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """``(policy_state, observation [N, ...], uniforms [N, n]) -> (action in the policy's units, in the env's)``."""
+
+    @jax.jit
+    def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+        action = policy.distribution.sample(policy.parameters(state, observation), uniforms)
+        return action, policy.to_world(action)
+
+    return act
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _uniforms(words: jax.Array, n_steps: int, n_envs: int, n_uniforms: int) -> jax.Array:
+    """Uniform numbers ``[T, N, n]`` for a rollout."""
+    keys = loop.iteration_keys(bits_to_keys(words))
+    return bits_to_uniform(draw_bits(keys.rollout, (n_steps, n_envs, n_uniforms)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _to_world(policy: Policy, action: jax.Array) -> jax.Array:
+    return policy.to_world(action)

@@ -1,0 +1,701 @@
+"""``GRPO``: the algorithm of ``grpo_jax`` with the contract of Stable-Baselines3's ``PPO``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import pathlib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, TypeVar
+
+import jax
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from grpo_jax import counter
+from grpo_jax.config import (
+    Backup,
+    Baseline,
+    GRPOConfig,
+    KLEstimator,
+    Reference,
+    Scale,
+    Surrogate,
+)
+from grpo_jax.groups import candidates as candidate_sets
+from grpo_jax.learning.update import Learner, start_learner
+from grpo_jax.policies.policy import Policy
+from grpo_jax.training import loop
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
+from grpo_jax.training.rollout import Trajectory
+from grpo_jax.types import Metrics
+from grpo_jax.worlds.base import World
+from sb3_bridge import serialization
+from sb3_bridge.collect import (
+    Simulator,
+    collect_on_device,
+    collect_on_host,
+    find_simulator,
+    override,
+    train_state,
+)
+from sb3_bridge.policies import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.registration import NAMESPACE
+from sb3_bridge.rewards import Reward, original_errors, resolve_reward
+from sb3_bridge.vec_env import GymnaxVecEnv
+
+SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
+
+Dynamics = Literal["auto", "simulator"]
+
+
+class GRPO(OnPolicyAlgorithm):
+    """Group Relative Policy Optimization behind Stable-Baselines3's API: ``PPO`` replaced by ``GRPO`` works.
+
+    In a :class:`GymnaxVecEnv` (or ``"gymnax/<id>"``) every candidate action of every state is followed in the simulator,
+    and whole iterations run on the device. Any other environment is stepped on the host, and the groups are the
+    episodes of a rollout; with ``bootstrap`` this learns as PPO does.
+
+    Arguments under PPO's names mean what they mean in PPO; those without a meaning in the chosen regime are accepted,
+    with a warning where they were set. All arguments behind ``_init_setup_model`` are GRPO's own.
+
+    Args:
+      policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class derived from ``sb3_bridge``'s.
+      env: Gymnasium id, ``"gymnax/<id>"``, Gymnasium env or SB3 VecEnv.
+      learning_rate: a number, or a function of the remaining progress (1 to 0).
+      n_steps: steps of each environment in a rollout.
+      batch_size: decision states in a minibatch.
+      n_epochs: passes over a rollout.
+      gamma: discount factor.
+      gae_lambda: lambda of the critic's targets, where ``bootstrap`` is on.
+      clip_range: of the ratio pi/pi_old; a number or a function of the remaining progress.
+      clip_range_vf: of the critic's values; None: not clipped.
+      normalize_advantage: ``advantage_scale="batch"`` (True) or ``"none"`` (False), unless that is given.
+      ent_coef: weight of the entropy bonus.
+      vf_coef: weight of the value loss, where ``bootstrap`` is on.
+      max_grad_norm: bound on the gradient's norm.
+      use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs: accepted, without a meaning here.
+      target_kl: stops the epochs of an iteration at 1.5 times this KL(pi_old || pi).
+      stats_window_size: episodes that the rollout statistics average over.
+      tensorboard_log: folder for TensorBoard.
+      policy_kwargs: of the policy: ``net_arch``, ``activation_fn``, ``ortho_init``, ``log_std_init``,
+        ``features_extractor_class`` (flax), ``optimizer_class`` (optax), ...
+      verbose: 0 nothing, 1 log tables, 2 more.
+      seed: one seed, one run, bit for bit.
+      device: ``"auto"`` (JAX's default), ``"cpu"``, ``"cuda"``.
+      reward_function: ``(state, action, next_state) -> reward``, what the groups compare instead of the environment's
+        reward; JAX, NumPy or torch, for one transition or a batch, of observations as they are before VecNormalize.
+        Episode statistics go on counting the environment's own.
+      dynamics: where alternatives come from. ``"simulator"``: the gymnax world; ``"auto"``: that where there is one, else
+        no alternatives, and episodes are compared.
+      candidates: ``"auto"``, ``"enumerate"``, ``"sample"``, ``"trajectory"`` or ``"episodes"``, see
+        :class:`grpo_jax.GRPOConfig`, as for all that follow.
+      group_size: candidates of a sampled group.
+      max_enumerated: largest action space whose actions are all compared.
+      horizon: steps of a branch, the candidate's own included.
+      n_rollouts: branches of each candidate.
+      backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
+      bootstrap: whether a critic values what lies behind a branch or a rollout; None: only where nothing can be branched.
+      common_random_numbers: whether the candidates of a state share their randomness.
+      baseline: what a return is compared with.
+      advantage_scale: ``"none"``, ``"group"`` or ``"batch"``; None: by ``normalize_advantage``.
+      surrogate: ``"ppo"``, ``"cispo"``, ``"sapo"`` or ``"tpo"``.
+      clip_range_high: how far the ratio may rise, where that differs from ``clip_range``; number or function.
+      dual_clip: bound on the ratio where the advantage is negative.
+      kl_coef: weight of KL(pi || pi_ref); None: no reference policy.
+      kl_estimator: ``"exact"``, ``"k1"``, ``"k2"`` or ``"k3"``.
+      reference: ``"fixed"``, ``"periodic"`` or ``"ema"``.
+      reference_interval: iterations between copies of a periodic reference.
+      reference_decay: of a moving-average reference.
+      spread_floor: spread of a group that counts as none.
+
+    Raises:
+      ValueError, TypeError: what is wrong with which argument, and the fix.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: GRPOPolicy  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[GRPOPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        reward_function: Callable[[Any, Any, Any], Any] | None = None,
+        dynamics: Dynamics = "auto",
+        candidates: str = "auto",
+        group_size: int = 8,
+        max_enumerated: int = 64,
+        horizon: int = 128,
+        n_rollouts: int = 1,
+        backup: Backup = "mean",
+        bootstrap: bool | None = None,
+        common_random_numbers: bool = True,
+        baseline: Baseline = "policy",
+        advantage_scale: Scale | None = None,
+        surrogate: Surrogate = "ppo",
+        clip_range_high: float | Schedule | None = None,
+        dual_clip: float | None = None,
+        kl_coef: float | None = None,
+        kl_estimator: KLEstimator = "exact",
+        reference: Reference = "fixed",
+        reference_interval: int = 10,
+        reference_decay: float = 0.99,
+        spread_floor: float = 1e-5,
+    ):
+        _check_policy(policy)
+        if isinstance(env, str) and env.startswith(f"{NAMESPACE}/"):
+            env = GymnaxVecEnv(env.removeprefix(f"{NAMESPACE}/"), render_mode="rgb_array")
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=(
+                spaces.Box,
+                spaces.Discrete,
+                spaces.MultiDiscrete,
+                spaces.MultiBinary,
+            ),
+        )
+        self._jax_device = _jax_device(device)
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.reward_function = reward_function
+        self.dynamics = dynamics
+        self.candidates = candidates
+        self.group_size = group_size
+        self.max_enumerated = max_enumerated
+        self.horizon = horizon
+        self.n_rollouts = n_rollouts
+        self.backup = backup
+        self.bootstrap = bootstrap
+        self.common_random_numbers = common_random_numbers
+        self.baseline = baseline
+        self.advantage_scale = advantage_scale
+        self.surrogate = surrogate
+        self.clip_range_high = clip_range_high
+        self.dual_clip = dual_clip
+        self.kl_coef = kl_coef
+        self.kl_estimator = kl_estimator
+        self.reference = reference
+        self.reference_interval = reference_interval
+        self.reference_decay = reference_decay
+        self.spread_floor = spread_floor
+
+        self.simulator_steps = 0
+        """World steps that were spent in branches."""
+        self.key_words: np.ndarray = np.zeros(2, np.uint32)
+        """Words of the PRNG key that the next iteration takes."""
+        self.episode_time: np.ndarray = np.zeros(self.n_envs if self.env is not None else 0, np.int32)
+        """Steps since the last reset of each environment, on the host's path."""
+        self._n_iterations = 0
+        self._n_optimizer_steps = 0
+        self._frac_zero_std: list[float] = []
+        self._reward: Reward | None = None
+        self._trajectory: Trajectory | None = None
+        self._reference: Any = None
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self._reseed(self.seed)
+        self.set_random_seed(self.seed)
+        self.clip_range = FloatSchedule(self.clip_range)
+        if self.clip_range_vf is not None:
+            if isinstance(self.clip_range_vf, (float, int)) and self.clip_range_vf <= 0:
+                raise ValueError(
+                    f"clip_range_vf={self.clip_range_vf} must be above 0; None switches value clipping off"
+                )
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+        if self.clip_range_high is not None:
+            self.clip_range_high = FloatSchedule(self.clip_range_high)
+        self.rollout_buffer = None  # type: ignore[assignment]
+        if self.bootstrap is None:
+            self.bootstrap = self._find_simulator() is None or self.candidates == "episodes"
+        self._check_arguments()
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            has_critic=self.bootstrap,
+            seed=int(self.key_words[0]),
+            **self.policy_kwargs,
+        )
+        self.policy = self.policy.to(self.device)
+        self.policy.state = jax.device_put(self.policy.state, self._jax_device)
+        if self.reward_function is not None:
+            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
+            self._say(self._reward.description)
+        config = self._config()
+        candidate_sets.resolve(config, self.policy.structure.distribution)
+        # All of it committed to the device, as what an update returns is: else the second update compiles again.
+        learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
+        self.policy.optimizer.state, self._reference = learner.optimizer, learner.reference
+        if self.env is not None:
+            self._say(self._describe(config))
+
+    # What kind of run it is -----------------------------------------------------------------------------------------
+
+    def _find_simulator(self) -> Simulator | None:
+        """The world that can be branched in, if there is one."""
+        simulator = find_simulator(self.env)
+        if self.dynamics == "simulator" and simulator is None and self.env is not None:
+            raise ValueError(
+                "dynamics='simulator' needs a GymnaxVecEnv (bare, or within VecMonitor) or env='gymnax/<id>'; use"
+                f" dynamics='auto' for {self.env}"
+            )
+        return simulator
+
+    def _candidates(self) -> str:
+        """Which groups are compared: what ``candidates="auto"`` means here."""
+        has_simulator = self._find_simulator() is not None
+        if self.candidates == "auto":
+            return "auto" if has_simulator else "episodes"
+        if self.candidates != "episodes" and not has_simulator and self.env is not None:
+            raise ValueError(
+                f"candidates={self.candidates!r} needs a world that can be stepped from any state (a GymnaxVecEnv, or"
+                " env='gymnax/<id>'); use candidates='auto' or 'episodes'"
+            )
+        return self.candidates
+
+    def _config(self) -> GRPOConfig:
+        """The settings of ``grpo_jax`` that the present attributes mean; rates come at every iteration anew."""
+        if self.advantage_scale is None:
+            scale: Scale = "batch" if self.normalize_advantage else "none"
+        else:
+            scale = self.advantage_scale
+        return GRPOConfig(
+            n_envs=self.n_envs,
+            n_steps=self.n_steps,
+            n_epochs=self.n_epochs,
+            batch_size=self.batch_size,
+            candidates=self._candidates(),  # type: ignore[arg-type]
+            group_size=self.group_size,
+            max_enumerated=self.max_enumerated,
+            horizon=self.horizon,
+            n_rollouts=self.n_rollouts,
+            backup=self.backup,
+            bootstrap=bool(self.bootstrap),
+            common_random_numbers=self.common_random_numbers,
+            baseline=self.baseline,
+            advantage_scale=scale,
+            surrogate=self.surrogate,
+            kl_estimator=self.kl_estimator,
+            reference=self.reference,
+            reference_interval=self.reference_interval,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            learning_rate=self._now(self.lr_schedule),
+            clip_range=self._now(self.clip_range),
+            clip_range_high=self._now(self.clip_range_high),
+            clip_range_vf=self._now(self.clip_range_vf),
+            dual_clip=self.dual_clip,
+            ent_coef=self.ent_coef,
+            vf_coef=self.vf_coef,
+            kl_coef=self.kl_coef,
+            reference_decay=self.reference_decay,
+            target_kl=self.target_kl,
+            max_grad_norm=self.max_grad_norm,
+            spread_floor=self.spread_floor,
+            optimizer=self.policy.optimizer.factory,
+        )
+
+    def _now(self, schedule: Any) -> Any:
+        return None if schedule is None else schedule(self._current_progress_remaining)
+
+    def _check_arguments(self) -> None:
+        """Refuses what cannot be, and warns once of what has no meaning here."""
+        if self.dynamics not in ("auto", "simulator"):
+            raise ValueError(f"dynamics={self.dynamics!r} must be 'auto' or 'simulator'")
+        defaults = {name: parameter.default for name, parameter in inspect.signature(GRPO).parameters.items()}
+        meaningless = ["use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs"]
+        branches = self._candidates() not in ("episodes", "trajectory")
+        if not self.bootstrap:
+            meaningless += ["gae_lambda", "vf_coef", "clip_range_vf"]
+        if not branches:
+            meaningless += ["horizon", "n_rollouts", "backup", "common_random_numbers", "max_enumerated"]
+        if self._candidates() == "episodes":
+            meaningless += ["group_size"]
+        if self.env is None:
+            return
+        ignored = [name for name in meaningless if (getattr(self, name) or None) != (defaults[name] or None)]
+        if ignored:
+            regime = "branches of a simulator" if branches else "episodes, nothing is branched"
+            critic = "with a critic" if self.bootstrap else "without a critic (bootstrap=False)"
+            warnings.warn(
+                f"GRPO compares {regime}, {critic}: {', '.join(ignored)} {'have' if len(ignored) > 1 else 'has'} no"
+                " meaning here and will be ignored",
+                UserWarning,
+                stacklevel=4,
+            )
+        self.use_sde = False
+        n_states = self.n_envs * self.n_steps
+        if self.batch_size > n_states or n_states % self.batch_size:
+            warnings.warn(
+                f"batch_size={self.batch_size} does not divide n_envs * n_steps = {self.n_envs} * {self.n_steps} ="
+                f" {n_states}: the last minibatch of every epoch holds {n_states % self.batch_size} states only",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _describe(self, config: GRPOConfig) -> str:
+        if config.candidates in ("episodes", "trajectory"):
+            groups = "the episodes of a rollout are compared, nothing is branched"
+        else:
+            kind = candidate_sets.resolve(config, self.policy.structure.distribution)
+            count = candidate_sets.n_candidates(config, self.policy.structure.distribution)
+            actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
+            groups = f"{actions} of every state are followed for {config.horizon} steps in the simulator"
+        return f"GRPO: {groups}; {'with' if config.bootstrap else 'without'} a critic"
+
+    def _say(self, text: str) -> None:
+        if self.verbose >= 1:
+            print(text)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def learn(
+        self: SelfGRPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "GRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfGRPO:
+        """Trains for at least ``total_timesteps`` decision steps, in whole rollouts; see SB3's ``PPO.learn``.
+
+        Raises:
+          FloatingPointError: losses, gradients or group returns were NaN or inf.
+          ValueError: no env.
+        """
+        if self.env is None:
+            raise ValueError("learn() needs an environment: set_env(env), or load(path, env=env)")
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        if 0 < self._n_iterations < SPREAD_ITERATIONS:
+            warn_without_spread(self._config(), self._frac_zero_std)
+        return self
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond total_timesteps: no schedule is asked for what lies behind its end.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
+    ) -> bool:
+        """One rollout, on the device where the environment is there, else on the host.
+
+        Returns:
+          Whether training goes on: False where a callback said stop.
+        """
+        del rollout_buffer, n_rollout_steps  # the trajectory is kept as arrays, of n_steps
+        self.policy.set_training_mode(False)
+        callback.on_rollout_start()
+        config, simulator = self._config(), self._find_simulator()
+        with original_errors():  # of the user's reward function
+            if simulator is not None:
+                self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
+            else:
+                self._trajectory = collect_on_host(self, config, env, self._reward, callback)
+        if self._trajectory is None:
+            return False
+        callback.on_rollout_end()
+        return True
+
+    def train(self) -> None:
+        """Groups and update of the last rollout, in one program."""
+        assert self._trajectory is not None, "train() comes behind collect_rollouts()"
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)  # type: ignore[arg-type]
+        config, simulator = self._config(), self._find_simulator()
+        learner = Learner(
+            policy=self.policy.state,
+            optimizer=self.policy.optimizer.state,
+            reference=self._reference,
+            n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
+        )
+        world = None if simulator is None else override(simulator.env.world, self._reward)
+        arguments = (learner, self._trajectory, self.key_words, self._n_iterations)
+        with original_errors():
+            state, metrics = _learn(config, world, self.policy.structure, *arguments)
+            metrics, n_simulator_steps, words, n_updates = jax.device_get(
+                (metrics, state.simulator_steps, state.key, state.learner.n_updates)
+            )
+        self._trajectory = None
+        check_finite(metrics)
+        self.policy.state = state.learner.policy
+        self.policy.optimizer.state = state.learner.optimizer
+        self._reference = state.learner.reference
+        self.key_words = np.asarray(words)
+        self.simulator_steps += counter.to_int(n_simulator_steps)
+        self._n_optimizer_steps = int(n_updates)
+        self._n_iterations += 1
+        self._n_updates += self.n_epochs
+        self._log(config, metrics)
+        if self._n_iterations <= SPREAD_ITERATIONS:
+            self._frac_zero_std.append(float(metrics["frac_zero_std"]))
+            if self._n_iterations == SPREAD_ITERATIONS:
+                warn_without_spread(config, self._frac_zero_std)
+
+    def _log(self, config: GRPOConfig, metrics: Metrics) -> None:
+        """PPO's keys under ``train/``, ours under ``grpo/``."""
+
+        def record(name: str, value: Any, **where: Any) -> None:
+            self.logger.record(name, float(value), **where)
+
+        record("train/entropy_loss", -metrics["entropy"])
+        record("train/policy_gradient_loss", metrics["policy_loss"])
+        if config.bootstrap:
+            record("train/value_loss", metrics["value_loss"])
+        record("train/approx_kl", metrics["approx_kl"])
+        record("train/clip_fraction", metrics["clip_fraction_low"] + metrics["clip_fraction_high"])
+        record("train/loss", metrics["loss"])
+        if config.bootstrap:
+            record("train/explained_variance", metrics["explained_variance"])
+        log_std = self.policy.state.params["actor"].get("log_std")
+        if log_std is not None:
+            record("train/std", np.exp(np.asarray(log_std)).mean())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        record("train/clip_range", config.clip_range)
+        if config.clip_range_vf is not None:
+            record("train/clip_range_vf", config.clip_range_vf)
+        record("grpo/group_spread", metrics["group_spread"])
+        record("grpo/frac_zero_std", metrics["frac_zero_std"])
+        record("grpo/grad_norm", metrics["grad_norm"])
+        if "kl" in metrics:
+            record("grpo/kl", metrics["kl"])
+        self.logger.record("grpo/simulator_steps", self.simulator_steps)
+        if config.candidates not in ("episodes", "trajectory"):
+            record("grpo/world_error", 0.0)  # the simulator is the environment
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds the environments, the model's own key, and (as SB3 does) Python, NumPy and torch; None: nothing."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._reseed(seed)
+
+    def _reseed(self, seed: int | None) -> None:
+        sequence = np.random.SeedSequence(seed)  # None: the operating system's entropy
+        self.key_words = sequence.generate_state(2, np.uint32)
+        if getattr(self, "policy", None) is not None:
+            self.policy.seed(int(self.key_words[0]))
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """See SB3; an env of another kind (on the device or not) changes what is compared."""
+        super().set_env(env, force_reset)
+        self._say(self._describe(self._config()))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "lr_schedule",  # made of learning_rate
+            "_jax_device",
+            "_reward",
+            "_trajectory",
+            "_reference",
+        ]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Writes SB3's zip; nothing that ``load`` reads by default is pickled, a failed save leaves the old file.
+
+        Args:
+          path: file name (``.zip`` is added) or binary file.
+          exclude: attributes to leave out.
+          include: attributes to keep that are left out by default.
+        """
+        excluded = (set(self._excluded_save_params()) | set(exclude or ())) - set(include or ())
+        data = {name: value for name, value in vars(self).items() if name not in excluded}
+        params: dict[str, Any] = {name: _arrays(entry) for name, entry in self.get_parameters().items()}
+        if self._reference is not None:
+            params["reference"] = _arrays(self.policy.state_dict_of(self._reference))
+        serialization.save_zip(path, data, params)
+
+    @classmethod
+    def load(
+        cls: type[SelfGRPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> SelfGRPO:
+        """A new model from a file; training goes on from it.
+
+        Args:
+          path: file name or binary file.
+          env: to train in; its number of environments may differ.
+          device: see the class.
+          custom_objects: replace what the file holds, by attribute: a reward function, a schedule of your own.
+          print_system_info: of the file and of this machine.
+          force_reset: reset the env before training.
+          allow_pickle: unpickle what the file holds beyond plain data. Only for files you trust: it can run any code.
+          **kwargs: attributes to change.
+
+        Raises:
+          ValueError: not a file of GRPO, or other spaces or policy arguments than the file's.
+        """
+        if custom_objects is not None and not isinstance(custom_objects, dict):
+            raise ValueError(f"custom_objects={custom_objects!r} must be a dict or None")
+        replaced = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
+        data, params = serialization.load_zip(
+            path,
+            custom_objects={**(custom_objects or {}), **replaced},
+            allow_pickle=allow_pickle,
+            print_system_info=print_system_info,
+        )
+        if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
+            raise ValueError(
+                f"The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs:"
+                f" {data['policy_kwargs']}, specified kwargs: {kwargs['policy_kwargs']}"
+            )
+        for name in ("observation_space", "action_space", "policy_class"):
+            if name not in data:
+                raise KeyError(f"{path} holds no {name}; pass it in custom_objects={{{name!r}: ...}}")
+        if env is not None:
+            env = cls._wrap_env(env, data["verbose"])
+            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            if force_reset:
+                data["_last_obs"] = None
+            if env.num_envs != data["n_envs"]:
+                data["_last_obs"] = None
+                data["episode_time"] = np.zeros(env.num_envs, np.int32)
+            data["n_envs"] = env.num_envs
+        model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
+        model.__dict__.update(data)
+        model.__dict__.update(kwargs)
+        kept = {name: getattr(model, name) for name in ("key_words",)}
+        model._setup_model()
+        model.__dict__.update(kept)
+        reference = params.pop("reference", None)
+        model.set_parameters(params, exact_match=True, device=device)
+        if reference is not None:
+            model._reference = jax.device_put(model.policy.state_from(reference), model._jax_device)
+        return model
+
+    def get_parameters(self) -> dict[str, dict]:
+        """``{"policy": {name: tensor}, "policy.optimizer": {name: tensor}}``, copies on the CPU."""
+        return {"policy": self.policy.state_dict(), "policy.optimizer": self.policy.optimizer.state_dict()}
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Takes over parameters from a file or from what ``get_parameters`` gave; see SB3."""
+        if not isinstance(load_path_or_dict, dict):
+            _, load_path_or_dict = serialization.load_zip(load_path_or_dict, load_data=False)
+            load_path_or_dict.pop("reference", None)
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        self.policy.state = jax.device_put(self.policy.state, self._jax_device)
+        self.policy.optimizer.state = jax.device_put(self.policy.optimizer.state, self._jax_device)
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def _learn(
+    config: GRPOConfig,
+    world: World | None,
+    policy: Policy,
+    learner: Learner,
+    trajectory: Trajectory,
+    words: jax.Array,
+    iteration: int,
+) -> tuple[loop.TrainState, Metrics]:
+    state = train_state(policy, learner, None, words, iteration)
+    state, metrics = loop.learn(config, world, state, trajectory, 0.0)
+    return state.replace(key=jax.random.key_data(state.key)), metrics
+
+
+def _arrays(state_dict: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in state_dict.items()}
+
+
+def _check_policy(policy: Any) -> None:
+    if isinstance(policy, str) or (isinstance(policy, type) and issubclass(policy, GRPOPolicy)):
+        return
+    raise TypeError(
+        f"policy={policy!r} must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a class derived from"
+        " sb3_bridge.MlpPolicy and its like: a policy of torch cannot run in JAX"
+    )
+
+
+def _jax_device(device: th.device | str) -> Any:
+    """JAX's device for SB3's ``device``; where there is no GPU, "cuda" means the CPU, as in SB3."""
+    kind = th.device(device).type if str(device) != "auto" else "auto"
+    if kind == "auto":
+        return jax.devices()[0]
+    try:
+        return jax.devices("gpu" if kind == "cuda" else kind)[0]
+    except RuntimeError:
+        return jax.devices("cpu")[0]
