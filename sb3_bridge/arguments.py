@@ -60,7 +60,10 @@ def to_action_space(space: gymnasium.Space) -> spaces.ActionSpace:
 
     Raises:
       NotImplementedError: ``Dict``, ``Tuple`` and their like.
+      AssertionError: ``MultiBinary`` of more than one dimension, as in SB3.
     """
+    if isinstance(space, gymnasium.spaces.MultiBinary) and len(space.shape) != 1:
+        raise AssertionError(f"action_space={space} must be one-dimensional: flatten it")
     action_space = spaces.from_gymnasium(space, "action_space")
     if isinstance(action_space, spaces.Dict):
         raise NotImplementedError(f"action_space={space}: use Box, Discrete, MultiDiscrete or MultiBinary")

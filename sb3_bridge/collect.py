@@ -17,7 +17,13 @@ from stable_baselines3.common.callbacks import (
     ConvertCallback,
     ProgressBarCallback,
 )
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+)
 
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
@@ -88,7 +94,8 @@ def collect_on_device(
       The trajectory ``[n_steps, n_envs]`` on the device; None where a callback stopped training.
     """
     env = simulator.env
-    before = _wrap(env.lend(), reward)
+    # Committed to the device, as what a rollout returns is: else the second rollout compiles again.
+    before = jax.device_put(_wrap(env.lend(), reward), model._jax_device)
     policy = model.policy
     after, trajectory, ends = _rollout(
         config, override(env.world, reward), policy.structure, policy.state, before, model.key_words
@@ -110,7 +117,7 @@ def collect_on_device(
                     "n_rollout_steps": config.n_steps,
                     "n_steps": step.number,
                     "actions": step.actions,
-                    "clipped_actions": step.actions,
+                    "clipped_actions": step.clipped_actions,
                     "new_obs": step.new_obs,
                     "rewards": step.rewards,
                     "dones": step.dones,
@@ -158,18 +165,19 @@ def collect_on_host(
         _uniforms(model.key_words, config.n_steps, n_envs, policy.structure.distribution.n_uniforms)
     )
     is_box = isinstance(env.action_space, spaces.Box)
-    dtype = env.action_space.dtype
-    normalizer = model.get_vec_normalize_env()
+    normalizer, original = None, None
+    if reward is not None:
+        normalizer, original = _originals(env, model.get_vec_normalize_env())
     keep_next = config.bootstrap or reward is not None
     assert model._last_obs is not None, "collect_on_host() comes behind a reset"
     assert model._last_episode_starts is not None
     store = _Store(config.n_steps, n_envs)
     for index in range(config.n_steps):
         observation = model._last_obs
-        raw = normalizer.get_original_obs() if normalizer is not None and reward is not None else observation
-        choice, action = act(policy.state, observation, uniforms[index])
+        raw = observation if original is None else original()
+        choice, stretched = act(policy.state, observation, uniforms[index])
         chosen = np.asarray(choice)
-        clipped_actions = np.asarray(action).astype(dtype) if is_box else chosen.astype(dtype)
+        actions, clipped_actions = _clip(env.action_space, np.asarray(stretched) if is_box else chosen)
         new_obs, rewards, dones, infos = env.step(clipped_actions)
         model.num_timesteps += n_envs
         callback.update_locals(
@@ -180,7 +188,7 @@ def collect_on_host(
                 "rollout_buffer": None,
                 "n_rollout_steps": config.n_steps,
                 "n_steps": index,
-                "actions": clipped_actions,
+                "actions": actions,
                 "clipped_actions": clipped_actions,
                 "new_obs": new_obs,
                 "rewards": rewards,
@@ -211,14 +219,14 @@ def collect_on_host(
             row["next_observation"] = _with_final(new_obs, ended, infos)
         if reward is not None:
             raw_next = row["next_observation"]
-            if normalizer is not None:
+            if normalizer is not None and original is not None:
                 finals = [
                     {"terminal_observation": normalizer.unnormalize_obs(infos[i]["terminal_observation"])}
                     if i in ended
                     else {}
                     for i in range(n_envs)
                 ]
-                raw_next = _with_final(normalizer.get_original_obs(), ended, finals)
+                raw_next = _with_final(original(), ended, finals)
             row["raw"], row["raw_action"], row["raw_next"] = raw, clipped_actions, raw_next
         store.add(index, row)
     if reward is not None:
@@ -248,6 +256,14 @@ def collect_on_host(
     )
 
 
+def _clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What SB3 calls ``actions`` and ``clipped_actions``: before and after they are brought within a box's bounds."""
+    if isinstance(space, spaces.Box):
+        return actions, np.clip(actions, space.low, space.high).astype(space.dtype)
+    actions = actions.astype(space.dtype)
+    return actions, actions
+
+
 class _Store:
     """Rows of a rollout, in arrays ``[n_steps, n_envs, ...]`` that are made when the first one comes."""
 
@@ -275,6 +291,39 @@ class _Store:
         self._arrays[name] = value
 
 
+def _originals(
+    env: VecEnv, normalizer: VecNormalize | None
+) -> tuple[VecNormalize | None, Callable[[], Any] | None]:
+    """The VecNormalize that changes observations, and what gives them unchanged, as the policy's space has them.
+
+    Raises:
+      ValueError: a wrapper outside of it changes them once more, in a way that is not known here.
+    """
+    if normalizer is None or not normalizer.norm_obs:
+        return None, None
+    outside: list[VecEnvWrapper] = []
+    while isinstance(env, VecEnvWrapper) and env is not normalizer:
+        outside.insert(0, env)
+        env = env.venv
+    for wrapper in outside:
+        changes = wrapper.observation_space != wrapper.venv.observation_space
+        if changes and not isinstance(wrapper, VecTransposeImage):
+            raise ValueError(
+                f"reward_function sees observations as they were before VecNormalize, but {type(wrapper).__name__} outside"
+                f" of it changes them again: put VecNormalize outside of {type(wrapper).__name__}"
+            )
+    transposed = [wrapper for wrapper in outside if isinstance(wrapper, VecTransposeImage)]
+
+    def original() -> Any:
+        return functools.reduce(
+            lambda seen, wrapper: wrapper.transpose_observations(seen),
+            transposed,
+            normalizer.get_original_obs(),
+        )
+
+    return normalizer, original
+
+
 def _with_final(observation: Any, ended: list[int], infos: Any) -> Any:
     """Observations that were reached: where an episode ended, its last one instead of the next one's first."""
     if not ended:
@@ -299,6 +348,7 @@ class _Step(NamedTuple):
 
     number: int
     actions: np.ndarray
+    clipped_actions: np.ndarray
     new_obs: Any
     rewards: np.ndarray
     dones: np.ndarray
@@ -338,7 +388,7 @@ class _Steps:
         rewards = trajectory.reward if trajectory.task_reward is None else trajectory.task_reward
         actions, rewards, truncated, terminated, reached, observation, last = jax.device_get(
             (
-                _to_world(policy, trajectory.action),
+                _stretch(policy, trajectory.action),
                 rewards,
                 trajectory.truncated,
                 trajectory.terminated,
@@ -348,7 +398,7 @@ class _Steps:
             )
         )
         rewards = rewards.astype(np.float32)
-        actions = actions.astype(env.action_space.dtype)
+        actions, clipped_actions = _clip(env.action_space, actions)
         n_steps = len(ended)
         for index in range(n_steps):
             cut = truncated[index] & ~terminated[index]
@@ -365,6 +415,7 @@ class _Steps:
             yield _Step(
                 number=index,
                 actions=actions[index].copy(),
+                clipped_actions=clipped_actions[index].copy(),
                 new_obs=to_numpy(env.observation_space, following),
                 rewards=rewards[index].copy(),
                 dones=ended[index].copy(),
@@ -373,9 +424,9 @@ class _Steps:
             )
 
     def _at(self, index: int) -> Environments:
-        """Where the environments stood after a step."""
+        """Where the environments stood after a step; not what the run itself goes on from, for ``step`` donates it."""
         if index + 1 == self._trajectory.reward.shape[0]:
-            return _unwrap(self._after, self._reward)
+            return _unwrap(jax.tree.map(jnp.copy, self._after), self._reward)
         at = jax.tree.map(lambda leaf: leaf[index + 1], self._trajectory.environments)
         return _unwrap(at, self._reward)
 
@@ -465,12 +516,15 @@ def train_state(
 
 @functools.lru_cache(maxsize=64)
 def _acting(policy: Policy) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """``(policy_state, observation [N, ...], uniforms [N, n]) -> (action in the policy's units, in the env's)``."""
+    """``(policy_state, observation [N, ...], uniforms [N, n]) -> (action in the policy's units, in the env's)``.
+
+    Neither is clipped.
+    """
 
     @jax.jit
     def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
         action = policy.distribution.sample(policy.parameters(state, observation), uniforms)
-        return action, policy.to_world(action)
+        return action, policy.stretch(action)
 
     return act
 
@@ -483,5 +537,5 @@ def _uniforms(words: jax.Array, n_steps: int, n_envs: int, n_uniforms: int) -> j
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _to_world(policy: Policy, action: jax.Array) -> jax.Array:
-    return policy.to_world(action)
+def _stretch(policy: Policy, action: jax.Array) -> jax.Array:
+    return policy.stretch(action)

@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
 from grpo_jax import counter
@@ -255,6 +255,9 @@ class GRPO(OnPolicyAlgorithm):
         self._reference: Any = None
         if _init_setup_model:
             self._setup_model()
+            if self.env is not None:
+                self._warn_of_arguments()
+            self.use_sde = False
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
@@ -272,7 +275,8 @@ class GRPO(OnPolicyAlgorithm):
         self.rollout_buffer = None  # type: ignore[assignment]
         if self.bootstrap is None:
             self.bootstrap = self._find_simulator() is None or self.candidates == "episodes"
-        self._check_arguments()
+        if self.dynamics not in ("auto", "simulator"):
+            raise ValueError(f"dynamics={self.dynamics!r} must be 'auto' or 'simulator'")
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
@@ -290,7 +294,7 @@ class GRPO(OnPolicyAlgorithm):
         candidate_sets.resolve(config, self.policy.structure.distribution)
         # All of it committed to the device, as what an update returns is: else the second update compiles again.
         learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
-        self.policy.optimizer.state, self._reference = learner.optimizer, learner.reference
+        self.policy.optimizer.state = learner.optimizer
         if self.env is not None:
             self._say(self._describe(config))
 
@@ -363,10 +367,8 @@ class GRPO(OnPolicyAlgorithm):
     def _now(self, schedule: Any) -> Any:
         return None if schedule is None else schedule(self._current_progress_remaining)
 
-    def _check_arguments(self) -> None:
-        """Refuses what cannot be, and warns once of what has no meaning here."""
-        if self.dynamics not in ("auto", "simulator"):
-            raise ValueError(f"dynamics={self.dynamics!r} must be 'auto' or 'simulator'")
+    def _warn_of_arguments(self) -> None:
+        """Warns once of what was set and has no meaning here."""
         defaults = {name: parameter.default for name, parameter in inspect.signature(GRPO).parameters.items()}
         meaningless = ["use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs"]
         branches = self._candidates() not in ("episodes", "trajectory")
@@ -376,8 +378,6 @@ class GRPO(OnPolicyAlgorithm):
             meaningless += ["horizon", "n_rollouts", "backup", "common_random_numbers", "max_enumerated"]
         if self._candidates() == "episodes":
             meaningless += ["group_size"]
-        if self.env is None:
-            return
         ignored = [name for name in meaningless if (getattr(self, name) or None) != (defaults[name] or None)]
         if ignored:
             regime = "branches of a simulator" if branches else "episodes, nothing is branched"
@@ -386,16 +386,15 @@ class GRPO(OnPolicyAlgorithm):
                 f"GRPO compares {regime}, {critic}: {', '.join(ignored)} {'have' if len(ignored) > 1 else 'has'} no"
                 " meaning here and will be ignored",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
-        self.use_sde = False
         n_states = self.n_envs * self.n_steps
         if self.batch_size > n_states or n_states % self.batch_size:
             warnings.warn(
                 f"batch_size={self.batch_size} does not divide n_envs * n_steps = {self.n_envs} * {self.n_steps} ="
                 f" {n_states}: the last minibatch of every epoch holds {n_states % self.batch_size} states only",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _describe(self, config: GRPOConfig) -> str:
@@ -471,7 +470,7 @@ class GRPO(OnPolicyAlgorithm):
         learner = Learner(
             policy=self.policy.state,
             optimizer=self.policy.optimizer.state,
-            reference=self._reference,
+            reference=self._reference_policy(),
             n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
         )
         world = None if simulator is None else override(simulator.env.world, self._reward)
@@ -490,12 +489,19 @@ class GRPO(OnPolicyAlgorithm):
         self.simulator_steps += counter.to_int(n_simulator_steps)
         self._n_optimizer_steps = int(n_updates)
         self._n_iterations += 1
-        self._n_updates += self.n_epochs
+        # Epochs that were begun, as PPO counts: target_kl may have stopped them.
+        self._n_updates += min(self.n_epochs, int(metrics["n_updates"]) // config.n_minibatches + 1)
         self._log(config, metrics)
         if self._n_iterations <= SPREAD_ITERATIONS:
             self._frac_zero_std.append(float(metrics["frac_zero_std"]))
             if self._n_iterations == SPREAD_ITERATIONS:
                 warn_without_spread(config, self._frac_zero_std)
+
+    def _reference_policy(self) -> Any:
+        """The reference kept so far; at first the policy as it is now, parameters that were loaded included."""
+        if self.kl_coef is None:
+            return None
+        return self.policy.state if self._reference is None else self._reference
 
     def _log(self, config: GRPOConfig, metrics: Metrics) -> None:
         """PPO's keys under ``train/``, ours under ``grpo/``."""
@@ -508,7 +514,7 @@ class GRPO(OnPolicyAlgorithm):
         if config.bootstrap:
             record("train/value_loss", metrics["value_loss"])
         record("train/approx_kl", metrics["approx_kl"])
-        record("train/clip_fraction", metrics["clip_fraction_low"] + metrics["clip_fraction_high"])
+        record("train/clip_fraction", metrics["clip_fraction"])
         record("train/loss", metrics["loss"])
         if config.bootstrap:
             record("train/explained_variance", metrics["explained_variance"])
@@ -571,6 +577,7 @@ class GRPO(OnPolicyAlgorithm):
           include: attributes to keep that are left out by default.
         """
         excluded = (set(self._excluded_save_params()) | set(exclude or ())) - set(include or ())
+        excluded.add("policy")  # its parameters are stored without pickle
         data = {name: value for name, value in vars(self).items() if name not in excluded}
         params: dict[str, Any] = {name: _arrays(entry) for name, entry in self.get_parameters().items()}
         if self._reference is not None:
@@ -600,13 +607,16 @@ class GRPO(OnPolicyAlgorithm):
           print_system_info: of the file and of this machine.
           force_reset: reset the env before training.
           allow_pickle: unpickle what the file holds beyond plain data. Only for files you trust: it can run any code.
-          **kwargs: attributes to change.
+          **kwargs: attributes to change; with a ``seed``, random numbers start anew from it.
 
         Raises:
           ValueError: not a file of GRPO, or other spaces or policy arguments than the file's.
         """
         if custom_objects is not None and not isinstance(custom_objects, dict):
             raise ValueError(f"custom_objects={custom_objects!r} must be a dict or None")
+        if print_system_info:
+            print("== CURRENT SYSTEM INFO ==")
+            get_system_info()
         replaced = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
         data, params = serialization.load_zip(
             path,
@@ -614,10 +624,11 @@ class GRPO(OnPolicyAlgorithm):
             allow_pickle=allow_pickle,
             print_system_info=print_system_info,
         )
-        if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != data["policy_kwargs"]:
+        stored = data.setdefault("policy_kwargs", kwargs.get("policy_kwargs", {}))
+        if kwargs.get("policy_kwargs", stored) != stored:
             raise ValueError(
-                f"The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs:"
-                f" {data['policy_kwargs']}, specified kwargs: {kwargs['policy_kwargs']}"
+                f"The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs: {stored},"
+                f" specified kwargs: {kwargs['policy_kwargs']}"
             )
         for name in ("observation_space", "action_space", "policy_class"):
             if name not in data:
@@ -627,16 +638,16 @@ class GRPO(OnPolicyAlgorithm):
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
             if force_reset:
                 data["_last_obs"] = None
-            if env.num_envs != data["n_envs"]:
+            if env.num_envs != data.get("n_envs"):
                 data["_last_obs"] = None
                 data["episode_time"] = np.zeros(env.num_envs, np.int32)
             data["n_envs"] = env.num_envs
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
         model.__dict__.update(data)
         model.__dict__.update(kwargs)
-        kept = {name: getattr(model, name) for name in ("key_words",)}
         model._setup_model()
-        model.__dict__.update(kept)
+        if kwargs.get("seed") is None:  # a new seed starts a new stream
+            model.key_words = data.get("key_words", model.key_words)
         reference = params.pop("reference", None)
         model.set_parameters(params, exact_match=True, device=device)
         if reference is not None:

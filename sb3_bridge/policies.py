@@ -600,7 +600,8 @@ def _replaced(
     for name, leaf in present.items():
         if name in missing:
             continue
-        array, plain = np.asarray(_from_torch(given[name])), _plain(leaf)
+        # A copy: JAX may go on in the memory it is given, which the caller may change.
+        array, plain = np.array(_from_torch(given[name])), _plain(leaf)
         if array.shape != np.shape(plain):
             errors.append(f"{name} has shape {list(array.shape)}, expected {list(np.shape(plain))}")
             continue

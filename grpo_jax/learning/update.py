@@ -103,14 +103,16 @@ def loss(
 
     weight = jnp.where(counted, jnp.exp(group.log_weight), 0.0)
     log_ratio = log_prob - group.log_prob
-    high = (log_ratio > jnp.log1p(clip_high)) & (batch.advantage > 0)
-    low = (log_ratio < jnp.log1p(-jnp.minimum(clip_low, 1.0))) & (batch.advantage < 0)
+    above = log_ratio > jnp.log1p(clip_high)
+    below = log_ratio < jnp.log1p(-jnp.minimum(clip_low, 1.0))
     metrics = {
         "policy_loss": policy_loss,
         "entropy": entropy,
         "approx_kl": average(policy.distribution.kl(batch.distribution, parameters)),
-        "clip_fraction_high": average(jnp.sum(weight * high, axis=1)),
-        "clip_fraction_low": average(jnp.sum(weight * low, axis=1)),
+        # As PPO counts: all ratios beyond the bounds. Then those whose gradient is cut.
+        "clip_fraction": average(jnp.sum(weight * (above | below), axis=1)),
+        "clip_fraction_high": average(jnp.sum(weight * (above & (batch.advantage > 0)), axis=1)),
+        "clip_fraction_low": average(jnp.sum(weight * (below & (batch.advantage < 0)), axis=1)),
     }
     if batch.reference is not None and config.kl_coef is not None:
         if config.kl_estimator == "exact":

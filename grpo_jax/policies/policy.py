@@ -129,16 +129,21 @@ class Policy:
         return value
 
     def to_world(self, action: jax.Array) -> jax.Array:
-        """The policy's action in the world's units.
-
-        A Gaussian lives on [-1, 1] whatever the bounds of the box are: it is stretched to them and clipped.
-        """
+        """The policy's action in the world's units, within its bounds."""
         space = self.action_space
         if not isinstance(space, spaces.Box):
             return action
-        if not space.is_bounded:
-            return jnp.clip(action, space.low, space.high)
-        return jnp.clip(space.low + (action + 1.0) * 0.5 * (space.high - space.low), space.low, space.high)
+        return jnp.clip(self.stretch(action), space.low, space.high)
+
+    def stretch(self, action: jax.Array) -> jax.Array:
+        """The policy's action in the world's units, before it is clipped.
+
+        A Gaussian lives on [-1, 1] whatever the bounds of the box are: it is stretched to them.
+        """
+        space = self.action_space
+        if not isinstance(space, spaces.Box) or not space.is_bounded:
+            return action
+        return space.low + (action + 1.0) * 0.5 * (space.high - space.low)
 
     def update_statistics(self, state: PolicyState, observation: Observation) -> PolicyState:
         """Adds a batch of raw observations ``[N, *shape]`` to the statistics, if any are kept."""

@@ -12,19 +12,12 @@ from flax import struct
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
-from grpo_jax.groups.advantage import Advantages, group_advantages
-from grpo_jax.groups.branch import group_returns
-from grpo_jax.groups.trajectory import (
-    ends_within,
-    episode_advantages,
-    first_episode,
-    trajectory_advantages,
-)
-from grpo_jax.learning.losses import lambda_returns
+from grpo_jax.groups.advantage import Advantages
+from grpo_jax.groups.branch import Branches
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
-from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
-from grpo_jax.policies.distributions import Categorical
-from grpo_jax.policies.policy import Policy, PolicyState, make_policy
+from grpo_jax.noise import as_key, split
+from grpo_jax.policies.policy import Policy, make_policy
+from grpo_jax.training import batches
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.rollout import Environments, Trajectory, rollout, start
 from grpo_jax.types import Batch, Counter, Group, Metrics, Params
@@ -162,15 +155,17 @@ def learn(
     state: TrainState,
     trajectory: Trajectory,
     progress: jax.Array | float,
+    evaluated: tuple[Group, Branches] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The second half of an iteration: groups, then the update.
 
     Args:
       config: the settings.
-      env: the world that is branched in; None for trajectory groups, which need none.
+      env: the world that is branched in; None where nothing is, or was already.
       state: the state whose policy acted.
       trajectory: what it did, ``[n_steps, n_envs]``.
       progress: share of the run that is done, in [0, 1], for decaying rates.
+      evaluated: candidates and their group returns, where they were followed elsewhere (on the host).
 
     Returns:
       The state afterwards, and scalar metrics.
@@ -180,15 +175,21 @@ def learn(
         distribution = policy.parameters(learner.policy, trajectory.observation, trajectory.action_mask)
         trajectory = trajectory.replace(distribution=distribution)
     keys = iteration_keys(state.key)
+    simulator_steps = counter.zero()
     if config.candidates == "trajectory":
-        batch, advantages, branches = _trajectory_groups(config, policy, trajectory)
+        batch, advantages = batches.compare_trajectories(config, policy, trajectory)
     elif config.candidates == "episodes":
-        batch, advantages, branches = _episode_groups(config, policy, learner.policy, trajectory)
+        batch, advantages = batches.compare_episodes(config, policy, learner.policy, trajectory)
     else:
-        assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
-        batch, advantages, branches = _state_groups(
-            config, env, policy, learner.policy, trajectory, keys.groups
-        )
+        if evaluated is None:
+            assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
+            candidate_key, branch_key = split(keys.groups, 2)
+            group = batches.propose(config, policy, trajectory, candidate_key)
+            branches = batches.follow(config, env, policy, learner.policy, trajectory, group, branch_key)
+        else:
+            group, branches = evaluated
+        simulator_steps = branches.simulator_steps
+        batch, advantages = batches.compare(config, policy, learner.policy, trajectory, group, branches)
     if learner.reference is not None:
         reference = policy.parameters(learner.reference, batch.observation, batch.action_mask)
         batch = batch.replace(reference=reference)
@@ -206,7 +207,7 @@ def learn(
         key=keys.next,
         iteration=state.iteration + 1,
         decision_steps=counter.add(state.decision_steps, n_decisions),
-        simulator_steps=counter.merge(state.simulator_steps, branches),
+        simulator_steps=counter.merge(state.simulator_steps, simulator_steps),
     )
     metrics |= _group_metrics(batch, advantages)
     metrics["decision_steps"] = counter.to_float(state.decision_steps)
@@ -266,151 +267,6 @@ def _train(
 
 
 _train_jitted = functools.partial(jax.jit, static_argnames="n_iterations")(_train)
-
-
-def _state_groups(
-    config: GRPOConfig,
-    env: World,
-    policy: Policy,
-    policy_state: PolicyState,
-    trajectory: Trajectory,
-    key: jax.Array,
-) -> tuple[Batch, Advantages, Counter]:
-    """Groups of candidate actions, each of which is followed in a world of its own."""
-    candidate_key, branch_key = split(key, 2)
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trajectory)
-    distribution = policy.distribution
-    if candidates.resolve(config, distribution) == "enumerate":
-        assert isinstance(distribution, Categorical)
-        group = candidates.enumerate_actions(distribution, flat.distribution, flat.action, flat.action_mask)
-    else:
-        shape = (config.n_states, config.group_size - 1, distribution.n_uniforms)
-        uniforms = bits_to_uniform(draw_bits(candidate_key, shape))
-        group = candidates.sample_actions(distribution, flat.distribution, flat.action, uniforms)
-
-    def act(observation: Any, mask: jax.Array | None, uniforms: jax.Array) -> jax.Array:
-        parameters = policy.parameters(policy_state, observation, mask)
-        return policy.to_world(distribution.sample(parameters, uniforms))
-
-    branches = group_returns(
-        env,
-        act,
-        branch_key,
-        flat.state,
-        policy.to_world(group.action),
-        horizon=config.horizon,
-        gamma=config.gamma,
-        n_uniforms=distribution.n_uniforms,
-        n_rollouts=config.n_rollouts,
-        backup=config.backup,
-        value=functools.partial(policy.value, policy_state) if config.bootstrap else None,
-        common_random_numbers=config.common_random_numbers,
-        max_branches=config.max_branches,
-    )
-    advantages = group_advantages(
-        branches.returns,
-        jnp.exp(group.log_weight),
-        group.valid,
-        group.executed,
-        baseline=config.baseline,
-        scale=config.advantage_scale,
-        spread_floor=config.spread_floor,
-    )
-    if config.baseline == "executed":
-        # Only the executed action is learned from, and it was drawn by the policy already: its weight is 1.
-        group = group.replace(log_weight=jnp.zeros_like(group.log_weight))
-    batch = _batch(flat, group, advantages, jnp.ones(config.n_states, bool))
-    if config.bootstrap:
-        values, targets = _critic(config, policy, policy_state, trajectory)
-        batch = batch.replace(value=values.reshape(-1), value_target=targets.reshape(-1))
-    return batch, advantages, branches.simulator_steps
-
-
-def _critic(
-    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
-) -> tuple[jax.Array, jax.Array]:
-    """The critic's values of the decision states, and the lambda-returns it learns; both ``[T, N]``."""
-    values = policy.value(policy_state, trajectory.observation)
-    targets = lambda_returns(
-        trajectory.reward,
-        values,
-        policy.value(policy_state, trajectory.next_observation),
-        trajectory.terminated,
-        trajectory.ended,
-        config.gamma,
-        config.gae_lambda,
-    )
-    return values, targets
-
-
-def _episode_groups(
-    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
-) -> tuple[Batch, Advantages, Counter]:
-    """Groups of the episodes that the rollout happens to hold.
-
-    Without a critic a step is compared with the others at equal time since their reset, by returns to go; what the
-    rollout cut is left out. With one, lambda-returns beyond what the critic expected are comparable wherever they were
-    earned: all steps are one group, as in PPO with normalised advantages (arXiv:1707.06347; GAE arXiv:1506.02438).
-    """
-    ended = trajectory.ended
-    values = targets = None
-    if config.bootstrap:
-        values, targets = _critic(config, policy, policy_state, trajectory)
-        returns, group = targets - values, jnp.zeros_like(trajectory.time)
-        valid = jnp.ones_like(ended)
-    else:
-        nothing = jnp.zeros_like(trajectory.reward)
-        returns = lambda_returns(trajectory.reward, nothing, nothing, ended, ended, config.gamma, 1.0)
-        group, valid = trajectory.time, ends_within(ended)
-    flat, returns, valid, group, values, targets = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, returns, valid, group, values, targets)
-    )
-    advantages = episode_advantages(
-        returns,
-        valid,
-        group,
-        baseline=config.baseline,
-        scale=config.advantage_scale,
-        spread_floor=config.spread_floor,
-    )
-    executed = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
-    batch = _batch(flat, executed, advantages, valid)
-    return batch.replace(value=values, value_target=targets), advantages, counter.zero()
-
-
-def _trajectory_groups(
-    config: GRPOConfig, policy: Policy, trajectory: Trajectory
-) -> tuple[Batch, Advantages, Counter]:
-    """Groups of episodes from one reset: nothing is branched."""
-    alive = first_episode(trajectory.ended)
-    advantages = trajectory_advantages(
-        trajectory.reward,
-        alive,
-        group_size=config.group_size,
-        gamma=config.gamma,
-        form=config.trajectory_form,
-        baseline=config.baseline,
-        scale=config.advantage_scale,
-        spread_floor=config.spread_floor,
-    )
-    flat, advantages, alive = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, advantages, alive)
-    )
-    group = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
-    return _batch(flat, group, advantages, alive), advantages, counter.zero()
-
-
-def _batch(flat: Trajectory, group: Group, advantages: Advantages, alive: jax.Array) -> Batch:
-    assert flat.distribution is not None
-    return Batch(
-        observation=flat.observation,
-        action_mask=flat.action_mask,
-        group=group,
-        advantage=advantages.advantage,
-        active=advantages.active,
-        alive=alive,
-        distribution=flat.distribution,
-    )
 
 
 def _restart_groups(

@@ -15,7 +15,7 @@ from grpo_jax.groups.branch import group_returns
 from grpo_jax.learning.update import loss
 from grpo_jax.policies.policy import PolicyState, make_policy
 from grpo_jax.spaces import Discrete
-from grpo_jax.training.loop import _state_groups
+from grpo_jax.training import batches
 from grpo_jax.training.rollout import Environments, Trajectory
 from grpo_jax.types import Batch
 
@@ -326,7 +326,10 @@ def test_executed_baseline_in_the_loop(kind, factor):
             truncated=jnp.zeros(shape, bool),
             next_observation=None,
         )
-        batch, _, _ = _state_groups(config, world, policy, state, trajectory, group_key)
+        candidate_key, branch_key = jax.random.split(group_key)
+        group = batches.propose(config, policy, trajectory, candidate_key)
+        branches = batches.follow(config, world, policy, state, trajectory, group, branch_key)
+        batch, _ = batches.compare(config, policy, state, trajectory, group, branches)
         return ascent(config, policy, state, batch)["actor"]["output"]["kernel"]
 
     gradients = jax.jit(lambda keys: jax.lax.map(draw, keys))(jax.random.split(jax.random.key(4), 200))

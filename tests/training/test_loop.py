@@ -260,7 +260,7 @@ def test_episode_groups_need_no_world():
 
 def test_no_episode_that_ends_leaves_the_policy_as_it_is():
     config = EPISODES.replace(n_steps=3, batch_size=12)
-    state, metrics = loop.iteration(
+    _, metrics = loop.iteration(
         config, Line(Discrete(2)), loop.init(config, Line(Discrete(2)), jax.random.key(0)), 1
     )
     assert metrics["frac_zero_std"] == 1.0
@@ -276,6 +276,6 @@ def test_with_a_critic_cut_episodes_teach_too():
     _, metrics = loop.iteration(
         config, Line(Discrete(2)), loop.init(config, Line(Discrete(2)), jax.random.key(0)), 1
     )
-    assert metrics["frac_zero_std"] == 0.0
+    assert metrics["frac_zero_std"] < 1e-6
     assert metrics["grad_norm"] > 0.0
     assert metrics["explained_variance"] <= 1.0

@@ -1,0 +1,192 @@
+"""Batches: from a trajectory to what the update learns from; the stages of ``groups/``, put together."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import GRPOConfig
+from grpo_jax.groups import candidates
+from grpo_jax.groups.advantage import Advantages, group_advantages
+from grpo_jax.groups.branch import Branches, group_returns
+from grpo_jax.groups.trajectory import (
+    ends_within,
+    episode_advantages,
+    first_episode,
+    trajectory_advantages,
+)
+from grpo_jax.learning.losses import lambda_returns
+from grpo_jax.noise import bits_to_uniform, draw_bits
+from grpo_jax.policies.distributions import Categorical
+from grpo_jax.policies.policy import Policy, PolicyState
+from grpo_jax.training.rollout import Trajectory
+from grpo_jax.types import Batch, Group
+from grpo_jax.worlds.base import World
+
+
+def propose(config: GRPOConfig, policy: Policy, trajectory: Trajectory, key: jax.Array) -> Group:
+    """The candidate actions of every decision state: ``[n_steps * n_envs, G]``."""
+    flat = _flat(trajectory)
+    distribution = policy.distribution
+    assert flat.distribution is not None
+    if candidates.resolve(config, distribution) == "enumerate":
+        assert isinstance(distribution, Categorical)
+        return candidates.enumerate_actions(distribution, flat.distribution, flat.action, flat.action_mask)
+    shape = (config.n_states, config.group_size - 1, distribution.n_uniforms)
+    uniforms = bits_to_uniform(draw_bits(key, shape))
+    return candidates.sample_actions(distribution, flat.distribution, flat.action, uniforms)
+
+
+def follow(
+    config: GRPOConfig,
+    env: World,
+    policy: Policy,
+    policy_state: PolicyState,
+    trajectory: Trajectory,
+    group: Group,
+    key: jax.Array,
+) -> Branches:
+    """Follows every candidate in a world of its own."""
+    distribution = policy.distribution
+
+    def act(observation: Any, mask: jax.Array | None, uniforms: jax.Array) -> jax.Array:
+        parameters = policy.parameters(policy_state, observation, mask)
+        return policy.to_world(distribution.sample(parameters, uniforms))
+
+    return group_returns(
+        env,
+        act,
+        key,
+        _flat(trajectory).state,
+        policy.to_world(group.action),
+        horizon=config.horizon,
+        gamma=config.gamma,
+        n_uniforms=distribution.n_uniforms,
+        n_rollouts=config.n_rollouts,
+        backup=config.backup,
+        value=functools.partial(policy.value, policy_state) if config.bootstrap else None,
+        common_random_numbers=config.common_random_numbers,
+        max_branches=config.max_branches,
+    )
+
+
+def compare(
+    config: GRPOConfig,
+    policy: Policy,
+    policy_state: PolicyState,
+    trajectory: Trajectory,
+    group: Group,
+    branches: Branches,
+) -> tuple[Batch, Advantages]:
+    """Compares the candidates of every state with each other."""
+    advantages = group_advantages(
+        branches.returns,
+        jnp.exp(group.log_weight),
+        group.valid,
+        group.executed,
+        baseline=config.baseline,
+        scale=config.advantage_scale,
+        spread_floor=config.spread_floor,
+    )
+    if config.baseline == "executed":
+        # Only the executed action is learned from, and it was drawn by the policy already: its weight is 1.
+        group = group.replace(log_weight=jnp.zeros_like(group.log_weight))
+    batch = _batch(_flat(trajectory), group, advantages, jnp.ones(config.n_states, bool))
+    if config.bootstrap:
+        values, targets = _critic(config, policy, policy_state, trajectory)
+        batch = batch.replace(value=values.reshape(-1), value_target=targets.reshape(-1))
+    return batch, advantages
+
+
+def compare_episodes(
+    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
+) -> tuple[Batch, Advantages]:
+    """Groups of the episodes that the rollout happens to hold.
+
+    Without a critic a step is compared with the others at equal time since their reset, by returns to go; what the
+    rollout cut is left out. With one, lambda-returns beyond what the critic expected are comparable wherever they were
+    earned: all steps are one group, as in PPO with normalised advantages (arXiv:1707.06347; GAE arXiv:1506.02438).
+    """
+    ended = trajectory.ended
+    values = targets = None
+    if config.bootstrap:
+        values, targets = _critic(config, policy, policy_state, trajectory)
+        returns, group = targets - values, jnp.zeros_like(trajectory.time)
+        valid = jnp.ones_like(ended)
+    else:
+        nothing = jnp.zeros_like(trajectory.reward)
+        returns = lambda_returns(trajectory.reward, nothing, nothing, ended, ended, config.gamma, 1.0)
+        group, valid = trajectory.time, ends_within(ended)
+    flat, returns, valid, group, values, targets = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, returns, valid, group, values, targets)
+    )
+    advantages = episode_advantages(
+        returns,
+        valid,
+        group,
+        baseline=config.baseline,
+        scale=config.advantage_scale,
+        spread_floor=config.spread_floor,
+    )
+    executed = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
+    batch = _batch(flat, executed, advantages, valid)
+    return batch.replace(value=values, value_target=targets), advantages
+
+
+def compare_trajectories(
+    config: GRPOConfig, policy: Policy, trajectory: Trajectory
+) -> tuple[Batch, Advantages]:
+    """Groups of episodes from one reset: nothing is branched."""
+    alive = first_episode(trajectory.ended)
+    advantages = trajectory_advantages(
+        trajectory.reward,
+        alive,
+        group_size=config.group_size,
+        gamma=config.gamma,
+        form=config.trajectory_form,
+        baseline=config.baseline,
+        scale=config.advantage_scale,
+        spread_floor=config.spread_floor,
+    )
+    flat, advantages, alive = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, advantages, alive)
+    )
+    group = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
+    return _batch(flat, group, advantages, alive), advantages
+
+
+def _critic(
+    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
+) -> tuple[jax.Array, jax.Array]:
+    """The critic's values of the decision states, and the lambda-returns it learns; both ``[T, N]``."""
+    values = policy.value(policy_state, trajectory.observation)
+    targets = lambda_returns(
+        trajectory.reward,
+        values,
+        policy.value(policy_state, trajectory.next_observation),
+        trajectory.terminated,
+        trajectory.ended,
+        config.gamma,
+        config.gae_lambda,
+    )
+    return values, targets
+
+
+def _batch(flat: Trajectory, group: Group, advantages: Advantages, alive: jax.Array) -> Batch:
+    assert flat.distribution is not None
+    return Batch(
+        observation=flat.observation,
+        action_mask=flat.action_mask,
+        group=group,
+        advantage=advantages.advantage,
+        active=advantages.active,
+        alive=alive,
+        distribution=flat.distribution,
+    )
+
+
+def _flat(trajectory: Trajectory) -> Trajectory:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trajectory)
