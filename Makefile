@@ -19,8 +19,7 @@ $(READY): pyproject.toml requirements.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/grpo-jax train CartPole-v1 --out $(DEMO) --overwrite
-	$(BIN)/grpo-jax evaluate $(DEMO) --render $(DEMO)/cartpole.gif
+	$(BIN)/python -m sb3_bridge.demo --out $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q

@@ -34,6 +34,7 @@ from grpo_jax.config import (
 )
 from grpo_jax.groups import candidates as candidate_sets
 from grpo_jax.learning.update import Learner, start_learner
+from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.policy import Policy
 from grpo_jax.training import loop
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
@@ -250,6 +251,7 @@ class GRPO(OnPolicyAlgorithm):
         self._n_iterations = 0
         self._n_optimizer_steps = 0
         self._frac_zero_std: list[float] = []
+        self._spread_was_judged = False
         self._reward: Reward | None = None
         self._trajectory: Trajectory | None = None
         self._reference: Any = None
@@ -432,7 +434,7 @@ class GRPO(OnPolicyAlgorithm):
             raise ValueError("learn() needs an environment: set_env(env), or load(path, env=env)")
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         if 0 < self._n_iterations < SPREAD_ITERATIONS:
-            warn_without_spread(self._config(), self._frac_zero_std)
+            self._warn_without_spread(self._config())
         return self
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -457,6 +459,7 @@ class GRPO(OnPolicyAlgorithm):
             else:
                 self._trajectory = collect_on_host(self, config, env, self._reward, callback)
         if self._trajectory is None:
+            self.key_words = np.asarray(_next_key(self.key_words))  # what was drawn is used up
             return False
         callback.on_rollout_end()
         return True
@@ -492,10 +495,22 @@ class GRPO(OnPolicyAlgorithm):
         # Epochs that were begun, as PPO counts: target_kl may have stopped them.
         self._n_updates += min(self.n_epochs, int(metrics["n_updates"]) // config.n_minibatches + 1)
         self._log(config, metrics)
+        taken = int(metrics["n_updates"])
+        if self.verbose >= 1 and self.target_kl is not None and taken < config.n_updates:
+            print(
+                f"Early stopping after {taken} of {config.n_updates} optimizer steps: KL(pi_old || pi) exceeded"
+                f" 1.5 * target_kl = {1.5 * self.target_kl:.3g}"
+            )
         if self._n_iterations <= SPREAD_ITERATIONS:
             self._frac_zero_std.append(float(metrics["frac_zero_std"]))
             if self._n_iterations == SPREAD_ITERATIONS:
-                warn_without_spread(config, self._frac_zero_std)
+                self._warn_without_spread(config)
+
+    def _warn_without_spread(self, config: GRPOConfig) -> None:
+        """Says once that the first groups had nothing to tell, if that is so."""
+        if not self._spread_was_judged:
+            self._spread_was_judged = True
+            warn_without_spread(config, self._frac_zero_std)
 
     def _reference_policy(self) -> Any:
         """The reference kept so far; at first the policy as it is now, parameters that were loaded included."""
@@ -686,6 +701,11 @@ def _learn(
     state = train_state(policy, learner, None, words, iteration)
     state, metrics = loop.learn(config, world, state, trajectory, 0.0)
     return state.replace(key=jax.random.key_data(state.key)), metrics
+
+
+@jax.jit
+def _next_key(words: jax.Array) -> jax.Array:
+    return jax.random.key_data(loop.iteration_keys(bits_to_keys(words)).next)
 
 
 def _arrays(state_dict: dict[str, Any]) -> dict[str, np.ndarray]:

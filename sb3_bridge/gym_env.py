@@ -13,8 +13,8 @@ import numpy as np
 import grpo_jax
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, draw_bits
 from grpo_jax.types import Observation, PyTree, Step
-from grpo_jax.worlds.base import RewardOverride, World
-from grpo_jax.worlds.gymnax import GymnaxWorld
+from grpo_jax.worlds.base import World
+from grpo_jax.worlds.pictures import Renderer
 from sb3_bridge.spaces import to_gymnasium, to_numpy, to_world_actions
 
 RENDER_FPS = 30
@@ -113,59 +113,6 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
         return clone
 
 
-class Renderer:
-    """Draws gymnax states with gymnax's own visualizers; keeps the screen between frames."""
-
-    def __init__(self) -> None:
-        self._screen: Any = None
-
-    def frame(self, world: World, state: PyTree) -> np.ndarray:
-        """Draws one state.
-
-        Args:
-          world: the world that the state belongs to.
-          state: one state, without a batch axis.
-
-        Returns:
-          uint8 ``[height, width, 3]``.
-
-        Raises:
-          NotImplementedError: gymnax has no picture of this world.
-          gymnasium.error.DependencyNotInstalled: pygame is missing.
-        """
-        while isinstance(world, RewardOverride):
-            world, state = world.world, state.inner
-        name = world.env.name if isinstance(world, GymnaxWorld) else type(world).__name__
-        if isinstance(world, GymnaxWorld):
-            from gymnax.visualize import vis_gym
-
-            if name in vis_gym.SUPPORTED_GYM_ENVS:
-                return self._classic_control(name, state, world.params)
-            if name in _plots():
-                return _plot(name, world, state)
-        known = ", ".join((*_classic_names(), *_plots()))
-        raise NotImplementedError(f"gymnax has no picture of {name}; what can be rendered: {known}")
-
-    def _classic_control(self, name: str, state: PyTree, params: PyTree) -> np.ndarray:
-        """gymnax's ``render_gym_frame``, without a new window for every frame."""
-        from gymnax.visualize import vis_gym
-
-        if self._screen is None:
-            self._screen = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True).unwrapped
-            self._screen.reset()
-        vis_gym.set_gym_params(self._screen, name, params)
-        self._screen.state = vis_gym.get_gym_state(state, name)
-        if name == "Pendulum-v1":
-            self._screen.last_u = np.asarray(state.last_u, np.float64)
-        return self._screen.render()
-
-    def close(self) -> None:
-        """Closes the screen; may be called twice."""
-        if self._screen is not None:
-            self._screen.close()
-            self._screen = None
-
-
 def make_world(env: Any) -> World:
     """``grpo_jax.make``, which is run once for an id: worlds are immutable, and checking one takes a while."""
     return _world_of_id(env) if isinstance(env, str) else grpo_jax.make(env)
@@ -228,37 +175,3 @@ def _reset(world: World, words: jax.Array) -> tuple[jax.Array, Observation, PyTr
 def _step(world: World, words: jax.Array, state: PyTree, action: jax.Array) -> tuple[jax.Array, Step]:
     words, key = next_key(words)
     return words, world.step(key, state, action)
-
-
-def _classic_names() -> tuple[str, ...]:
-    from gymnax.visualize import vis_gym
-
-    return vis_gym.SUPPORTED_GYM_ENVS
-
-
-def _plots() -> dict[str, Any]:
-    """gymnax's matplotlib pictures: name -> ``init(axes, env, state, params)``.
-
-    PointRobot's draws on pyplot's global figure instead of the given axes, and is left out.
-    """
-    from gymnax.visualize import vis_catch, vis_maze, vis_minatar
-
-    minatar = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
-    return {
-        "Catch-bsuite": vis_catch.init_catch,
-        **{f"{game}-MinAtar": vis_minatar.init_minatar for game in minatar},
-        "Pong-misc": vis_minatar.init_minatar,
-        "MetaMaze-misc": vis_maze.init_maze,
-        "FourRooms-misc": vis_maze.init_maze,
-    }
-
-
-def _plot(name: str, world: GymnaxWorld, state: PyTree) -> np.ndarray:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 4), dpi=100)  # not pyplot's: no global state, no display
-    canvas = FigureCanvasAgg(figure)
-    _plots()[name](figure.add_subplot(), world.env, state, world.params)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3].copy()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax.cli import main, runs
+from grpo_jax.cli import main, render, runs
 from grpo_jax.cli.runs import RunDirectory
 from grpo_jax.training.checkpoint import restore_like
 
@@ -200,7 +200,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.Capture
     [
         (["train", "CartPole-v1", "--horizon", "0"], "horizon=0"),
         (["train", "CartPole-v1", "--learning-rate", "nan"], "learning_rate=nan"),
-        (["train", "CartPole-v1", "--batch-size", "7"], "batch_size=7"),
+        (["train", "CartPole-v1", "--batch-size", "0"], "batch_size=0"),
         (["train", "CartPole-v1", "--n-seeds", "0"], "n_seeds=0"),
         (["train", "CartPole-v1", "--total-timesteps", "0"], "total_timesteps=0"),
         (["train", "CartPole-v1", "--network", "cnn"], "network='cnn'"),
@@ -265,7 +265,8 @@ def test_help_shows_every_field_and_the_presets_values(capsys: pytest.CaptureFix
     assert main(["train", "CartPole-v1", "--help"]) == 0
     output = capsys.readouterr().out
     for field in dataclasses.fields(grpo_jax.GRPOConfig):
-        assert f"--{field.name.replace('_', '-')}" in output
+        shown = f"--{field.name.replace('_', '-')}" in output
+        assert shown == (field.name != "optimizer")  # a function, which cannot be typed
     plain = " ".join(output.replace("│", " ").split())
     assert f"(default: {grpo_jax.preset('CartPole-v1').horizon})" in plain.split("Steps of a branch")[1][:60]
     steps = grpo_jax.preset_timesteps("CartPole-v1")
@@ -324,6 +325,12 @@ def test_render(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_render_refuses_a_bad_path(name: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(finished), "--render", name, "--no-cache"]) == 2
     assert name in capsys.readouterr().err
+
+
+def test_render_refuses_what_has_no_picture(tmp_path: Path) -> None:
+    world = grpo_jax.make("FrozenLake-misc")
+    with pytest.raises(ValueError, match=r"no picture of FrozenLake-misc.*CartPole-v1.*PointRobot-misc"):
+        render.check(world, tmp_path / "episode.gif")
 
 
 def test_render_names_what_is_missing(

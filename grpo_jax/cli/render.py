@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,47 +17,36 @@ from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training.loop import TrainState
 from grpo_jax.types import Observation, PyTree
 from grpo_jax.worlds.base import World
-from grpo_jax.worlds.gymnax import GymnaxWorld
+from grpo_jax.worlds.pictures import Renderer, caption, fps, write_gif
 
 MAX_FRAMES = 500
 """Where longer episodes are cut."""
 
-_CLASSIC = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
-_OTHERS = (
-    *("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"),
-    *("Catch-bsuite", "FourRooms-misc", "MetaMaze-misc", "PointRobot-misc", "Pong-misc"),
-)
 
-
-def check(world: World, path: Path) -> GymnaxWorld:
+def check(world: World, path: Path) -> None:
     """Finds out before the work whether a GIF can be drawn.
 
-    Returns:
-      The world itself.
-
     Raises:
-      TypeError: no gymnax world.
       ValueError: gymnax cannot draw this environment, or the path is no ``.gif`` in a directory that exists.
       ModuleNotFoundError: pygame is missing.
     """
-    if not isinstance(world, GymnaxWorld):
-        raise TypeError(f"world={type(world).__name__} cannot be drawn: only gymnax environments can")
-    name = world.env.name
-    if name not in (*_CLASSIC, *_OTHERS):
-        raise ValueError(f"render: gymnax cannot draw {name}; it can {', '.join((*_CLASSIC, *_OTHERS))}")
     if path.suffix.lower() != ".gif":
         raise ValueError(f"render={str(path)!r} must end in .gif")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"render={str(path)!r} is in a directory that does not exist")
-    if name in _CLASSIC:
-        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-        try:
-            import pygame  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"render: drawing {name} needs pygame; `pip install pygame` (or gymnasium[classic-control])"
-            ) from error
-    return world
+    for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # pygame shall look for no screen and no sound card
+        os.environ.setdefault(name, "dummy")
+    import gymnasium
+
+    try:
+        with contextlib.closing(Renderer()) as renderer:
+            renderer.frame(world, world.reset(jax.random.key(0))[1])
+    except NotImplementedError as error:
+        raise ValueError(f"render: {error}") from error
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ModuleNotFoundError(
+            "render: this picture needs pygame; `pip install pygame` (or gymnasium[classic-control])"
+        ) from error
 
 
 def render(
@@ -79,15 +65,17 @@ def render(
       The number of frames and the return up to the last of them.
 
     Raises:
-      TypeError, ValueError, ModuleNotFoundError: as :func:`check`.
+      ValueError, ModuleNotFoundError: as :func:`check`.
     """
-    drawable = check(world, path)
+    check(world, path)
     states, returns = episode(state, world, key, deterministic=deterministic)
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".render-") as directory:
-        drawn = Path(directory) / "episode.gif"
-        _draw(drawable, states, returns, drawn)
-        os.replace(drawn, path)
-    return len(states), float(returns[-1])
+    with contextlib.closing(Renderer()) as renderer:
+        frames = (
+            caption(renderer.frame(world, state), f"step {step}, return {earned:.2f}")
+            for step, (state, earned) in enumerate(zip(states, returns, strict=True), start=1)
+        )
+        n_frames = write_gif(path, frames, fps(world))
+    return n_frames, float(returns[-1])
 
 
 def episode(
@@ -142,40 +130,3 @@ def _play(
         return (step.observation, step.state), (step.state, reward, ended)
 
     return jax.lax.scan(body, world.reset(reset_key), jnp.arange(max_frames))[1]
-
-
-def _draw(world: GymnaxWorld, states: Sequence[PyTree], returns: np.ndarray, path: Path) -> None:
-    for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # pygame shall look for no screen and no sound card
-        os.environ.setdefault(name, "dummy")
-    import matplotlib
-    from gymnax.visualize import Visualizer
-    from matplotlib import pyplot
-    from PIL import Image
-
-    with matplotlib.rc_context({"backend": "agg"}), _lasting_pygame():
-        drawing = Visualizer(world.env, world.params, states, returns)
-        try:
-            drawing.init()
-            frames = []
-            # Not its own animate(): that draws every frame three times.
-            for i in range(len(states)):
-                drawing.update(i)
-                drawing.fig.canvas.draw()
-                pixels = np.asarray(drawing.fig.canvas.buffer_rgba())[..., :3]
-                frames.append(Image.fromarray(np.ascontiguousarray(pixels)).quantize(64))
-        finally:
-            pyplot.close(drawing.fig)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=drawing.interval, loop=0)
-
-
-@contextlib.contextmanager
-def _lasting_pygame() -> Iterator[None]:
-    """Puts pygame's end off: gymnax asks for it after every frame, and it takes longer than all the rest."""
-    try:
-        import pygame
-    except ModuleNotFoundError:  # not needed, else `check` had said so
-        yield
-        return
-    with mock.patch.object(pygame, "quit"):
-        yield
-    pygame.quit()

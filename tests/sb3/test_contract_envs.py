@@ -55,21 +55,7 @@ def lean(state, action, next_state):
 SIMULATED = {"horizon": 2, "reward_function": lean}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Programs here run for milliseconds and take seconds to compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def real_compiles(quick_compiles):
-    """For what optimisations could break."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def wrappers_of(env):

@@ -34,6 +34,8 @@ import grpo_jax
 from grpo_jax import spaces as own_spaces
 from sb3_bridge import GRPO, GymnaxVecEnv, MlpPolicy, serialization
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SETTINGS = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "seed": 0, "policy_kwargs": {"net_arch": [8]}}
 KINDS = ("host", "device")
 N_ENVS = 2

@@ -173,13 +173,14 @@ def test_the_core_does_not_know_the_bridge():
 
 
 @pytest.mark.parametrize(
-    "env_id", ["CartPole-v1", "Pendulum-v1", "Catch-bsuite", "Breakout-MinAtar", "FourRooms-misc"]
+    "env_id",
+    ["CartPole-v1", "Pendulum-v1", "Catch-bsuite", "Breakout-MinAtar", "FourRooms-misc", "PointRobot-misc"],
 )
 def test_pictures(env_id):
     env = GymnaxEnv(env_id, render_mode="rgb_array")
     env.reset(seed=0)
     frame = env.render()
-    action = env.action_space.sample() * 0
+    action = getattr(env.action_space, "high", 0)
     for _ in range(6):
         env.step(action)
     later = env.render()

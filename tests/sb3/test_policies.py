@@ -743,9 +743,11 @@ def test_sb3_refuses_the_same_images(space, cls):
 
 
 def test_actions_that_no_policy_has():
-    for space in (spaces.Dict({"a": TWO}), spaces.Tuple([TWO]), spaces.MultiBinary((2, 2))):
+    for space in (spaces.Dict({"a": TWO}), spaces.Tuple([TWO])):
         with pytest.raises(NotImplementedError, match="action_space"):
             make(action_space=space)
+    with pytest.raises(AssertionError, match="must be one-dimensional"):
+        make(action_space=spaces.MultiBinary((2, 2)))
 
 
 def test_scaling_is_sb3s():

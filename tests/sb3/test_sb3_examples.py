@@ -36,7 +36,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvW
 from sb3_bridge import GRPO
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.parametrize("algorithm", [PPO, GRPO])
+pytestmark = [
+    pytest.mark.parametrize("algorithm", [PPO, GRPO]),
+    pytest.mark.usefixtures("quick_compiles"),
+]
 SMALL = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
 ENV = "CartPole-v1"
 

@@ -200,7 +200,12 @@ def test_sb3_reads_the_same_attributes(data):
     assert params == {} and variables is None
 
 
-@pytest.mark.parametrize("value", [*SPACES, *SCHEDULES, *NAMED, *OTHERS], ids=repr)
+def kind_of(value: object) -> str:
+    """An id that is the same in every process: no addresses."""
+    return type(value).__name__
+
+
+@pytest.mark.parametrize("value", [*SPACES, *SCHEDULES, *NAMED, *OTHERS], ids=kind_of)
 def test_every_known_kind_has_a_plain_form_and_sb3s(value):
     file = io.BytesIO()
     save_zip(file, {"x": value}, PARAMS)
@@ -305,7 +310,7 @@ def with_more(schedule):
         optax.adam(1e-3),
         {"deep": [(print,)]},
     ],
-    ids=str,
+    ids=kind_of,
 )
 def test_what_is_not_known_exactly_is_not_plain(value):
     with pytest.raises(NotPlainError):
@@ -731,7 +736,7 @@ def test_a_file_can_name_only_what_is_trusted(module, name):
         {":kind:": "generator", "state": {"bit_generator": "MT19937"}},
         {":kind:": "FloatSchedule", "value_schedule": "x"},
     ],
-    ids=str,
+    ids=kind_of,
 )
 def test_a_tampered_form_is_named(form):
     with pytest.raises(ValueError, match="'thing' in entry 'data' cannot be read"):
@@ -759,7 +764,7 @@ def test_a_tampered_form_is_named(form):
         ({"policy.msgpack": b"\x81\xa1a\xd4\x63\x00"}, "damaged.*unexpected ExtType"),
         ({"policy.msgpack": b"\x81\xa1a\xc7\x04\x01\x93\x91\x01\xa1O"}, "entry 'policy.msgpack' is damaged"),
     ],
-    ids=lambda value: str(value)[:60],
+    ids=kind_of,
 )
 def test_damaged_entries_are_named(entries, message):
     with pytest.raises(ValueError, match=message):
