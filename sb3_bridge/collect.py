@@ -145,7 +145,12 @@ def collect_on_device(
 
 
 def collect_on_host(
-    model: GRPO, config: GRPOConfig, env: VecEnv, reward: Reward | None, callback: BaseCallback
+    model: GRPO,
+    config: GRPOConfig,
+    env: VecEnv,
+    reward: Reward | None,
+    callback: BaseCallback,
+    before_step: Callable[[], None] | None = None,
 ) -> Trajectory | None:
     """Steps any VecEnv, with one call of the jitted policy each time.
 
@@ -155,12 +160,14 @@ def collect_on_host(
       env: the environments, wrapped in whatever they are.
       reward: the user's, which sees observations as they were before VecNormalize; None: the env's.
       callback: initialised, told of the rollout's start.
+      before_step: called in every decision state.
 
     Returns:
-      The trajectory ``[n_steps, n_envs]`` as NumPy arrays; None where a callback stopped training.
+      The trajectory ``[n_steps, n_envs]`` as NumPy arrays, its ``state`` what the reward function saw of the decision
+      states; None where a callback stopped training.
     """
     policy, n_envs = model.policy, env.num_envs
-    act = _acting(policy.structure)
+    act = acting(policy.structure)
     uniforms = np.asarray(
         _uniforms(model.key_words, config.n_steps, n_envs, policy.structure.distribution.n_uniforms)
     )
@@ -168,7 +175,7 @@ def collect_on_host(
     normalizer, original = None, None
     if reward is not None:
         normalizer, original = _originals(env, model.get_vec_normalize_env())
-    keep_next = config.bootstrap or reward is not None
+    keep_next = config.bootstrap or reward is not None or model.dynamics == "learned"
     assert model._last_obs is not None, "collect_on_host() comes behind a reset"
     assert model._last_episode_starts is not None
     store = _Store(config.n_steps, n_envs)
@@ -177,7 +184,9 @@ def collect_on_host(
         raw = observation if original is None else original()
         choice, stretched = act(policy.state, observation, uniforms[index])
         chosen = np.asarray(choice)
-        actions, clipped_actions = _clip(env.action_space, np.asarray(stretched) if is_box else chosen)
+        actions, clipped_actions = clip(env.action_space, np.asarray(stretched) if is_box else chosen)
+        if before_step is not None:
+            before_step()
         new_obs, rewards, dones, infos = env.step(clipped_actions)
         model.num_timesteps += n_envs
         callback.update_locals(
@@ -238,7 +247,7 @@ def collect_on_host(
         store["reward"] = reward.batch(*flat).reshape(shape)
     return Trajectory(
         environments=Environments(
-            state=None,
+            state=None if reward is None else store["raw"],
             observation=store["observation"],
             episode_return=None,  # type: ignore[arg-type]
             episode_length=store["time"],
@@ -252,11 +261,11 @@ def collect_on_host(
         task_reward=None,
         terminated=store["terminated"],
         truncated=store["truncated"],
-        next_observation=store["next_observation"] if config.bootstrap else None,
+        next_observation=store["next_observation"] if keep_next else None,
     )
 
 
-def _clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What SB3 calls ``actions`` and ``clipped_actions``: before and after they are brought within a box's bounds."""
     if isinstance(space, spaces.Box):
         return actions, np.clip(actions, space.low, space.high).astype(space.dtype)
@@ -398,7 +407,7 @@ class _Steps:
             )
         )
         rewards = rewards.astype(np.float32)
-        actions, clipped_actions = _clip(env.action_space, actions)
+        actions, clipped_actions = clip(env.action_space, actions)
         n_steps = len(ended)
         for index in range(n_steps):
             cut = truncated[index] & ~terminated[index]
@@ -515,7 +524,7 @@ def train_state(
 
 
 @functools.lru_cache(maxsize=64)
-def _acting(policy: Policy) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def acting(policy: Policy) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """``(policy_state, observation [N, ...], uniforms [N, n]) -> (action in the policy's units, in the env's)``.
 
     Neither is clipped.

@@ -8,7 +8,7 @@ import io
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import jax
 import numpy as np
@@ -33,14 +33,16 @@ from grpo_jax.config import (
     Surrogate,
 )
 from grpo_jax.groups import candidates as candidate_sets
+from grpo_jax.groups.branch import Branches
 from grpo_jax.learning.update import Learner, start_learner
 from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.policy import Policy
 from grpo_jax.training import loop
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.rollout import Trajectory
-from grpo_jax.types import Metrics
+from grpo_jax.types import Group, Metrics
 from grpo_jax.worlds.base import World
+from grpo_jax.worlds.learned import LearnedWorld
 from sb3_bridge import serialization
 from sb3_bridge.collect import (
     Simulator,
@@ -50,6 +52,7 @@ from sb3_bridge.collect import (
     override,
     train_state,
 )
+from sb3_bridge.dynamics import Clones, Learned, check_unnormalized
 from sb3_bridge.policies import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.registration import NAMESPACE
 from sb3_bridge.rewards import Reward, original_errors, resolve_reward
@@ -57,7 +60,8 @@ from sb3_bridge.vec_env import GymnaxVecEnv
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
-Dynamics = Literal["auto", "simulator"]
+Dynamics = Literal["auto", "simulator", "clone", "learned"]
+SIMULATOR_HORIZON, HOST_HORIZON = 128, 16
 
 
 class GRPO(OnPolicyAlgorithm):
@@ -97,13 +101,15 @@ class GRPO(OnPolicyAlgorithm):
       reward_function: ``(state, action, next_state) -> reward``, what the groups compare instead of the environment's
         reward; JAX, NumPy or torch, for one transition or a batch, of observations as they are before VecNormalize.
         Episode statistics go on counting the environment's own.
-      dynamics: where alternatives come from. ``"simulator"``: the gymnax world; ``"auto"``: that where there is one, else
+      dynamics: where alternatives come from. ``"simulator"``: the gymnax world; ``"clone"``: exact copies of the
+        environments, stepped on the host; ``"learned"``: a world that is learned from all real transitions (vector
+        observations; until it predicts well, episodes are compared); ``"auto"``: the simulator where there is one, else
         no alternatives, and episodes are compared.
       candidates: ``"auto"``, ``"enumerate"``, ``"sample"``, ``"trajectory"`` or ``"episodes"``, see
         :class:`grpo_jax.GRPOConfig`, as for all that follow.
       group_size: candidates of a sampled group.
       max_enumerated: largest action space whose actions are all compared.
-      horizon: steps of a branch, the candidate's own included.
+      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator, 16 elsewhere.
       n_rollouts: branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
       bootstrap: whether a critic values what lies behind a branch or a rollout; None: only where nothing can be branched.
@@ -165,7 +171,7 @@ class GRPO(OnPolicyAlgorithm):
         candidates: str = "auto",
         group_size: int = 8,
         max_enumerated: int = 64,
-        horizon: int = 128,
+        horizon: int | None = None,
         n_rollouts: int = 1,
         backup: Backup = "mean",
         bootstrap: bool | None = None,
@@ -253,6 +259,7 @@ class GRPO(OnPolicyAlgorithm):
         self._frac_zero_std: list[float] = []
         self._spread_was_judged = False
         self._reward: Reward | None = None
+        self._alternatives: Clones | Learned | None = None
         self._trajectory: Trajectory | None = None
         self._reference: Any = None
         if _init_setup_model:
@@ -275,10 +282,14 @@ class GRPO(OnPolicyAlgorithm):
         if self.clip_range_high is not None:
             self.clip_range_high = FloatSchedule(self.clip_range_high)
         self.rollout_buffer = None  # type: ignore[assignment]
+        if self.dynamics not in get_args(Dynamics):
+            raise ValueError(f"dynamics={self.dynamics!r} must be one of {', '.join(get_args(Dynamics))}")
+        has_simulator = self._find_simulator() is not None
         if self.bootstrap is None:
-            self.bootstrap = self._find_simulator() is None or self.candidates == "episodes"
-        if self.dynamics not in ("auto", "simulator"):
-            raise ValueError(f"dynamics={self.dynamics!r} must be 'auto' or 'simulator'")
+            has_alternatives = has_simulator or self.dynamics in ("clone", "learned")
+            self.bootstrap = not has_alternatives or self.candidates == "episodes"
+        if self.horizon is None:
+            self.horizon = SIMULATOR_HORIZON if has_simulator else HOST_HORIZON
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
@@ -298,6 +309,7 @@ class GRPO(OnPolicyAlgorithm):
         learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
         self.policy.optimizer.state = learner.optimizer
         if self.env is not None:
+            self._find_alternatives()
             self._say(self._describe(config))
 
     # What kind of run it is -----------------------------------------------------------------------------------------
@@ -312,15 +324,31 @@ class GRPO(OnPolicyAlgorithm):
             )
         return simulator
 
+    def _find_alternatives(self) -> None:
+        """Makes what ``dynamics`` asks for on the host."""
+        self._alternatives = None
+        if self.env is None or self._find_simulator() is not None:
+            return
+        if self.dynamics == "clone":
+            self._alternatives = Clones(self.env, self._reward)
+        elif self.dynamics == "learned":
+            check_unnormalized(self.env)
+            words = np.random.SeedSequence([int(word) for word in self.key_words]).generate_state(
+                2, np.uint32
+            )
+            self._alternatives = Learned(self.policy, self._reward, words)
+
     def _candidates(self) -> str:
         """Which groups are compared: what ``candidates="auto"`` means here."""
         has_simulator = self._find_simulator() is not None
+        has_alternatives = has_simulator or self.dynamics in ("clone", "learned")
         if self.candidates == "auto":
-            return "auto" if has_simulator else "episodes"
-        if self.candidates != "episodes" and not has_simulator and self.env is not None:
+            return "auto" if has_alternatives else "episodes"
+        possible = has_simulator or (has_alternatives and self.candidates != "trajectory")
+        if self.candidates != "episodes" and not possible and self.env is not None:
             raise ValueError(
-                f"candidates={self.candidates!r} needs a world that can be stepped from any state (a GymnaxVecEnv, or"
-                " env='gymnax/<id>'); use candidates='auto' or 'episodes'"
+                f"candidates={self.candidates!r} needs a world that can be stepped from any state (a GymnaxVecEnv,"
+                " env='gymnax/<id>', or dynamics='clone'); use candidates='auto' or 'episodes'"
             )
         return self.candidates
 
@@ -382,7 +410,7 @@ class GRPO(OnPolicyAlgorithm):
             meaningless += ["group_size"]
         ignored = [name for name in meaningless if (getattr(self, name) or None) != (defaults[name] or None)]
         if ignored:
-            regime = "branches of a simulator" if branches else "episodes, nothing is branched"
+            regime = "branches" if branches else "episodes, nothing is branched"
             critic = "with a critic" if self.bootstrap else "without a critic (bootstrap=False)"
             warnings.warn(
                 f"GRPO compares {regime}, {critic}: {', '.join(ignored)} {'have' if len(ignored) > 1 else 'has'} no"
@@ -406,7 +434,12 @@ class GRPO(OnPolicyAlgorithm):
             kind = candidate_sets.resolve(config, self.policy.structure.distribution)
             count = candidate_sets.n_candidates(config, self.policy.structure.distribution)
             actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
-            groups = f"{actions} of every state are followed for {config.horizon} steps in the simulator"
+            where = (
+                "the simulator"
+                if self._alternatives is None
+                else f"a world: {self._alternatives.description}"
+            )
+            groups = f"{actions} of every state are followed for {config.horizon} steps in {where}"
         return f"GRPO: {groups}; {'with' if config.bootstrap else 'without'} a critic"
 
     def _say(self, text: str) -> None:
@@ -457,7 +490,11 @@ class GRPO(OnPolicyAlgorithm):
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
-                self._trajectory = collect_on_host(self, config, env, self._reward, callback)
+                clones = self._alternatives if isinstance(self._alternatives, Clones) else None
+                if clones is not None:
+                    clones.start()
+                before_step = None if clones is None else clones.before_step
+                self._trajectory = collect_on_host(self, config, env, self._reward, callback, before_step)
         if self._trajectory is None:
             self.key_words = np.asarray(_next_key(self.key_words))  # what was drawn is used up
             return False
@@ -476,9 +513,21 @@ class GRPO(OnPolicyAlgorithm):
             reference=self._reference_policy(),
             n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
         )
-        world = None if simulator is None else override(simulator.env.world, self._reward)
-        arguments = (learner, self._trajectory, self.key_words, self._n_iterations)
+        world: World | None = None if simulator is None else override(simulator.env.world, self._reward)
+        trajectory, evaluated, n_host_steps = self._trajectory, None, 0
         with original_errors():
+            if isinstance(self._alternatives, Clones) and config.candidates != "episodes":
+                evaluated, n_host_steps = self._alternatives.evaluate(
+                    config, self.policy, trajectory, self.key_words
+                )
+            elif isinstance(self._alternatives, Learned) and config.candidates != "episodes":
+                world = self._alternatives.world(config, self.policy.structure, trajectory, self.key_words)
+                if world is None:
+                    config = config.replace(candidates="episodes")
+            if simulator is None:  # what the reward function saw is of no more use
+                environments = trajectory.environments.replace(state=None)
+                trajectory = trajectory.replace(environments=environments)
+            arguments = (learner, trajectory, self.key_words, self._n_iterations, evaluated)
             state, metrics = _learn(config, world, self.policy.structure, *arguments)
             metrics, n_simulator_steps, words, n_updates = jax.device_get(
                 (metrics, state.simulator_steps, state.key, state.learner.n_updates)
@@ -489,7 +538,7 @@ class GRPO(OnPolicyAlgorithm):
         self.policy.optimizer.state = state.learner.optimizer
         self._reference = state.learner.reference
         self.key_words = np.asarray(words)
-        self.simulator_steps += counter.to_int(n_simulator_steps)
+        self.simulator_steps += counter.to_int(n_simulator_steps) + n_host_steps
         self._n_optimizer_steps = int(n_updates)
         self._n_iterations += 1
         # Epochs that were begun, as PPO counts: target_kl may have stopped them.
@@ -546,8 +595,13 @@ class GRPO(OnPolicyAlgorithm):
         if "kl" in metrics:
             record("grpo/kl", metrics["kl"])
         self.logger.record("grpo/simulator_steps", self.simulator_steps)
-        if config.candidates not in ("episodes", "trajectory"):
-            record("grpo/world_error", 0.0)  # the simulator is the environment
+        if isinstance(self._alternatives, Learned):
+            record("grpo/world_error", self._alternatives.metrics["error"])
+            record("grpo/world_one_step_error", self._alternatives.metrics["one_step_error"])
+            record("grpo/world_disagreement", self._alternatives.metrics["disagreement"])
+            record("grpo/world_used", float(config.candidates != "episodes"))
+        elif config.candidates not in ("episodes", "trajectory"):
+            record("grpo/world_error", 0.0)  # a simulator or a clone is the environment
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -566,6 +620,7 @@ class GRPO(OnPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """See SB3; an env of another kind (on the device or not) changes what is compared."""
         super().set_env(env, force_reset)
+        self._find_alternatives()
         self._say(self._describe(self._config()))
 
     def _excluded_save_params(self) -> list[str]:
@@ -574,6 +629,7 @@ class GRPO(OnPolicyAlgorithm):
             "lr_schedule",  # made of learning_rate
             "_jax_device",
             "_reward",
+            "_alternatives",
             "_trajectory",
             "_reference",
         ]
@@ -697,9 +753,13 @@ def _learn(
     trajectory: Trajectory,
     words: jax.Array,
     iteration: int,
+    evaluated: tuple[Group, Branches] | None,
 ) -> tuple[loop.TrainState, Metrics]:
     state = train_state(policy, learner, None, words, iteration)
-    state, metrics = loop.learn(config, world, state, trajectory, 0.0)
+    if isinstance(world, LearnedWorld):
+        environments = trajectory.environments.replace(state=world.at(trajectory.observation))
+        trajectory = trajectory.replace(environments=environments)
+    state, metrics = loop.learn(config, world, state, trajectory, 0.0, evaluated)
     return state.replace(key=jax.random.key_data(state.key)), metrics
 
 
