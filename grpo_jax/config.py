@@ -66,6 +66,9 @@ class GRPOConfig:
 
     horizon: int = 64
     """Steps of a branch, the candidate's own included."""
+    branch_every: int = 1
+    """One decision state in so many is branched, others in every iteration; a critic learns from all of them. Divides
+    n_steps."""
     n_rollouts: int = 1
     """Branches of each candidate."""
     backup: Backup = "mean"
@@ -266,6 +269,7 @@ _AT_LEAST = {
     "n_epochs": 1,
     "batch_size": 1,
     "horizon": 1,
+    "branch_every": 1,
     "n_rollouts": 1,
     "group_size": 2,
     "max_enumerated": 2,
@@ -330,6 +334,8 @@ def _validate(config: GRPOConfig) -> None:
             not isinstance(widths, tuple) or any(not isinstance(width, int) or width < 1 for width in widths)
         ):
             raise ValueError(f"{name}={widths!r} must hold positive layer sizes, such as (64, 64)")
+    if config.n_steps % config.branch_every:
+        raise ValueError(f"branch_every={config.branch_every} must divide n_steps={config.n_steps}")
     if config.candidates == "trajectory":
         if config.n_envs % config.group_size:
             raise ValueError(

@@ -66,6 +66,7 @@ class Batch(struct.PyTreeNode):
       advantage: ``[B, G]``, zero in groups that are not active.
       active: ``[B]`` bool, the group has a spread to learn from.
       alive: ``[B]`` bool, the state belongs to an episode (False behind the end of a trajectory).
+      compared: ``[B]`` bool, the state's candidates were compared (False where it was not branched).
       distribution: ``[B, P]`` parameters of pi_old.
       reference: ``[B, P]`` parameters of pi_ref, or None without a KL term.
       value: ``[B]`` V_old, or None without a critic.
@@ -78,6 +79,7 @@ class Batch(struct.PyTreeNode):
     advantage: jax.Array
     active: jax.Array
     alive: jax.Array
+    compared: jax.Array
     distribution: jax.Array
     reference: jax.Array | None = None
     value: jax.Array | None = None

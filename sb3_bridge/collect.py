@@ -175,7 +175,7 @@ def collect_on_host(
     normalizer, original = None, None
     if reward is not None:
         normalizer, original = _originals(env, model.get_vec_normalize_env())
-    keep_next = config.bootstrap or reward is not None or model.dynamics == "learned"
+    keep_next = config.bootstrap or reward is not None or model.chosen_dynamics == "learned"
     assert model._last_obs is not None, "collect_on_host() comes behind a reset"
     assert model._last_episode_starts is not None
     store = _Store(config.n_steps, n_envs)

@@ -8,7 +8,7 @@ import io
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -36,14 +36,16 @@ from grpo_jax.groups import candidates as candidate_sets
 from grpo_jax.groups.branch import Branches
 from grpo_jax.learning.update import Learner, start_learner
 from grpo_jax.noise import bits_to_keys
+from grpo_jax.policies.distributions import for_space
 from grpo_jax.policies.policy import Policy
-from grpo_jax.training import loop
+from grpo_jax.training import batches, loop
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.rollout import Trajectory
 from grpo_jax.types import Group, Metrics
 from grpo_jax.worlds.base import World
-from grpo_jax.worlds.learned import LearnedWorld
 from sb3_bridge import serialization
+from sb3_bridge.arguments import to_action_space
+from sb3_bridge.branching import Brancher
 from sb3_bridge.collect import (
     Simulator,
     collect_on_device,
@@ -52,7 +54,20 @@ from sb3_bridge.collect import (
     override,
     train_state,
 )
-from sb3_bridge.dynamics import Clones, Learned, check_unnormalized
+from sb3_bridge.dynamics import (
+    BUDGET_MS,
+    Choice,
+    Clones,
+    Dynamics,
+    Function,
+    Kind,
+    Learned,
+    check_dynamics,
+    check_learnable,
+    check_unnormalized,
+    choose,
+    states_of,
+)
 from sb3_bridge.policies import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.registration import NAMESPACE
 from sb3_bridge.rewards import Reward, original_errors, resolve_reward
@@ -60,16 +75,22 @@ from sb3_bridge.vec_env import GymnaxVecEnv
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
-Dynamics = Literal["auto", "simulator", "clone", "learned"]
-SIMULATOR_HORIZON, HOST_HORIZON = 128, 16
+SIMULATOR_HORIZON = 128
+HOST_HORIZON, REWARD_HORIZON = 64, 16
+"""Steps of a branch outside of a simulator: with the environment's reward, and with a reward function, which shows
+earlier what an action is worth."""
+HOST_STEPS = 16
+"""Simulator steps of each candidate for a decision step, on the host: states in between are not branched."""
+N_STEPS, BRANCHED_N_STEPS = 2048, 512
 
 
 class GRPO(OnPolicyAlgorithm):
     """Group Relative Policy Optimization behind Stable-Baselines3's API: ``PPO`` replaced by ``GRPO`` works.
 
     In a :class:`GymnaxVecEnv` (or ``"gymnax/<id>"``) every candidate action of every state is followed in the simulator,
-    and whole iterations run on the device. Any other environment is stepped on the host, and the groups are the
-    episodes of a rollout; with ``bootstrap`` this learns as PPO does.
+    and whole iterations run on the device. Any other environment is stepped on the host, and candidates are followed in
+    exact copies of it, in a world that is learned from it, or in a transition function of yours: see ``dynamics``. Where
+    nothing of that can be had, the groups are the episodes of a rollout; with ``bootstrap`` this learns as PPO does.
 
     Arguments under PPO's names mean what they mean in PPO; those without a meaning in the chosen regime are accepted,
     with a warning where they were set. All arguments behind ``_init_setup_model`` are GRPO's own.
@@ -78,7 +99,7 @@ class GRPO(OnPolicyAlgorithm):
       policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class derived from ``sb3_bridge``'s.
       env: Gymnasium id, ``"gymnax/<id>"``, Gymnasium env or SB3 VecEnv.
       learning_rate: a number, or a function of the remaining progress (1 to 0).
-      n_steps: steps of each environment in a rollout.
+      n_steps: steps of each environment in a rollout; None: 512 where candidates are followed on the host, else 2048.
       batch_size: decision states in a minibatch.
       n_epochs: passes over a rollout.
       gamma: discount factor.
@@ -88,7 +109,7 @@ class GRPO(OnPolicyAlgorithm):
       normalize_advantage: ``advantage_scale="batch"`` (True) or ``"none"`` (False), unless that is given.
       ent_coef: weight of the entropy bonus.
       vf_coef: weight of the value loss, where ``bootstrap`` is on.
-      max_grad_norm: bound on the gradient's norm.
+      max_grad_norm: bound on the norm of the actor's gradient, and on that of the critic's.
       use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs: accepted, without a meaning here.
       target_kl: stops the epochs of an iteration at 1.5 times this KL(pi_old || pi).
       stats_window_size: episodes that the rollout statistics average over.
@@ -101,18 +122,27 @@ class GRPO(OnPolicyAlgorithm):
       reward_function: ``(state, action, next_state) -> reward``, what the groups compare instead of the environment's
         reward; JAX, NumPy or torch, for one transition or a batch, of observations as they are before VecNormalize.
         Episode statistics go on counting the environment's own.
-      dynamics: where alternatives come from. ``"simulator"``: the gymnax world; ``"clone"``: exact copies of the
-        environments, stepped on the host; ``"learned"``: a world that is learned from all real transitions (vector
-        observations; until it predicts well, episodes are compared); ``"auto"``: the simulator where there is one, else
-        no alternatives, and episodes are compared.
+      dynamics: where alternatives come from. ``"simulator"``: the gymnax world. ``"clone"``: exact copies of the
+        environments, stepped on the host; a pair ``(get_state, set_state)``: the same by functions of yours,
+        ``get_state(env.unwrapped) -> state`` and ``set_state(env.unwrapped, state)``. ``"learned"``: a world that is
+        learned from all real transitions (vector observations; until it predicts well, episodes are compared). A
+        function ``f(state, action) -> next_state`` or ``-> (next_state, terminated)``: yours, in JAX, NumPy or torch, for
+        one transition or a batch, with a ``reward_function``. ``"auto"``: the simulator where there is one, else clones
+        where they repeat the original and branches take at most 5 ms a decision step, else a learned world, else
+        episodes; the choice and its reason are printed at ``verbose=1`` and kept in ``chosen_dynamics``.
       candidates: ``"auto"``, ``"enumerate"``, ``"sample"``, ``"trajectory"`` or ``"episodes"``, see
         :class:`grpo_jax.GRPOConfig`, as for all that follow.
       group_size: candidates of a sampled group.
       max_enumerated: largest action space whose actions are all compared.
-      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator, 16 elsewhere.
+      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator, 64 elsewhere, 16 there with a
+        ``reward_function``.
+      branch_every: one decision state in so many is branched, others in every rollout, and a critic learns from all of
+        them; None: all in a simulator or a learned world; of clones as many as cost 16 steps of each candidate for a
+        decision step.
       n_rollouts: branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
-      bootstrap: whether a critic values what lies behind a branch or a rollout; None: only where nothing can be branched.
+      bootstrap: whether a critic values what lies behind a branch or a rollout; None: not in a simulator, and not with
+        a ``reward_function`` where its consequences are followed.
       common_random_numbers: whether the candidates of a state share their randomness.
       baseline: what a return is compared with.
       advantage_scale: ``"none"``, ``"group"`` or ``"batch"``; None: by ``normalize_advantage``.
@@ -142,7 +172,7 @@ class GRPO(OnPolicyAlgorithm):
         policy: str | type[GRPOPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 2048,
+        n_steps: int | None = None,
         batch_size: int = 64,
         n_epochs: int = 10,
         gamma: float = 0.99,
@@ -172,6 +202,7 @@ class GRPO(OnPolicyAlgorithm):
         group_size: int = 8,
         max_enumerated: int = 64,
         horizon: int | None = None,
+        branch_every: int | None = None,
         n_rollouts: int = 1,
         backup: Backup = "mean",
         bootstrap: bool | None = None,
@@ -195,7 +226,7 @@ class GRPO(OnPolicyAlgorithm):
             policy,  # type: ignore[arg-type]
             env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
-            n_steps=n_steps,
+            n_steps=n_steps,  # type: ignore[arg-type]  # None until it is known what is branched in
             gamma=gamma,
             gae_lambda=gae_lambda,
             ent_coef=ent_coef,
@@ -232,6 +263,7 @@ class GRPO(OnPolicyAlgorithm):
         self.group_size = group_size
         self.max_enumerated = max_enumerated
         self.horizon = horizon
+        self.branch_every = branch_every
         self.n_rollouts = n_rollouts
         self.backup = backup
         self.bootstrap = bootstrap
@@ -259,13 +291,16 @@ class GRPO(OnPolicyAlgorithm):
         self._frac_zero_std: list[float] = []
         self._spread_was_judged = False
         self._reward: Reward | None = None
-        self._alternatives: Clones | Learned | None = None
+        self._alternatives: Clones | Learned | Function | None = None
+        self.chosen_dynamics: Kind = "episodes"
+        """What ``dynamics`` came to: simulator, clone, learned, function, or episodes (no alternatives)."""
         self._trajectory: Trajectory | None = None
         self._reference: Any = None
         if _init_setup_model:
+            given = dict(vars(self))
             self._setup_model()
             if self.env is not None:
-                self._warn_of_arguments()
+                self._warn_of_arguments(given)
             self.use_sde = False
 
     def _setup_model(self) -> None:
@@ -282,14 +317,10 @@ class GRPO(OnPolicyAlgorithm):
         if self.clip_range_high is not None:
             self.clip_range_high = FloatSchedule(self.clip_range_high)
         self.rollout_buffer = None  # type: ignore[assignment]
-        if self.dynamics not in get_args(Dynamics):
-            raise ValueError(f"dynamics={self.dynamics!r} must be one of {', '.join(get_args(Dynamics))}")
-        has_simulator = self._find_simulator() is not None
-        if self.bootstrap is None:
-            has_alternatives = has_simulator or self.dynamics in ("clone", "learned")
-            self.bootstrap = not has_alternatives or self.candidates == "episodes"
-        if self.horizon is None:
-            self.horizon = SIMULATOR_HORIZON if has_simulator else HOST_HORIZON
+        check_dynamics(self.dynamics)
+        choice = self._choose()
+        for name, value in self._settings_for(choice.kind).items():
+            setattr(self, name, value)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
@@ -309,8 +340,7 @@ class GRPO(OnPolicyAlgorithm):
         learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
         self.policy.optimizer.state = learner.optimizer
         if self.env is not None:
-            self._find_alternatives()
-            self._say(self._describe(config))
+            self._set_alternatives(choice)
 
     # What kind of run it is -----------------------------------------------------------------------------------------
 
@@ -324,27 +354,80 @@ class GRPO(OnPolicyAlgorithm):
             )
         return simulator
 
-    def _find_alternatives(self) -> None:
-        """Makes what ``dynamics`` asks for on the host."""
+    def _choose(self) -> Choice:
+        """Where alternatives come from, by ``dynamics``, ``candidates`` and the env."""
+        if self._find_simulator() is not None:
+            return Choice("simulator")
+        if self.env is None or self.candidates in ("episodes", "trajectory"):
+            return Choice("episodes")
+        return choose(self.dynamics, self.env, self.observation_space, self._milliseconds)
+
+    def _settings_for(self, kind: Kind) -> dict[str, Any]:
+        """What the user left open, where alternatives are of a kind."""
+        on_host, has_reward = kind not in ("simulator", "episodes"), self.reward_function is not None
+        n_steps, horizon, branch_every, bootstrap = (
+            self.n_steps,
+            self.horizon,
+            self.branch_every,
+            self.bootstrap,
+        )
+        if n_steps is None:
+            n_steps = BRANCHED_N_STEPS if on_host else N_STEPS
+        if horizon is None:
+            of_host = REWARD_HORIZON if has_reward else HOST_HORIZON
+            horizon = SIMULATOR_HORIZON if kind == "simulator" else of_host
+        if branch_every is None:
+            most = max(1, horizon // HOST_STEPS) if kind == "clone" else 1
+            branch_every = max(k for k in range(1, most + 1) if n_steps % k == 0)
+        if bootstrap is None:
+            bootstrap = kind == "episodes" or (on_host and not has_reward)
+        return {"n_steps": n_steps, "horizon": horizon, "branch_every": branch_every, "bootstrap": bootstrap}
+
+    def _milliseconds(self, brancher: Brancher) -> float:
+        """What the branches of clones will take for a decision step."""
+        sets = GRPOConfig(
+            candidates=self.candidates,  # type: ignore[arg-type]
+            group_size=self.group_size,
+            max_enumerated=self.max_enumerated,
+        )
+        distribution = for_space(to_action_space(self.action_space))
+        n_candidates = candidate_sets.n_candidates(sets, distribution)
+        settings = self._settings_for("clone")
+        seconds = brancher.seconds(1, n_candidates, settings["horizon"], self.n_rollouts)
+        return float(1e3 * seconds / settings["branch_every"])
+
+    def _set_alternatives(self, choice: Choice) -> None:
+        """Makes what was chosen; says so, and warns of what it will cost."""
+        assert self.env is not None
+        self.chosen_dynamics = choice.kind
         self._alternatives = None
-        if self.env is None or self._find_simulator() is not None:
-            return
-        if self.dynamics == "clone":
-            self._alternatives = Clones(self.env, self._reward)
-        elif self.dynamics == "learned":
-            check_unnormalized(self.env)
-            words = np.random.SeedSequence([int(word) for word in self.key_words]).generate_state(
-                2, np.uint32
-            )
-            self._alternatives = Learned(self.policy, self._reward, words)
+        if choice.brancher is not None:
+            self._alternatives = Clones(choice.brancher, self._reward)
+        elif choice.kind == "learned":
+            check_learnable(self.env, self.observation_space)
+            words = np.random.SeedSequence([int(word) for word in self.key_words])
+            self._alternatives = Learned(self.policy, self._reward, words.generate_state(2, np.uint32))
+        elif choice.kind == "function":
+            check_unnormalized(self.env, "f")
+            self._alternatives = Function(self.dynamics, self.policy, self._reward)  # type: ignore[arg-type]
+        self._say(self._describe(self._config(), choice.reason))
+        if choice.brancher is not None:
+            milliseconds = self._milliseconds(choice.brancher)
+            if milliseconds > BUDGET_MS:
+                warnings.warn(
+                    f"dynamics={self.dynamics!r}: branches will take about {milliseconds:.2g} ms for a decision step, most"
+                    f" of the run. Lower horizon={self.horizon} or group_size={self.group_size}, raise branch_every="
+                    f"{self.branch_every}, or use SubprocVecEnv, or dynamics='learned'",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     def _candidates(self) -> str:
         """Which groups are compared: what ``candidates="auto"`` means here."""
-        has_simulator = self._find_simulator() is not None
-        has_alternatives = has_simulator or self.dynamics in ("clone", "learned")
+        kind = self.chosen_dynamics
         if self.candidates == "auto":
-            return "auto" if has_alternatives else "episodes"
-        possible = has_simulator or (has_alternatives and self.candidates != "trajectory")
+            return "episodes" if kind == "episodes" else "auto"
+        possible = kind == "simulator" or (kind != "episodes" and self.candidates != "trajectory")
         if self.candidates != "episodes" and not possible and self.env is not None:
             raise ValueError(
                 f"candidates={self.candidates!r} needs a world that can be stepped from any state (a GymnaxVecEnv,"
@@ -366,7 +449,8 @@ class GRPO(OnPolicyAlgorithm):
             candidates=self._candidates(),  # type: ignore[arg-type]
             group_size=self.group_size,
             max_enumerated=self.max_enumerated,
-            horizon=self.horizon,
+            horizon=self.horizon or SIMULATOR_HORIZON,
+            branch_every=self.branch_every or 1,
             n_rollouts=self.n_rollouts,
             backup=self.backup,
             bootstrap=bool(self.bootstrap),
@@ -397,18 +481,25 @@ class GRPO(OnPolicyAlgorithm):
     def _now(self, schedule: Any) -> Any:
         return None if schedule is None else schedule(self._current_progress_remaining)
 
-    def _warn_of_arguments(self) -> None:
-        """Warns once of what was set and has no meaning here."""
+    def _warn_of_arguments(self, given: dict[str, Any]) -> None:
+        """Warns once of what was ``given`` and has no meaning here."""
         defaults = {name: parameter.default for name, parameter in inspect.signature(GRPO).parameters.items()}
         meaningless = ["use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs"]
         branches = self._candidates() not in ("episodes", "trajectory")
         if not self.bootstrap:
             meaningless += ["gae_lambda", "vf_coef", "clip_range_vf"]
         if not branches:
-            meaningless += ["horizon", "n_rollouts", "backup", "common_random_numbers", "max_enumerated"]
+            meaningless += [
+                "horizon",
+                "branch_every",
+                "n_rollouts",
+                "backup",
+                "common_random_numbers",
+                "max_enumerated",
+            ]
         if self._candidates() == "episodes":
             meaningless += ["group_size"]
-        ignored = [name for name in meaningless if (getattr(self, name) or None) != (defaults[name] or None)]
+        ignored = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
         if ignored:
             regime = "branches" if branches else "episodes, nothing is branched"
             critic = "with a critic" if self.bootstrap else "without a critic (bootstrap=False)"
@@ -427,20 +518,19 @@ class GRPO(OnPolicyAlgorithm):
                 stacklevel=3,
             )
 
-    def _describe(self, config: GRPOConfig) -> str:
+    def _describe(self, config: GRPOConfig, reason: str) -> str:
+        """What is compared, in one line, with the reason."""
         if config.candidates in ("episodes", "trajectory"):
             groups = "the episodes of a rollout are compared, nothing is branched"
         else:
             kind = candidate_sets.resolve(config, self.policy.structure.distribution)
             count = candidate_sets.n_candidates(config, self.policy.structure.distribution)
             actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
-            where = (
-                "the simulator"
-                if self._alternatives is None
-                else f"a world: {self._alternatives.description}"
-            )
-            groups = f"{actions} of every state are followed for {config.horizon} steps in {where}"
-        return f"GRPO: {groups}; {'with' if config.bootstrap else 'without'} a critic"
+            where = "the simulator" if self._alternatives is None else self._alternatives.description
+            states = "every state" if config.branch_every == 1 else f"one state in {config.branch_every}"
+            groups = f"{actions} of {states} are followed for {config.horizon} steps in {where}"
+        critic = "with a critic" if config.bootstrap else "without a critic"
+        return f"GRPO: {groups}; {critic}" + (f" ({self.chosen_dynamics}: {reason})" if reason else "")
 
     def _say(self, text: str) -> None:
         if self.verbose >= 1:
@@ -491,9 +581,11 @@ class GRPO(OnPolicyAlgorithm):
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
                 clones = self._alternatives if isinstance(self._alternatives, Clones) else None
+                before_step = None
                 if clones is not None:
-                    clones.start()
-                before_step = None if clones is None else clones.before_step
+                    wanted = np.asarray(batches.branched(config, self._n_iterations))
+                    clones.start(wanted.reshape(config.n_steps, config.n_envs))
+                    before_step = clones.before_step
                 self._trajectory = collect_on_host(self, config, env, self._reward, callback, before_step)
         if self._trajectory is None:
             self.key_words = np.asarray(_next_key(self.key_words))  # what was drawn is used up
@@ -516,14 +608,14 @@ class GRPO(OnPolicyAlgorithm):
         world: World | None = None if simulator is None else override(simulator.env.world, self._reward)
         trajectory, evaluated, n_host_steps = self._trajectory, None, 0
         with original_errors():
-            if isinstance(self._alternatives, Clones) and config.candidates != "episodes":
+            if isinstance(self._alternatives, Clones):
                 evaluated, n_host_steps = self._alternatives.evaluate(
                     config, self.policy, trajectory, self.key_words
                 )
-            elif isinstance(self._alternatives, Learned) and config.candidates != "episodes":
+            elif self._alternatives is not None:
                 world = self._alternatives.world(config, self.policy.structure, trajectory, self.key_words)
                 if world is None:
-                    config = config.replace(candidates="episodes")
+                    config = config.replace(candidates="episodes", branch_every=1)
             if simulator is None:  # what the reward function saw is of no more use
                 environments = trajectory.environments.replace(state=None)
                 trajectory = trajectory.replace(environments=environments)
@@ -620,8 +712,7 @@ class GRPO(OnPolicyAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """See SB3; an env of another kind (on the device or not) changes what is compared."""
         super().set_env(env, force_reset)
-        self._find_alternatives()
-        self._say(self._describe(self._config()))
+        self._set_alternatives(self._choose())
 
     def _excluded_save_params(self) -> list[str]:
         return [
@@ -651,6 +742,8 @@ class GRPO(OnPolicyAlgorithm):
         excluded.add("policy")  # its parameters are stored without pickle
         data = {name: value for name, value in vars(self).items() if name not in excluded}
         params: dict[str, Any] = {name: _arrays(entry) for name, entry in self.get_parameters().items()}
+        if isinstance(self._alternatives, Learned):
+            params["world"] = self._alternatives.state_dict()
         if self._reference is not None:
             params["reference"] = _arrays(self.policy.state_dict_of(self._reference))
         serialization.save_zip(path, data, params)
@@ -719,10 +812,12 @@ class GRPO(OnPolicyAlgorithm):
         model._setup_model()
         if kwargs.get("seed") is None:  # a new seed starts a new stream
             model.key_words = data.get("key_words", model.key_words)
-        reference = params.pop("reference", None)
+        reference, world = params.pop("reference", None), params.pop("world", None)
         model.set_parameters(params, exact_match=True, device=device)
         if reference is not None:
             model._reference = jax.device_put(model.policy.state_from(reference), model._jax_device)
+        if world is not None and isinstance(model._alternatives, Learned):
+            model._alternatives.load_state_dict(world)
         return model
 
     def get_parameters(self) -> dict[str, dict]:
@@ -738,7 +833,8 @@ class GRPO(OnPolicyAlgorithm):
         """Takes over parameters from a file or from what ``get_parameters`` gave; see SB3."""
         if not isinstance(load_path_or_dict, dict):
             _, load_path_or_dict = serialization.load_zip(load_path_or_dict, load_data=False)
-            load_path_or_dict.pop("reference", None)
+            for name in ("reference", "world"):
+                load_path_or_dict.pop(name, None)
         super().set_parameters(load_path_or_dict, exact_match, device)
         self.policy.state = jax.device_put(self.policy.state, self._jax_device)
         self.policy.optimizer.state = jax.device_put(self.policy.optimizer.state, self._jax_device)
@@ -756,8 +852,8 @@ def _learn(
     evaluated: tuple[Group, Branches] | None,
 ) -> tuple[loop.TrainState, Metrics]:
     state = train_state(policy, learner, None, words, iteration)
-    if isinstance(world, LearnedWorld):
-        environments = trajectory.environments.replace(state=world.at(trajectory.observation))
+    if world is not None and trajectory.state is None:
+        environments = trajectory.environments.replace(state=states_of(world, trajectory.observation))
         trajectory = trajectory.replace(environments=environments)
     state, metrics = loop.learn(config, world, state, trajectory, 0.0, evaluated)
     return state.replace(key=jax.random.key_data(state.key)), metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,13 +36,32 @@ _Carry = tuple[jax.Array, Learner, Metrics, jax.Array]
 
 
 def make_optimizer(config: GRPOConfig, learning_rate: float | jax.Array) -> optax.GradientTransformation:
-    """An optimizer behind a bound on the gradient's global norm; Adam unless the config has another."""
+    """An optimizer behind a bound on the gradient's norm; Adam unless the config has another."""
     if config.optimizer is None:
         # One flat vector: one fused kernel instead of one a layer.
         optimizer = optax.flatten(optax.adam(learning_rate, eps=1e-5))
     else:
         optimizer = config.optimizer(learning_rate)
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    return optax.chain(clip_by_part(config.max_grad_norm), optimizer)
+
+
+def clip_by_part(max_norm: float | jax.Array) -> optax.GradientTransformation:
+    """Bounds the norm of the actor's gradient, and that of the critic's.
+
+    One bound for both, as in PPO, lets a value loss of large returns shrink the actor's gradient until Adam's epsilon
+    outweighs it. A features extractor that both share counts to the actor.
+    """
+
+    def clip(gradients: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        del params
+        clipped: Params = {}
+        for is_critic in (False, True):
+            part = {name: leaf for name, leaf in gradients.items() if name.startswith("critic") == is_critic}
+            scale = jnp.minimum(1.0, max_norm / jnp.maximum(optax.tree.norm(part), 1e-12))
+            clipped |= jax.tree.map(lambda leaf, scale=scale: leaf * scale, part)
+        return {name: clipped[name] for name in gradients}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
 
 
 def init_learner(config: GRPOConfig, policy: Policy, key: jax.Array) -> Learner:
@@ -69,8 +90,8 @@ def loss(
 ) -> tuple[jax.Array, Metrics]:
     """The objective of a (mini)batch, to be minimised, and its metrics.
 
-    - sum over candidates of the surrogate - ent_coef entropy + kl_coef KL(pi || pi_ref) + vf_coef value loss, each
-    averaged over the decision states that are ``alive``.
+    - sum over candidates of the surrogate, averaged over the decision states that are ``compared``, - ent_coef entropy
+    + kl_coef KL(pi || pi_ref) + vf_coef value loss, averaged over all that are ``alive``.
     """
     group = batch.group
     state = state.replace(params=params)
@@ -91,13 +112,13 @@ def loss(
     else:
         terms = losses.tpo(*args, group.valid, temperature=config.tpo_temperature)
 
-    share = batch.alive / jnp.maximum(jnp.sum(batch.alive), 1)  # [B]
+    def average(per_state: jax.Array, over: jax.Array = batch.alive) -> jax.Array:
+        share = over / jnp.maximum(jnp.sum(over), 1)  # [B]
+        return jnp.sum(jnp.where(over, per_state * share, 0.0))
 
-    def average(per_state: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(batch.alive, per_state * share, 0.0))
-
+    compared = batch.alive & batch.compared
     counted = group.valid & batch.active[:, None]
-    policy_loss = -average(jnp.sum(jnp.where(counted, terms, 0.0), axis=1))
+    policy_loss = -average(jnp.sum(jnp.where(counted, terms, 0.0), axis=1), compared)
     entropy = average(policy.distribution.entropy(parameters))
     total = policy_loss - config.ent_coef * entropy
 
@@ -110,9 +131,9 @@ def loss(
         "entropy": entropy,
         "approx_kl": average(policy.distribution.kl(batch.distribution, parameters)),
         # As PPO counts: all ratios beyond the bounds. Then those whose gradient is cut.
-        "clip_fraction": average(jnp.sum(weight * (above | below), axis=1)),
-        "clip_fraction_high": average(jnp.sum(weight * (above & (batch.advantage > 0)), axis=1)),
-        "clip_fraction_low": average(jnp.sum(weight * (below & (batch.advantage < 0)), axis=1)),
+        "clip_fraction": average(jnp.sum(weight * (above | below), axis=1), compared),
+        "clip_fraction_high": average(jnp.sum(weight * (above & (batch.advantage > 0)), axis=1), compared),
+        "clip_fraction_low": average(jnp.sum(weight * (below & (batch.advantage < 0)), axis=1), compared),
     }
     if batch.reference is not None and config.kl_coef is not None:
         if config.kl_estimator == "exact":

@@ -40,6 +40,12 @@ def propose(config: GRPOConfig, policy: Policy, trajectory: Trajectory, key: jax
     return candidates.sample_actions(distribution, flat.distribution, flat.action, uniforms)
 
 
+def branched(config: GRPOConfig, iteration: jax.Array | int) -> jax.Array:
+    """The decision states whose candidates are followed in an iteration; bool ``[n_steps * n_envs]``."""
+    time, index = jnp.arange(config.n_steps)[:, None], jnp.arange(config.n_envs)
+    return ((time + index + iteration) % config.branch_every == 0).reshape(-1)
+
+
 def follow(
     config: GRPOConfig,
     env: World,
@@ -47,21 +53,26 @@ def follow(
     policy_state: PolicyState,
     trajectory: Trajectory,
     group: Group,
+    wanted: jax.Array,
     key: jax.Array,
 ) -> Branches:
-    """Follows every candidate in a world of its own."""
+    """Follows every candidate of the states that are ``wanted [B]`` in a world of its own; returns of others are 0."""
     distribution = policy.distribution
+    states, actions = _flat(trajectory.state), policy.to_world(group.action)
+    if config.branch_every > 1:
+        rows = jnp.flatnonzero(wanted, size=config.n_states // config.branch_every)
+        states, actions = jax.tree.map(lambda leaf: leaf[rows], (states, actions))
 
     def act(observation: Any, mask: jax.Array | None, uniforms: jax.Array) -> jax.Array:
         parameters = policy.parameters(policy_state, observation, mask)
         return policy.to_world(distribution.sample(parameters, uniforms))
 
-    return group_returns(
+    branches = group_returns(
         env,
         act,
         key,
-        _flat(trajectory).state,
-        policy.to_world(group.action),
+        states,
+        actions,
         horizon=config.horizon,
         gamma=config.gamma,
         n_uniforms=distribution.n_uniforms,
@@ -71,6 +82,10 @@ def follow(
         common_random_numbers=config.common_random_numbers,
         max_branches=config.max_branches,
     )
+    if config.branch_every > 1:
+        nothing = jnp.zeros(group.valid.shape, branches.returns.dtype)
+        branches = branches.replace(returns=nothing.at[rows].set(branches.returns))
+    return branches
 
 
 def compare(
@@ -80,12 +95,13 @@ def compare(
     trajectory: Trajectory,
     group: Group,
     branches: Branches,
+    wanted: jax.Array,
 ) -> tuple[Batch, Advantages]:
-    """Compares the candidates of every state with each other."""
+    """Compares the candidates of every state that is ``wanted [B]`` with each other."""
     advantages = group_advantages(
         branches.returns,
         jnp.exp(group.log_weight),
-        group.valid,
+        group.valid & wanted[:, None],
         group.executed,
         baseline=config.baseline,
         scale=config.advantage_scale,
@@ -94,7 +110,7 @@ def compare(
     if config.baseline == "executed":
         # Only the executed action is learned from, and it was drawn by the policy already: its weight is 1.
         group = group.replace(log_weight=jnp.zeros_like(group.log_weight))
-    batch = _batch(_flat(trajectory), group, advantages, jnp.ones(config.n_states, bool))
+    batch = _batch(_flat(trajectory), group, advantages, jnp.ones_like(wanted)).replace(compared=wanted)
     if config.bootstrap:
         values, targets = _critic(config, policy, policy_state, trajectory)
         batch = batch.replace(value=values.reshape(-1), value_target=targets.reshape(-1))
@@ -120,9 +136,7 @@ def compare_episodes(
         nothing = jnp.zeros_like(trajectory.reward)
         returns = lambda_returns(trajectory.reward, nothing, nothing, ended, ended, config.gamma, 1.0)
         group, valid = trajectory.time, ends_within(ended)
-    flat, returns, valid, group, values, targets = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, returns, valid, group, values, targets)
-    )
+    flat, returns, valid, group, values, targets = _flat((trajectory, returns, valid, group, values, targets))
     advantages = episode_advantages(
         returns,
         valid,
@@ -151,9 +165,7 @@ def compare_trajectories(
         scale=config.advantage_scale,
         spread_floor=config.spread_floor,
     )
-    flat, advantages, alive = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (trajectory, advantages, alive)
-    )
+    flat, advantages, alive = _flat((trajectory, advantages, alive))
     group = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
     return _batch(flat, group, advantages, alive), advantages
 
@@ -184,9 +196,11 @@ def _batch(flat: Trajectory, group: Group, advantages: Advantages, alive: jax.Ar
         advantage=advantages.advantage,
         active=advantages.active,
         alive=alive,
+        compared=alive,
         distribution=flat.distribution,
     )
 
 
-def _flat(trajectory: Trajectory) -> Trajectory:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trajectory)
+def _flat(tree: Any) -> Any:
+    """Leaves ``[T, N, ...]`` as ``[T * N, ...]``."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)

@@ -181,15 +181,20 @@ def learn(
     elif config.candidates == "episodes":
         batch, advantages = batches.compare_episodes(config, policy, learner.policy, trajectory)
     else:
+        wanted = batches.branched(config, state.iteration)
         if evaluated is None:
             assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
             candidate_key, branch_key = split(keys.groups, 2)
             group = batches.propose(config, policy, trajectory, candidate_key)
-            branches = batches.follow(config, env, policy, learner.policy, trajectory, group, branch_key)
+            branches = batches.follow(
+                config, env, policy, learner.policy, trajectory, group, wanted, branch_key
+            )
         else:
             group, branches = evaluated
         simulator_steps = branches.simulator_steps
-        batch, advantages = batches.compare(config, policy, learner.policy, trajectory, group, branches)
+        batch, advantages = batches.compare(
+            config, policy, learner.policy, trajectory, group, branches, wanted
+        )
     if learner.reference is not None:
         reference = policy.parameters(learner.reference, batch.observation, batch.action_mask)
         batch = batch.replace(reference=reference)
@@ -299,16 +304,17 @@ def _episode_metrics(environments: Environments, trajectory: Trajectory) -> Metr
 
 def _group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
     """How much the groups had to tell."""
-    share = batch.alive / jnp.maximum(jnp.sum(batch.alive), 1)
+    compared = batch.alive & batch.compared
+    share = compared / jnp.maximum(jnp.sum(compared), 1)
 
     def average(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(batch.alive, values * share, 0.0))
+        return jnp.sum(jnp.where(compared, values * share, 0.0))
 
     return {
         "group_spread": average(advantages.spread),
         # 1 also where no step belongs to a group: nothing can be learned then either.
         "frac_zero_std": 1.0 - average(advantages.active),
-        "nonfinite_groups": jnp.sum(batch.alive & ~advantages.finite).astype(jnp.result_type(float)),
+        "nonfinite_groups": jnp.sum(compared & ~advantages.finite).astype(jnp.result_type(float)),
     }
 
 

@@ -56,6 +56,7 @@ def make_batch(policy, state, observation, group, advantages):
         advantage=advantages.advantage,
         active=advantages.active,
         alive=jnp.ones(observation.shape[0], bool),
+        compared=jnp.ones(observation.shape[0], bool),
         distribution=policy.parameters(state, observation),
     )
 
@@ -328,8 +329,9 @@ def test_executed_baseline_in_the_loop(kind, factor):
         )
         candidate_key, branch_key = jax.random.split(group_key)
         group = batches.propose(config, policy, trajectory, candidate_key)
-        branches = batches.follow(config, world, policy, state, trajectory, group, branch_key)
-        batch, _ = batches.compare(config, policy, state, trajectory, group, branches)
+        wanted = batches.branched(config, 0)
+        branches = batches.follow(config, world, policy, state, trajectory, group, wanted, branch_key)
+        batch, _ = batches.compare(config, policy, state, trajectory, group, branches, wanted)
         return ascent(config, policy, state, batch)["actor"]["output"]["kernel"]
 
     gradients = jax.jit(lambda keys: jax.lax.map(draw, keys))(jax.random.split(jax.random.key(4), 200))

@@ -52,6 +52,7 @@ def make_batch(policy, state, **changes):
         advantage=jnp.asarray(ADVANTAGE),
         active=jnp.ones(N, bool),
         alive=jnp.ones(N, bool),
+        compared=jnp.ones(N, bool),
         distribution=parameters,
     )
     return batch.replace(**changes)
@@ -233,6 +234,7 @@ def test_dead_and_inactive_rows_teach_nothing():
     garbage = batch.replace(advantage=jnp.where(half[:, None], batch.advantage, 1e6))
     dead, _ = run_update(BASE, policy, learner, garbage.replace(alive=half), KEY, 0.0)
     inactive, _ = run_update(BASE, policy, learner, garbage.replace(active=half), KEY, 0.0)
+    apart, _ = run_update(BASE, policy, learner, garbage.replace(compared=half), KEY, 0.0)
     weight = jnp.where(half, 2.0, 0.0)[:, None]  # the mean over half of the rows
 
     def by_hand_half(params):
@@ -240,7 +242,7 @@ def test_dead_and_inactive_rows_teach_nothing():
 
     gradient = jax.grad(by_hand_half)(learner.policy.params)
     optimizer = optax.adam(0.01, eps=1e-5)
-    for new, scale in ((dead, 1.0), (inactive, 0.5)):  # inactive states stay in the mean
+    for new, scale in ((dead, 1.0), (apart, 1.0), (inactive, 0.5)):  # inactive states stay in the mean
         scaled = jax.tree.map(lambda leaf, scale=scale: scale * leaf, gradient)
         changes, _ = optimizer.update(scaled, optimizer.init(gradient))
         assert_close(

@@ -6,8 +6,11 @@ import pytest
 from toys import Line, MaskedLine
 
 import grpo_jax
+from grpo_jax import counter
+from grpo_jax.groups.branch import Branches
+from grpo_jax.noise import split
 from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
-from grpo_jax.training import loop
+from grpo_jax.training import batches, loop
 
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=24, learning_rate=1e-2)
 
@@ -240,6 +243,47 @@ def test_an_iteration_is_collecting_then_learning(cartpole):
     chex.assert_trees_all_close(whole.params, halves.params, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal(jax.random.key_data(whole.key), jax.random.key_data(halves.key))
     np.testing.assert_allclose(metrics["policy_loss"], learned["policy_loss"], rtol=1e-4, atol=1e-6)
+
+
+def test_branched_states_take_turns():
+    config = TINY.replace(branch_every=4)
+    masks = np.array([batches.branched(config, k) for k in range(8)]).reshape(8, 8, 4)
+    np.testing.assert_array_equal(masks[:4].sum(axis=0), 1)  # every state once in four iterations
+    np.testing.assert_array_equal(masks[4:], masks[:4])
+    np.testing.assert_array_equal(masks.sum(axis=1), 2)  # in each iteration, as many of each environment
+    assert np.all(batches.branched(TINY, 3))
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_a_quarter_of_the_states_costs_a_quarter_of_the_simulator_steps(bootstrap):
+    """Pendulum never terminates; the critic learns from every state, the actor from those that were branched."""
+    world = grpo_jax.make("Pendulum-v1")
+    config = TINY.replace(
+        branch_every=4, horizon=6, group_size=3, bootstrap=bootstrap, n_epochs=1, batch_size=32
+    )
+    state = loop.init(config, world, jax.random.key(0))
+    state, trajectory = loop.collect(config, world, state, keep_next_observation=True)
+    after, metrics = jax.jit(loop.learn)(config, world, state, trajectory, 0.0)
+    assert grpo_jax.count(after.simulator_steps) == config.n_states // 4 * 3 * 6
+    assert grpo_jax.count(after.decision_steps) == config.n_states
+    assert metrics["frac_zero_std"] == 0.0 and metrics["group_spread"] > 0.0
+
+    # What is said of the other states' candidates changes nothing.
+    wanted = batches.branched(config, 0)
+    key, _ = split(loop.iteration_keys(state.key).groups, 2)
+    group = batches.propose(config, state.policy, trajectory, key)
+    branches = Branches(jnp.where(wanted[:, None], 1.0, 1e6) * jnp.arange(3.0), counter.zero())
+    told, _ = loop.learn(config, None, state, trajectory, 0.0, (group, branches))
+    garbage = branches.replace(returns=jnp.where(wanted[:, None], branches.returns, -7.0))
+    other, _ = loop.learn(config, None, state, trajectory, 0.0, (group, garbage))
+    chex.assert_trees_all_equal(told.params, other.params)
+    if bootstrap:
+        assert metrics["value_loss"] > 0.0
+
+
+def test_branch_every_must_divide_the_rollout():
+    with pytest.raises(ValueError, match="branch_every=3 must divide n_steps=8"):
+        TINY.replace(branch_every=3)
 
 
 EPISODES = TINY.replace(candidates="episodes", n_envs=4, n_steps=64, batch_size=64, baseline="mean")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import from_function, make, spaces
+from grpo_jax.worlds.function import FunctionWorld
 
 BOX = spaces.Box(-10, 10, (2,))
 KEY = jax.random.key(0)
@@ -74,6 +75,74 @@ def test_termination_is_judged_on_the_state_that_is_reached(terminated):
         ends.append((bool(reached.terminated), bool(reached.truncated)))
         state = reached.state
     assert ends == [(False, False), (False, False), (True, False)]
+
+
+@pytest.mark.parametrize("flag", [lambda x: x > 3.5, lambda x: x[None] > 3.5], ids=["[]", "[1]"])
+@pytest.mark.parametrize("terminated", [None, lambda state: state[0] < 1.5], ids=["alone", "or-ed"])
+def test_the_transition_may_tell_the_end(flag, terminated, compiled):
+    world = oscillator(
+        transition=lambda state, action: (state + action - 1.0, flag(state[0] + action - 1.0)),
+        initial_state=lambda key: jnp.array([2.0, 0.0]),
+        terminated=terminated,
+    )
+    step = compiled(make(world).step)
+    ends = []
+    for action in (2, 0):
+        _, state = world.reset(KEY)
+        for _ in range(2):
+            reached = step(KEY, state, jnp.int32(action))
+            ends.append((reached.observation[0].item(), reached.terminated.item()))
+            state = reached.state
+    below = terminated is not None
+    assert ends == [(3.0, False), (4.0, True), (1.0, below), (0.0, below)]
+
+
+def test_other_tuples_are_refused():
+    with pytest.raises(ValueError, match=r"returned a tuple of 3, expected next_state or \(next_state, term"):
+        oscillator(transition=lambda state, action: (state, False, False))
+
+
+@pytest.mark.parametrize("max_steps", [2**31 - 1, 2**40])
+def test_a_large_time_limit_means_none(max_steps, compiled):
+    world = oscillator(max_steps=max_steps).world
+    step = compiled(world.step)
+    state = world.at(jnp.ones(2), jnp.int32(2**31 - 2))
+    for _ in range(3):
+        reached = step(KEY, state, jnp.int32(1))
+        state = reached.state
+        assert not reached.truncated and state.time == 2**31 - 1
+
+
+def test_states_of_visited_observations(compiled):
+    world = oscillator(max_steps=4).world
+    assert isinstance(world, FunctionWorld)
+    observation, first = world.reset(KEY)
+    np.testing.assert_array_equal(first.observation, world.at(observation).observation)
+    assert first.time.dtype == world.at(observation).time.dtype == jnp.int32
+    observations = np.arange(12.0).reshape(2, 3, 2)
+    state = world.at(observations)
+    assert state.observation.dtype == jnp.float32 and state.time.shape == (2, 3)
+    np.testing.assert_array_equal(state.time, np.zeros((2, 3)))
+    late = world.at(observations, np.array([0, 1, 3]))
+    np.testing.assert_array_equal(late.time, [[0, 1, 3]] * 2)
+    step = compiled(jax.vmap(jax.vmap(world.step, (None, 0, None)), (None, 0, None)))
+    reached = step(KEY, late, jnp.int32(2))
+    np.testing.assert_array_equal(reached.truncated, [[False, False, True]] * 2)
+    np.testing.assert_allclose(reached.observation[..., 1], observations[..., 1] + 0.5)
+
+
+def test_states_of_visited_dicts():
+    world = FunctionWorld(
+        transition=lambda state, action: state,
+        initial_state=lambda key: {"x": [0.0, 0.0], "cell": 0},
+        terminated=None,
+        max_steps=5,
+        observation_space=spaces.Dict((("x", BOX), ("cell", spaces.Discrete(5)))),
+        action_space=spaces.Discrete(2),
+    )
+    state = world.at({"x": np.zeros((3, 2)), "cell": np.arange(3)})
+    assert (state.observation["x"].shape, state.observation["cell"].dtype) == ((3, 2), jnp.int32)
+    assert state.time.shape == (3,)
 
 
 @pytest.mark.parametrize(
