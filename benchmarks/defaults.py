@@ -28,12 +28,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_bridge import GRPO
 
 STEPS = {
-    "CartPole-v1": 50_000,
-    "Acrobot-v1": 50_000,
-    "Pendulum-v1": 100_000,
-    "LunarLander-v3": 200_000,
-    "InvertedPendulum-v5": 100_000,
-    "Hopper-v5": 200_000,
+    "CartPole-v1": 40_000,
+    "Acrobot-v1": 40_000,
+    "Pendulum-v1": 60_000,
+    "LunarLander-v3": 100_000,
+    "InvertedPendulum-v5": 30_000,
+    "Hopper-v5": 60_000,
 }
 ALGORITHMS = ("grpo", "ppo")
 N_POINTS = 100

@@ -154,7 +154,8 @@ def draw(results: dict[str, list[list[dict[str, float]]]], path: str) -> None:
         panel.set(title=f"{env_id}, {len(runs)} seeds", xlabel="real environment steps", yscale="log")
         panel.grid(alpha=0.3)
     np.atleast_1d(panels)[0].set_ylabel("relative error on unseen rollouts")
-    np.atleast_1d(panels)[0].legend()
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=120)
 
 

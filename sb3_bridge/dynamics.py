@@ -99,13 +99,13 @@ def choose(
         brancher = Brancher(env)
         milliseconds = cost(brancher)
         if milliseconds <= BUDGET_MS:
-            return Choice("clone", "states can be saved and restored", brancher)
+            return Choice("clone", f"branches take {milliseconds:.2g} ms a decision step", brancher)
         why = (
-            f"no clones, whose branches would take {milliseconds:.2g} ms a decision step, above {BUDGET_MS:g}"
-            " (dynamics='clone' takes them all the same)"
+            f"branches of clones would take {milliseconds:.2g} ms a decision step, more than {BUDGET_MS:g};"
+            " dynamics='clone' takes them all the same"
         )
     except Unclonable as error:
-        why = f"no clones: {'; '.join(str(error).splitlines())}"
+        why = str(error)
     try:
         check_learnable(env, observation_space)
     except (NotImplementedError, ValueError) as error:

@@ -137,8 +137,7 @@ class GRPO(OnPolicyAlgorithm):
       horizon: steps of a branch, the candidate's own included; None: 128 in a simulator, 64 elsewhere, 16 there with a
         ``reward_function``.
       branch_every: one decision state in so many is branched, others in every rollout, and a critic learns from all of
-        them; None: all in a simulator or a learned world; of clones as many as cost 16 steps of each candidate for a
-        decision step.
+        them; None: all in a simulator, elsewhere as many as cost 16 steps of each candidate for a decision step.
       n_rollouts: branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
       bootstrap: whether a critic values what lies behind a branch or a rollout; None: not in a simulator, and not with
@@ -377,7 +376,7 @@ class GRPO(OnPolicyAlgorithm):
             of_host = REWARD_HORIZON if has_reward else HOST_HORIZON
             horizon = SIMULATOR_HORIZON if kind == "simulator" else of_host
         if branch_every is None:
-            most = max(1, horizon // HOST_STEPS) if kind == "clone" else 1
+            most = max(1, horizon // HOST_STEPS) if on_host else 1
             branch_every = max(k for k in range(1, most + 1) if n_steps % k == 0)
         if bootstrap is None:
             bootstrap = kind == "episodes" or (on_host and not has_reward)
@@ -530,7 +529,7 @@ class GRPO(OnPolicyAlgorithm):
             states = "every state" if config.branch_every == 1 else f"one state in {config.branch_every}"
             groups = f"{actions} of {states} are followed for {config.horizon} steps in {where}"
         critic = "with a critic" if config.bootstrap else "without a critic"
-        return f"GRPO: {groups}; {critic}" + (f" ({self.chosen_dynamics}: {reason})" if reason else "")
+        return f"GRPO: {groups}; {critic}" + (f" (dynamics='auto': {reason})" if reason else "")
 
     def _say(self, text: str) -> None:
         if self.verbose >= 1:

@@ -140,10 +140,10 @@ class CloneReport:
     def description(self) -> str:
         """One line for the log."""
         if not self.passed:
-            return f"clone: refused, {'; '.join(self.reason.splitlines())}"
+            return f"cannot be cloned exactly: {'; '.join(self.reason.splitlines())}"
         return (
-            f"clone: by {self.means}, replay check passed; {self.snapshot_us:.1f} us a snapshot,"
-            f" {self.restore_us:.1f} us a restore, {self.step_us:.1f} us a step"
+            f"exact clones by {self.means} (replay check passed; {self.snapshot_us:.1f} us a snapshot,"
+            f" {self.restore_us:.1f} a restore, {self.step_us:.1f} a step)"
         )
 
 
@@ -779,9 +779,9 @@ def check(env: gymnasium.Env, functions: Functions | None = None, seed: int = 0)
             Exception
         ) as error:  # an environment's own code may raise anything: it is refused, with the reason
             told = (
-                str(error) if isinstance(error, _Failed | Unclonable) else f"{type(error).__name__}: {error}"
+                str(error) if isinstance(error, _Failed | Unclonable) else f"{type(error).__name__} {error}"
             )
-            reasons.append(f"{means}: {told}")
+            reasons.append(f"{means}: {told.strip()}")
     return CloneReport("", reason="\n".join(reasons))
 
 

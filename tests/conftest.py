@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# XLA's thread pool on the CPU now and then loses a wake-up in vmapped programs, and the run never returns (seen with
+# jax 0.10.2: all threads idle in gdb). Without threads within an operation that does not happen.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
 
 import hypothesis
 import jax

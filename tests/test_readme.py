@@ -1,4 +1,4 @@
-"""What the README promises: its Python runs, its flags exist, and both languages show the same."""
+"""What README and docs promise: their Python runs, flags exist, and both languages show the same."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,16 @@ import pytest
 from grpo_jax import cli
 
 ROOT = Path(__file__).parents[1]
-ENGLISH, JAPANESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ja.md"))
+
+def pages(english: str) -> tuple[str, str]:
+    """A page in English and in Japanese."""
+    japanese = english.removesuffix(".md") + ".ja.md"
+    return tuple((ROOT / name).read_text(encoding="utf-8") for name in (english, japanese))
+
+
+ENGLISH, JAPANESE = pages("README.md")
+DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if ".ja." not in path.name]
+every_page = pytest.mark.parametrize("page", ["README.md", *DOCS])
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -35,19 +44,34 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert isinstance(names["result"].state.params, dict) and jax.tree.leaves(names["state"])
 
 
-@pytest.mark.parametrize("language", ["python", "console"])
-def test_both_languages_show_the_same_code(language):
+@pytest.mark.parametrize("page", DOCS)
+def test_python_of_the_docs_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks(pages(page)[0], "python")), page, "exec"), {})
+
+
+@every_page
+def test_both_languages_show_the_same_code(page):
     english, japanese = (
-        [without_prose(code) for code in blocks(text, language)] for text in (ENGLISH, JAPANESE)
+        [without_prose(code) for language in ("python", "console") for code in blocks(text, language)]
+        for text in pages(page)
     )
     assert english and english == japanese
 
 
-def test_both_languages_report_the_same_numbers():
+@every_page
+def test_both_languages_report_the_same_numbers(page):
     english, japanese = (
-        re.findall(r"^\| .*-v\d .*$", text, flags=re.MULTILINE) for text in (ENGLISH, JAPANESE)
+        re.findall(r"^\| .*-v\d .*$", text, flags=re.MULTILINE) for text in pages(page)
     )
     assert english and english == japanese
+
+
+@every_page
+def test_pictures_and_pages_that_are_linked_exist(page):
+    for text in pages(page):
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def test_commands_of_the_readme_are_understood(capsys):

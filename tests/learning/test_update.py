@@ -10,7 +10,14 @@ import pytest
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
-from grpo_jax.learning.update import init_learner, loss, make_optimizer, update, update_reference
+from grpo_jax.learning.update import (
+    clip_by_part,
+    init_learner,
+    loss,
+    make_optimizer,
+    update,
+    update_reference,
+)
 from grpo_jax.noise import as_key, draw_bits
 from grpo_jax.policies.policy import make_policy
 from grpo_jax.spaces import Box, Discrete
@@ -402,6 +409,27 @@ def test_value_loss_trains_the_critic():
     assert error(new) < 0.1 * error(learner)
     assert_same(new.policy.params["actor"], learner.policy.params["actor"])  # the two share nothing
     assert float(metrics["value_loss"]) > 0.0
+
+
+def test_large_returns_do_not_slow_the_actor():
+    """With one bound for both, PPO's, the actor's gradient would be a thousandth of what it is."""
+    config = BASE.replace(bootstrap=True, max_grad_norm=0.05, n_epochs=3)
+    policy, learner, batch = setup(config)
+    value = policy.value(learner.policy, batch.observation)
+    near, far = (batch.replace(value=value, value_target=value - gap) for gap in (0.0, 1e4))
+    alone, _ = run_update(config, policy, learner, near, KEY, 0.0)
+    beside, metrics = run_update(config, policy, learner, far, KEY, 0.0)
+    assert metrics["grad_norm"] > 1e3  # of both, before it is bounded
+    assert_close(beside.policy.params["actor"], alone.policy.params["actor"], rtol=1e-6)
+
+
+def test_each_gradient_is_bounded_by_itself():
+    gradients = {"actor": {"a": jnp.array([3.0, 4.0])}, "critic": {"b": jnp.array([0.3, 0.4])}}
+    clipped, _ = clip_by_part(1.0).update(gradients, optax.EmptyState())
+    np.testing.assert_allclose(clipped["actor"]["a"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(clipped["critic"]["b"], [0.3, 0.4], rtol=1e-6)
+    nothing, _ = clip_by_part(1.0).update(jax.tree.map(jnp.zeros_like, gradients), optax.EmptyState())
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(nothing))
 
 
 def test_vf_coef_scales_the_value_loss():

@@ -1,11 +1,13 @@
 """Training behind SB3's contract: ``learn``, callbacks, logger, schedules and warnings, with PPO as the oracle.
 
-Everything runs on both paths: ``"host"`` steps a ``DummyVecEnv``, ``"device"`` a ``GymnaxVecEnv``, of the same worlds.
+Everything runs on both paths: ``"host"`` steps a ``DummyVecEnv``, whose environments are cloned, ``"device"`` a
+``GymnaxVecEnv``, of the same worlds. What is about PPO's own numbers compares episodes, as PPO does.
 """
 
 import csv
 import itertools
 import json
+import re
 import sys
 import warnings
 from collections import Counter
@@ -91,7 +93,7 @@ def venv(kind, world=LINE, n_envs=N_ENVS):
 def make(algorithm, kind, world=LINE, *, env=None, **settings):
     common = {"n_steps": N_STEPS, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
     common |= {"policy_kwargs": {"net_arch": [8]}}
-    if algorithm is GRPO and kind == "device":
+    if algorithm is GRPO and settings.get("candidates") != "episodes":
         common["horizon"] = 4
     return algorithm("MlpPolicy", venv(kind, world) if env is None else env, **common | settings)
 
@@ -699,11 +701,20 @@ def test_a_callback_may_use_the_training_env():
 # ---- logger
 
 
-@pytest.mark.parametrize(("kind", "world"), [("host", LINE), ("host", BOX), ("device", LINE)])
-def test_all_of_ppos_keys_are_logged_with_a_critic(kind, world):
+@pytest.mark.parametrize(
+    ("kind", "world", "candidates"),
+    [
+        ("host", LINE, "episodes"),
+        ("host", BOX, "episodes"),
+        ("host", LINE, "auto"),
+        ("device", LINE, "auto"),
+    ],
+)
+def test_all_of_ppos_keys_are_logged_with_a_critic(kind, world, candidates):
     settings = {"clip_range_vf": 0.2}
     ppo = log_of(make(PPO, kind, world, **settings), 3 * ROLLOUT)
-    grpo = log_of(make(GRPO, kind, world, bootstrap=True, **settings), 3 * ROLLOUT)
+    settings |= {"bootstrap": True, "candidates": candidates}
+    grpo = log_of(make(GRPO, kind, world, **settings), 3 * ROLLOUT)
     for theirs, ours in zip(ppo, grpo, strict=True):
         extra = {name for name in ours if name.startswith("grpo/")}
         assert set(ours) == set(theirs) | extra
@@ -711,7 +722,8 @@ def test_all_of_ppos_keys_are_logged_with_a_critic(kind, world):
         assert counts and all(isinstance(ours[name], int) for name in counts)
         assert all(np.isfinite(value) for value in ours.values())
     assert {"grpo/group_spread", "grpo/frac_zero_std", "grpo/simulator_steps"} <= set(grpo[1])
-    assert ("grpo/world_error" in grpo[1]) == (kind == "device")
+    assert ("grpo/world_error" in grpo[1]) == (candidates == "auto")
+    assert (grpo[1]["grpo/simulator_steps"] > 0) == (candidates == "auto")
     assert ("train/std" in grpo[1]) == (world is BOX)
 
 
@@ -727,7 +739,7 @@ def test_the_first_update_is_ppos():
     """Same parameters, an environment that ignores actions, one step on the whole batch: equal values, not only keys."""
     settings = {"n_epochs": 1, "batch_size": ROLLOUT, "n_steps": N_STEPS, "ent_coef": 0.1, "vf_coef": 0.7}
     ppo = make(PPO, "host", CONSTANT, **settings)
-    grpo = make(GRPO, "host", CONSTANT, **settings)
+    grpo = make(GRPO, "host", CONSTANT, candidates="episodes", **settings)
     copy_parameters(ppo, grpo)
     theirs, ours = (log_of(model, 2 * ROLLOUT)[1] for model in (ppo, grpo))
     for name in ("entropy_loss", "value_loss", "explained_variance", "loss", "clip_range", "learning_rate"):
@@ -769,18 +781,19 @@ def test_parameters_that_were_set_are_copies():
 def test_clip_fraction_counts_as_ppo():
     """All ratios beyond the bounds, whatever the advantages: none at the first minibatch, every one at the second."""
     settings = {"batch_size": ROLLOUT, "learning_rate": 0.05, "clip_range": 1e-6, "max_grad_norm": 1e9}
-    rows = [log_of(make(algorithm, "host", **settings), 2 * ROLLOUT)[1] for algorithm in (PPO, GRPO)]
-    assert [row["train/clip_fraction"] for row in rows] == [0.5, 0.5]
+    kinds = [(PPO, {}), (GRPO, {"candidates": "episodes"}), (GRPO, {})]
+    rows = [log_of(make(algorithm, "host", **settings, **own), 2 * ROLLOUT)[1] for algorithm, own in kinds]
+    assert [row["train/clip_fraction"] for row in rows] == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("target_kl", [1e-9, 100.0])
 def test_n_updates_counts_epochs_that_were_begun(target_kl):
     counts = []
-    for algorithm in (PPO, GRPO):
-        rows = log_of(make(algorithm, "host", target_kl=target_kl, learning_rate=0.01), 3 * ROLLOUT)
+    for algorithm, own in [(PPO, {}), (GRPO, {"candidates": "episodes"}), (GRPO, {})]:
+        rows = log_of(make(algorithm, "host", target_kl=target_kl, learning_rate=0.01, **own), 3 * ROLLOUT)
         counts.append([row["train/n_updates"] for row in rows[1:]])
     # Of two minibatches each: the first changes the policy, the second finds it too far.
-    assert counts[0] == counts[1] == ([2, 4] if target_kl == 100 else [1, 2])
+    assert counts == [[2, 4] if target_kl == 100 else [1, 2]] * 3
 
 
 @on_both
@@ -816,13 +829,13 @@ def test_log_files(kind, tmp_path):
     assert keys[1] == tuple(names - missing for names in keys[0])
 
 
-@on_both
+@pytest.mark.parametrize("kind", [*KINDS, "episodes"])
 @pytest.mark.parametrize("verbose", [0, 1])
 def test_what_is_printed(kind, verbose, capsys):
     printed = []
-    for algorithm in (PPO, GRPO):
+    for algorithm, own in ((PPO, {}), (GRPO, {"candidates": "episodes"} if kind == "episodes" else {})):
         capsys.readouterr()
-        make(algorithm, kind, verbose=verbose).learn(2 * ROLLOUT, log_interval=2)
+        make(algorithm, kind, verbose=verbose, **own).learn(2 * ROLLOUT, log_interval=2)
         captured = capsys.readouterr()
         assert captured.err == ""
         printed.append(captured.out.splitlines())
@@ -839,10 +852,14 @@ def test_what_is_printed(kind, verbose, capsys):
     assert set(before[0]) <= set(before[1])
     (told,) = set(before[1]) - set(before[0])
     expected = {
-        "host": "GRPO: the episodes of a rollout are compared, nothing is branched; with a critic",
+        "episodes": "GRPO: the episodes of a rollout are compared, nothing is branched; with a critic",
         "device": "GRPO: all 2 actions of every state are followed for 4 steps in the simulator; without a critic",
+        "host": "GRPO: all 2 actions of every state are followed for 4 steps in exact clones by attributes (replay check"
+        " passed; # us a snapshot, # a restore, # a step); with a critic (dynamics='auto': branches take # ms a decision"
+        " step)",
     }
-    assert told == expected[kind]
+    numbers = re.escape(expected[kind]).replace("\\#", r"\d+(\.\d+)?(e[+-]\d+)?")
+    assert re.fullmatch(numbers, told), told
 
 
 @on_both
@@ -1069,7 +1086,14 @@ def test_arguments_without_a_meaning_are_named_once():
             ["use_sde", "sde_sample_freq"],
             ["gae_lambda"],
         ),
-        ("host", LINE, {"horizon": 7, "group_size": 4}, ["horizon", "group_size"], ["n_rollouts"]),
+        (
+            "host",
+            LINE,
+            {"candidates": "episodes", "horizon": 7, "branch_every": 2, "group_size": 4},
+            ["horizon", "branch_every", "group_size"],
+            ["n_rollouts"],
+        ),
+        ("host", LINE, {"bootstrap": False, "gae_lambda": 0.9}, ["gae_lambda"], ["horizon", "group_size"]),
         ("device", LINE, {"gae_lambda": 0.9, "vf_coef": 0.1}, ["gae_lambda", "vf_coef"], ["horizon"]),
         ("device", LINE, {"clip_range_vf": 0.2}, ["clip_range_vf"], []),
         ("device", LINE, {"candidates": "episodes", "backup": "max"}, ["backup"], ["gae_lambda"]),
@@ -1088,8 +1112,11 @@ def test_arguments_without_a_meaning_are_named_once():
 def test_arguments_with_a_meaning_are_silent():
     make(GRPO, "device", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2, bootstrap=True)
     make(GRPO, "host", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2)
+    make(GRPO, "host", candidates="episodes", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2)
+    make(GRPO, "host", branch_every=2, max_enumerated=8, n_rollouts=2, backup="max", group_size=4)
     # Set to their defaults, they say nothing.
-    make(GRPO, "host", horizon=128, group_size=8, use_sde=False, sde_sample_freq=-1)
+    settings = {"horizon": None, "branch_every": None, "group_size": 8, "use_sde": False, "sde_sample_freq": -1}
+    make(GRPO, "host", candidates="episodes", **settings)
 
 
 @pytest.mark.parametrize("batch_size", [12, 16, 33])
@@ -1111,28 +1138,35 @@ def no_spread(caught):
     return [warning for warning in caught if warning.category is NoSpreadWarning]
 
 
-@on_both
-def test_groups_without_spread_are_told_of_once_they_persist(kind):
+@pytest.mark.parametrize(
+    ("kind", "candidates"), [("host", "episodes"), ("host", "auto"), ("device", "auto")]
+)
+def test_groups_without_spread_are_told_of_once_they_persist(kind, candidates):
+    model = make(GRPO, kind, CONSTANT, bootstrap=False, candidates=candidates)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = log_of(make(GRPO, kind, CONSTANT, bootstrap=False), (SPREAD_ITERATIONS + 2) * ROLLOUT)
+        rows = log_of(model, (SPREAD_ITERATIONS + 2) * ROLLOUT)
     assert len(no_spread(caught)) == len(caught) == 1
     assert all(row["grpo/frac_zero_std"] == 1 for row in rows[1:])
-    assert ("horizon" if kind == "device" else "n_steps") in str(caught[0].message)
+    assert ("Raise horizon" in str(caught[0].message)) == (candidates == "auto")
+    assert ("raise n_steps" in str(caught[0].message)) == (candidates == "episodes")
 
 
 def test_some_groups_without_spread_are_no_warning():
     """The first rollout holds no whole episode; later ones do."""
-    model = make(GRPO, "host", bootstrap=False, n_steps=2, batch_size=4)
+    model = make(GRPO, "host", candidates="episodes", bootstrap=False, n_steps=2, batch_size=4)
     rows = log_of(model, 20 * 4)
     shares = [row["grpo/frac_zero_std"] for row in rows[1:]]
     assert shares[0] == 1 and min(shares) < 1
 
 
-@on_both
+@pytest.mark.parametrize(
+    ("kind", "candidates"), [("host", "episodes"), ("host", "auto"), ("device", "auto")]
+)
 @pytest.mark.parametrize("bootstrap", [True, False])
-def test_rewards_that_are_nan_are_an_error_and_teach_nothing(kind, bootstrap):
-    model = make(GRPO, kind, NAN, bootstrap=bootstrap, clip_range_vf=0.2 if bootstrap else None)
+def test_rewards_that_are_nan_are_an_error_and_teach_nothing(kind, candidates, bootstrap):
+    settings = {"bootstrap": bootstrap, "clip_range_vf": 0.2 if bootstrap else None}
+    model = make(GRPO, kind, NAN, candidates=candidates, **settings)
     before = flat(model)
     with pytest.raises((FloatingPointError, ValueError), match=r"(?i)nan"):
         model.learn(3 * ROLLOUT)

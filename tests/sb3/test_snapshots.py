@@ -284,7 +284,7 @@ class GlobalNoise(Custom):
 def test_numbers_from_outside_of_the_environment_are_refused():
     report = check(GlobalNoise())
     assert not report.passed and "np.random" in report.reason
-    assert report.description.startswith("clone: refused, ")
+    assert report.description.startswith("cannot be cloned exactly: ")
 
 
 def test_generators_of_spaces_are_part_of_the_state():
@@ -346,6 +346,6 @@ def test_box2d_is_refused_with_the_reason():
 def test_a_report_is_one_line():
     report = CloneReport("attributes", snapshot_us=1.25, restore_us=2.0, step_us=3.0)
     assert report.description == (
-        "clone: by attributes, replay check passed; 1.2 us a snapshot, 2.0 us a restore, 3.0 us a step"
+        "exact clones by attributes (replay check passed; 1.2 us a snapshot, 2.0 a restore, 3.0 a step)"
     )
-    assert CloneReport("", reason="a: b\nc: d").description == "clone: refused, a: b; c: d"
+    assert CloneReport("", reason="a: b\nc: d").description == "cannot be cloned exactly: a: b; c: d"
