@@ -28,9 +28,10 @@ from grpo_jax.worlds.learned import LearnedWorld, check_vectors
 from sb3_bridge import arguments
 from sb3_bridge.branching import Brancher
 from sb3_bridge.collect import acting, clip
+from sb3_bridge.copies import Unclonable
+from sb3_bridge.means import Functions
 from sb3_bridge.policies import GRPOPolicy, functions_of
 from sb3_bridge.rewards import Reward
-from sb3_bridge.snapshots import Functions, Unclonable
 from sb3_bridge.transitions import resolve_transition
 
 Name = Literal["auto", "simulator", "clone", "learned"]
@@ -205,7 +206,10 @@ class Learned:
     def __init__(self, policy: GRPOPolicy, reward: Reward | None, words: np.ndarray):
         structure = policy.structure
         self._model = models.init_model(
-            structure.observation_space, structure.action_space, bits_to_keys(jnp.asarray(words)), reward_function=reward
+            structure.observation_space,
+            structure.action_space,
+            bits_to_keys(jnp.asarray(words)),
+            reward_function=reward,
         )
         self.metrics: Metrics = {}
 
@@ -221,12 +225,20 @@ class Learned:
 
     def state_dict(self) -> PyTree:
         """All that was learned and seen, as nested dicts of arrays."""
-        return jax.device_get(flax.serialization.to_state_dict(self._model))
+        model = jax.device_get(self._model)
+        seen = jax.tree.map(lambda leaf: leaf[: int(model.replay.count)], model.replay.data)
+        return flax.serialization.to_state_dict(model.replace(replay=model.replay.replace(data=seen)))
 
     def load_state_dict(self, state: PyTree) -> None:
         """Takes over what ``state_dict`` gave."""
-        restored = flax.serialization.from_state_dict(self._model, state)
-        self._model = jax.tree.map(jnp.asarray, restored)
+        model: models.Model = flax.serialization.from_state_dict(self._model, state)
+        room = self._model.replay.data
+
+        def fill(empty: jax.Array, seen: Any) -> jax.Array:
+            return empty.at[: len(seen)].set(seen)
+
+        replay = model.replay.replace(data=jax.tree.map(fill, room, model.replay.data))
+        self._model = jax.tree.map(jnp.asarray, model.replace(replay=replay))
 
 
 class Function:

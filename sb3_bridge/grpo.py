@@ -293,6 +293,7 @@ class GRPO(OnPolicyAlgorithm):
         self._alternatives: Clones | Learned | Function | None = None
         self.chosen_dynamics: Kind = "episodes"
         """What ``dynamics`` came to: simulator, clone, learned, function, or episodes (no alternatives)."""
+        self._world: Any = None  # a learned world from a file, until there is an env to branch for
         self._trajectory: Trajectory | None = None
         self._reference: Any = None
         if _init_setup_model:
@@ -399,13 +400,19 @@ class GRPO(OnPolicyAlgorithm):
         """Makes what was chosen; says so, and warns of what it will cost."""
         assert self.env is not None
         self.chosen_dynamics = choice.kind
-        self._alternatives = None
+        before, self._alternatives = self._alternatives, None
         if choice.brancher is not None:
             self._alternatives = Clones(choice.brancher, self._reward)
         elif choice.kind == "learned":
             check_learnable(self.env, self.observation_space)
-            words = np.random.SeedSequence([int(word) for word in self.key_words])
-            self._alternatives = Learned(self.policy, self._reward, words.generate_state(2, np.uint32))
+            if isinstance(before, Learned):
+                self._alternatives = before  # what was learned so far is not thrown away
+            else:
+                words = np.random.SeedSequence([int(word) for word in self.key_words])
+                learned = Learned(self.policy, self._reward, words.generate_state(2, np.uint32))
+                if self._world is not None:
+                    learned.load_state_dict(self._world)
+                self._alternatives, self._world = learned, None
         elif choice.kind == "function":
             check_unnormalized(self.env, "f")
             self._alternatives = Function(self.dynamics, self.policy, self._reward)  # type: ignore[arg-type]
@@ -687,9 +694,8 @@ class GRPO(OnPolicyAlgorithm):
             record("grpo/kl", metrics["kl"])
         self.logger.record("grpo/simulator_steps", self.simulator_steps)
         if isinstance(self._alternatives, Learned):
-            record("grpo/world_error", self._alternatives.metrics["error"])
-            record("grpo/world_one_step_error", self._alternatives.metrics["one_step_error"])
-            record("grpo/world_disagreement", self._alternatives.metrics["disagreement"])
+            for name in ("error", "one_step_error", "h_step_error", "disagreement"):
+                record(f"grpo/world_{name}", self._alternatives.metrics[name])
             record("grpo/world_used", float(config.candidates != "episodes"))
         elif config.candidates not in ("episodes", "trajectory"):
             record("grpo/world_error", 0.0)  # a simulator or a clone is the environment
@@ -722,6 +728,7 @@ class GRPO(OnPolicyAlgorithm):
             "_alternatives",
             "_trajectory",
             "_reference",
+            "_world",
         ]
 
     def save(
@@ -743,6 +750,8 @@ class GRPO(OnPolicyAlgorithm):
         params: dict[str, Any] = {name: _arrays(entry) for name, entry in self.get_parameters().items()}
         if isinstance(self._alternatives, Learned):
             params["world"] = self._alternatives.state_dict()
+        elif self._world is not None:
+            params["world"] = self._world
         if self._reference is not None:
             params["reference"] = _arrays(self.policy.state_dict_of(self._reference))
         serialization.save_zip(path, data, params)
@@ -805,18 +814,17 @@ class GRPO(OnPolicyAlgorithm):
                 data["_last_obs"] = None
                 data["episode_time"] = np.zeros(env.num_envs, np.int32)
             data["n_envs"] = env.num_envs
+        reference, world = params.pop("reference", None), params.pop("world", None)
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
+        model._world = world
         model.__dict__.update(data)
         model.__dict__.update(kwargs)
         model._setup_model()
         if kwargs.get("seed") is None:  # a new seed starts a new stream
             model.key_words = data.get("key_words", model.key_words)
-        reference, world = params.pop("reference", None), params.pop("world", None)
         model.set_parameters(params, exact_match=True, device=device)
         if reference is not None:
             model._reference = jax.device_put(model.policy.state_from(reference), model._jax_device)
-        if world is not None and isinstance(model._alternatives, Learned):
-            model._alternatives.load_state_dict(world)
         return model
 
     def get_parameters(self) -> dict[str, dict]:

@@ -10,6 +10,7 @@ from grpo_jax import cli
 
 ROOT = Path(__file__).parents[1]
 
+
 def pages(english: str) -> tuple[str, str]:
     """A page in English and in Japanese."""
     japanese = english.removesuffix(".md") + ".ja.md"
@@ -61,9 +62,7 @@ def test_both_languages_show_the_same_code(page):
 
 @every_page
 def test_both_languages_report_the_same_numbers(page):
-    english, japanese = (
-        re.findall(r"^\| .*-v\d .*$", text, flags=re.MULTILINE) for text in pages(page)
-    )
+    english, japanese = (re.findall(r"^\| .*-v\d .*$", text, flags=re.MULTILINE) for text in pages(page))
     assert english and english == japanese
 
 

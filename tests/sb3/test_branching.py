@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_bridge import branching
 from sb3_bridge.branching import Brancher
+from sb3_bridge.copies import Unclonable
 from sb3_bridge.rewards import Reward, resolve_reward
-from sb3_bridge.snapshots import Unclonable
 
 
 def lean(observations: Any, uniforms: Any) -> np.ndarray:

@@ -354,7 +354,7 @@ def episode_groups(model, trajectory):
 @pytest.mark.parametrize("reward", [None, centre])
 def test_advantages_and_value_targets_are_those_of_ppo(reward):
     settings = {**SMALL, "n_steps": 40, "gamma": 0.9, "gae_lambda": 0.8, "seed": 5}
-    model = GRPO("MlpPolicy", short_cartpole(), reward_function=reward, **settings)
+    model = GRPO("MlpPolicy", short_cartpole(), reward_function=reward, candidates="episodes", **settings)
     trajectory = collected(model)
     assert trajectory.truncated.any() and trajectory.terminated.any()
     assert not (trajectory.truncated & trajectory.terminated).any()
@@ -385,6 +385,7 @@ def test_without_a_critic_episodes_are_compared_at_equal_times():
         "MlpPolicy",
         short_cartpole(),
         reward_function=centre,
+        candidates="episodes",
         bootstrap=False,
         **{**SMALL, "n_steps": 40},
         seed=5,
@@ -431,6 +432,10 @@ KINDS = {
 }
 
 
+CHOSEN = {"stacked": "learned", "all": "episodes", "gymnax normalized": "episodes"}
+"""Where no clones can be had."""
+
+
 class Steps(BaseCallback):
     """Episode lengths, and the kinds of what SB3 shows to callbacks."""
 
@@ -454,8 +459,10 @@ class Steps(BaseCallback):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_environments_on_the_host(kind):
     models, steps = {}, {}
+    chosen = CHOSEN.get(kind, "clone")
     for algorithm in (PPO, GRPO):
-        models[algorithm] = algorithm("MlpPolicy", KINDS[kind](), **SMALL, seed=0, device="cpu")
+        own = {"horizon": 4} if algorithm is GRPO and chosen != "episodes" else {}
+        models[algorithm] = algorithm("MlpPolicy", KINDS[kind](), **SMALL, **own, seed=0, device="cpu")
         steps[algorithm] = Steps()
         models[algorithm].learn(64, callback=steps[algorithm])
     ppo, grpo = models[PPO], models[GRPO]
@@ -467,7 +474,11 @@ def test_kinds_of_environments_on_the_host(kind):
     assert monitored[0] == monitored[1] and len(monitored[0]) == 1
     assert steps[GRPO].kinds == steps[PPO].kinds
     assert [sorted(info) for info in grpo.ep_info_buffer][:1] == [sorted(i) for i in ppo.ep_info_buffer][:1]
-    assert grpo.simulator_steps == 0
+    assert grpo.chosen_dynamics == chosen
+    if chosen == "clone":  # two actions of every state are followed, fewer steps where they end
+        assert 0.6 * 64 * 2 * 4 < grpo.simulator_steps <= 64 * 2 * 4
+    elif chosen == "episodes":
+        assert grpo.simulator_steps == 0
     if kind == "time limit":
         assert set(steps[GRPO].lengths) == {5} and all(steps[GRPO].truncations)
     else:
@@ -553,15 +564,21 @@ def test_set_env_takes_and_refuses_what_ppo_does():
 
 
 def test_set_env_between_host_and_device():
-    model = GRPO("MlpPolicy", cartpole(), **SMALL, seed=0).learn(16)
+    model = GRPO("MlpPolicy", cartpole(), candidates="episodes", **SMALL, seed=0).learn(16)
     assert model.simulator_steps == 0
-    model.horizon = 1
-    model.set_env(GymnaxVecEnv(ENV, 2))
-    model.learn(16)
-    assert model.simulator_steps == 16 * 2
-    model.set_env(VecNormalize(GymnaxVecEnv(ENV, 2)))
-    model.learn(16)
-    assert model.simulator_steps == 16 * 2 and model.num_timesteps == 16
+    model.candidates, model.horizon, model.branch_every = "auto", 1, 1
+    envs = {
+        "simulator": GymnaxVecEnv(ENV, 2),
+        "episodes": VecNormalize(GymnaxVecEnv(ENV, 2)),
+        "clone": VecNormalize(cartpole()),
+    }
+    expected = 0
+    for kind, env in envs.items():
+        model.set_env(env)
+        assert model.chosen_dynamics == kind
+        model.learn(16)
+        expected += 0 if kind == "episodes" else 16 * 2
+        assert model.simulator_steps == expected and model.num_timesteps == 16
 
 
 # ---- the user's reward

@@ -13,7 +13,10 @@ from gymnasium.wrappers import FrameStackObservation, TimeLimit
 from sb3.envs import RandomEnv
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_bridge.snapshots import CloneReport, Unclonable, check, make_cloner, means_for
+from sb3_bridge.copies import Unclonable
+from sb3_bridge.means import means_for
+from sb3_bridge.replay_check import check
+from sb3_bridge.snapshots import CloneReport, make_cloner
 
 IDS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
 IDS += ["FrozenLake-v1", "Taxi-v4", "CliffWalking-v1", "Blackjack-v1"]
