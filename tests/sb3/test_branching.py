@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
+import types
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,7 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
-from sb3_bridge import branching
+from sb3_bridge import branching, servers
 from sb3_bridge.branching import Brancher
 from sb3_bridge.copies import Unclonable
 from sb3_bridge.rewards import Reward, resolve_reward
@@ -198,6 +202,42 @@ def test_workers_give_what_one_process_gives():
         env.close()
     for one, two in zip(*results, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+ALONE = """
+import pickle, sys
+for name in ("sb3_bridge", "grpo_jax", "jax", "flax"):
+    sys.modules[name] = None  # importing it fails
+import gymnasium as gym
+import numpy as np
+_, method = pickle.load(sys.stdin.buffer)
+env = gym.make("CartPole-v1")
+serve = getattr(env.unwrapped, method)
+fine, report = serve("check", ())
+assert fine, report
+for call in [("prepare", (report,)), ("take", (0,)), ("step", ([(0, 0)], np.ones((1, 4), np.uint64), [0], np.array([1])))]:
+    if call[0] == "take":
+        env.reset(seed=1)
+    fine, answer = serve(*call)
+    assert fine, answer
+print(answer[0].shape, answer[1])
+"""
+
+
+def test_a_worker_needs_neither_this_package_nor_jax():
+    class Remote:
+        def send(self, message):
+            self.sent = message
+
+        def recv(self):
+            return True
+
+    remote = Remote()
+    servers.Workers(types.SimpleNamespace(remotes=[remote]), None)
+    parcel = cloudpickle.dumps(remote.sent)
+    done = subprocess.run([sys.executable, "-c", ALONE], input=parcel, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().strip() == "(1, 4) [1.]"
 
 
 def test_an_error_in_a_worker_arrives_and_the_worker_lives():
