@@ -143,7 +143,8 @@ class GRPOConfig:
     target_kl: float | None = _traced(None)
     """Stops the epochs of an iteration once KL(pi_old || pi) is 1.5 times this; None: never. [traced]"""
     max_grad_norm: float = _traced(0.5)
-    """Bound on the norm of the actor's gradient, and on that of the critic's. [traced]"""
+    """Bound on the norm of the actor's gradient, and on that of the critic's; on both together, as in PPO, where episodes
+    are compared. [traced]"""
     spread_floor: float = _traced(1e-5)
     """Standard deviation of a group's returns (relative to their size, from 1 on) that counts as no spread. [traced]"""
     optimizer: Optimizer | None = None

@@ -99,7 +99,8 @@ class GRPO(OnPolicyAlgorithm):
       policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class derived from ``sb3_bridge``'s.
       env: Gymnasium id, ``"gymnax/<id>"``, Gymnasium env or SB3 VecEnv.
       learning_rate: a number, or a function of the remaining progress (1 to 0).
-      n_steps: steps of each environment in a rollout; None: 512 where candidates are followed on the host, else 2048.
+      n_steps: steps of each environment in a rollout; None: 512 where candidates are followed in clones or in a function
+        of yours, else 2048.
       batch_size: decision states in a minibatch.
       n_epochs: passes over a rollout.
       gamma: discount factor.
@@ -109,7 +110,8 @@ class GRPO(OnPolicyAlgorithm):
       normalize_advantage: ``advantage_scale="batch"`` (True) or ``"none"`` (False), unless that is given.
       ent_coef: weight of the entropy bonus.
       vf_coef: weight of the value loss, where ``bootstrap`` is on.
-      max_grad_norm: bound on the norm of the actor's gradient, and on that of the critic's.
+      max_grad_norm: bound on the norm of the actor's gradient, and on that of the critic's; on both together, as in PPO,
+        where episodes are compared.
       use_sde, sde_sample_freq, rollout_buffer_class, rollout_buffer_kwargs: accepted, without a meaning here.
       target_kl: stops the epochs of an iteration at 1.5 times this KL(pi_old || pi).
       stats_window_size: episodes that the rollout statistics average over.
@@ -372,7 +374,7 @@ class GRPO(OnPolicyAlgorithm):
             self.bootstrap,
         )
         if n_steps is None:
-            n_steps = BRANCHED_N_STEPS if on_host else N_STEPS
+            n_steps = BRANCHED_N_STEPS if kind in ("clone", "function") else N_STEPS
         if horizon is None:
             of_host = REWARD_HORIZON if has_reward else HOST_HORIZON
             horizon = SIMULATOR_HORIZON if kind == "simulator" else of_host
@@ -819,6 +821,8 @@ class GRPO(OnPolicyAlgorithm):
         model._world = world
         model.__dict__.update(data)
         model.__dict__.update(kwargs)
+        if "branch_every" not in kwargs and model.n_steps % (model.branch_every or 1):
+            model.branch_every = None  # it was for another n_steps
         model._setup_model()
         if kwargs.get("seed") is None:  # a new seed starts a new stream
             model.key_words = data.get("key_words", model.key_words)

@@ -42,14 +42,17 @@ def make_optimizer(config: GRPOConfig, learning_rate: float | jax.Array) -> opta
         optimizer = optax.flatten(optax.adam(learning_rate, eps=1e-5))
     else:
         optimizer = config.optimizer(learning_rate)
-    return optax.chain(clip_by_part(config.max_grad_norm), optimizer)
+    # Episodes are judged by the critic: as in PPO, a value loss that is still large holds the actor back.
+    bound = optax.clip_by_global_norm if config.candidates == "episodes" else clip_by_part
+    return optax.chain(bound(config.max_grad_norm), optimizer)
 
 
 def clip_by_part(max_norm: float | jax.Array) -> optax.GradientTransformation:
     """Bounds the norm of the actor's gradient, and that of the critic's.
 
     One bound for both, as in PPO, lets a value loss of large returns shrink the actor's gradient until Adam's epsilon
-    outweighs it. A features extractor that both share counts to the actor.
+    outweighs it; what branches found does not depend on the critic that much. A features extractor that both share
+    counts to the actor.
     """
 
     def clip(gradients: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:

@@ -423,6 +423,22 @@ def test_large_returns_do_not_slow_the_actor():
     assert_close(beside.policy.params["actor"], alone.policy.params["actor"], rtol=1e-6)
 
 
+def test_where_a_critic_judges_episodes_one_bound_holds_the_actor_back():
+    config = BASE.replace(bootstrap=True, max_grad_norm=0.05, candidates="episodes")
+    policy, learner, batch = setup(config)
+    value = policy.value(learner.policy, batch.observation)
+    far = batch.replace(value=value, value_target=value - 1e4)
+    gradients = jax.grad(loss, has_aux=True)(
+        learner.policy.params, config, policy, learner.policy, far, 0.2, 0.2
+    )[0]
+    optimizer = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(0.01, eps=1e-5))
+    changes, _ = optimizer.update(gradients, optimizer.init(gradients))
+    new, _ = run_update(config, policy, learner, far, KEY, 0.0)
+    assert_close(new.policy.params, optax.apply_updates(learner.policy.params, changes), rtol=1e-4, atol=1e-6)
+    actor = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(changes["actor"])])
+    assert np.max(np.abs(actor)) < 0.5 * 0.01  # Adam's first step would be the learning rate
+
+
 def test_each_gradient_is_bounded_by_itself():
     gradients = {"actor": {"a": jnp.array([3.0, 4.0])}, "critic": {"b": jnp.array([0.3, 0.4])}}
     clipped, _ = clip_by_part(1.0).update(gradients, optax.EmptyState())

