@@ -43,6 +43,8 @@ Kind = Literal["simulator", "clone", "learned", "function", "episodes"]
 BUDGET_MS = 5.0
 """Milliseconds of branches for a decision step, up to which ``"auto"`` clones; PPO takes about 0.5 for all it does."""
 MEASURED_HORIZON = 16
+CAPACITY = 50_000
+"""Transitions that a learned world remembers."""
 
 
 class Choice(NamedTuple):
@@ -100,9 +102,9 @@ def choose(
         brancher = Brancher(env)
         milliseconds = cost(brancher)
         if milliseconds <= BUDGET_MS:
-            return Choice("clone", f"branches take {milliseconds:.2g} ms a decision step", brancher)
+            return Choice("clone", f"branches take {digits(milliseconds)} ms a decision step", brancher)
         why = (
-            f"branches of clones would take {milliseconds:.2g} ms a decision step, more than {BUDGET_MS:g};"
+            f"branches of clones would take {digits(milliseconds)} ms a decision step, more than {BUDGET_MS:g};"
             " dynamics='clone' takes them all the same"
         )
     except Unclonable as error:
@@ -210,6 +212,7 @@ class Learned:
             structure.action_space,
             bits_to_keys(jnp.asarray(words)),
             reward_function=reward,
+            capacity=CAPACITY,
         )
         self.metrics: Metrics = {}
 
@@ -314,6 +317,11 @@ def states_of(world: World, observation: Any) -> PyTree:
     return world.at(observation)
 
 
+def digits(number: float) -> str:
+    """Two digits that say something, and no exponent."""
+    return np.format_float_positional(number, precision=2, fractional=False, trim="-")
+
+
 def _never(key: jax.Array) -> Any:
     raise NotImplementedError("branches start from visited states: nothing is ever reset")
 
@@ -334,4 +342,7 @@ def _observe(
 ) -> tuple[models.Model, Metrics]:
     transitions = models.transitions_of(policy, trajectory)
     metrics = models.measure(model.world, transitions, horizon)
-    return model.replace(replay=models.remember(model.replay, transitions)), metrics
+    # Of a rollout that is larger than the replay, its end.
+    most = model.replay.capacity // transitions.reward.shape[1]
+    recent = jax.tree.map(lambda leaf: leaf[-most:], transitions)
+    return model.replace(replay=models.remember(model.replay, recent)), metrics

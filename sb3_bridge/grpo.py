@@ -66,6 +66,7 @@ from sb3_bridge.dynamics import (
     check_learnable,
     check_unnormalized,
     choose,
+    digits,
     states_of,
 )
 from sb3_bridge.policies import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
@@ -321,6 +322,7 @@ class GRPO(OnPolicyAlgorithm):
         self.rollout_buffer = None  # type: ignore[assignment]
         check_dynamics(self.dynamics)
         choice = self._choose()
+        self.chosen_dynamics = choice.kind
         for name, value in self._settings_for(choice.kind).items():
             setattr(self, name, value)
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -359,6 +361,11 @@ class GRPO(OnPolicyAlgorithm):
     def _choose(self) -> Choice:
         """Where alternatives come from, by ``dynamics``, ``candidates`` and the env."""
         if self._find_simulator() is not None:
+            if self.dynamics not in ("auto", "simulator"):
+                raise ValueError(
+                    f"dynamics={self.dynamics!r} has no meaning in a GymnaxVecEnv, which is a simulator itself: use"
+                    " dynamics='auto'"
+                )
             return Choice("simulator")
         if self.env is None or self.candidates in ("episodes", "trajectory"):
             return Choice("episodes")
@@ -382,7 +389,8 @@ class GRPO(OnPolicyAlgorithm):
             most = max(1, horizon // HOST_STEPS) if on_host else 1
             branch_every = max(k for k in range(1, most + 1) if n_steps % k == 0)
         if bootstrap is None:
-            bootstrap = kind == "episodes" or (on_host and not has_reward)
+            compares_episodes = kind == "episodes" or self.candidates == "episodes"
+            bootstrap = compares_episodes or (on_host and not has_reward)
         return {"n_steps": n_steps, "horizon": horizon, "branch_every": branch_every, "bootstrap": bootstrap}
 
     def _milliseconds(self, brancher: Brancher) -> float:
@@ -407,6 +415,9 @@ class GRPO(OnPolicyAlgorithm):
             self._alternatives = Clones(choice.brancher, self._reward)
         elif choice.kind == "learned":
             check_learnable(self.env, self.observation_space)
+            self._config().replace(
+                candidates="episodes", branch_every=1
+            )  # refuses now what it would refuse then
             if isinstance(before, Learned):
                 self._alternatives = before  # what was learned so far is not thrown away
             else:
@@ -423,7 +434,7 @@ class GRPO(OnPolicyAlgorithm):
             milliseconds = self._milliseconds(choice.brancher)
             if milliseconds > BUDGET_MS:
                 warnings.warn(
-                    f"dynamics={self.dynamics!r}: branches will take about {milliseconds:.2g} ms for a decision step, most"
+                    f"dynamics={self.dynamics!r}: branches will take about {digits(milliseconds)} ms for a decision step, most"
                     f" of the run. Lower horizon={self.horizon} or group_size={self.group_size}, raise branch_every="
                     f"{self.branch_every}, or use SubprocVecEnv, or dynamics='learned'",
                     UserWarning,
@@ -588,9 +599,8 @@ class GRPO(OnPolicyAlgorithm):
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
-                clones = self._alternatives if isinstance(self._alternatives, Clones) else None
-                before_step = None
-                if clones is not None:
+                before_step, clones = None, self._alternatives
+                if isinstance(clones, Clones) and config.candidates != "episodes":
                     wanted = np.asarray(batches.branched(config, self._n_iterations))
                     clones.start(wanted.reshape(config.n_steps, config.n_envs))
                     before_step = clones.before_step
@@ -616,19 +626,28 @@ class GRPO(OnPolicyAlgorithm):
         world: World | None = None if simulator is None else override(simulator.env.world, self._reward)
         trajectory, evaluated, n_host_steps = self._trajectory, None, 0
         with original_errors():
-            if isinstance(self._alternatives, Clones):
-                evaluated, n_host_steps = self._alternatives.evaluate(
+            alternatives = None if config.candidates == "episodes" else self._alternatives
+            if isinstance(alternatives, Clones):
+                evaluated, n_host_steps = alternatives.evaluate(
                     config, self.policy, trajectory, self.key_words
                 )
-            elif self._alternatives is not None:
-                world = self._alternatives.world(config, self.policy.structure, trajectory, self.key_words)
+            elif alternatives is not None:
+                world = alternatives.world(config, self.policy.structure, trajectory, self.key_words)
                 if world is None:
                     config = config.replace(candidates="episodes", branch_every=1)
             if simulator is None:  # what the reward function saw is of no more use
                 environments = trajectory.environments.replace(state=None)
                 trajectory = trajectory.replace(environments=environments)
-            arguments = (learner, trajectory, self.key_words, self._n_iterations, evaluated)
-            state, metrics = _learn(config, world, self.policy.structure, *arguments)
+            state, metrics = _learn(
+                config,
+                world,
+                self.policy.structure,
+                learner,
+                trajectory,
+                self.key_words,
+                self._n_iterations,
+                evaluated,
+            )
             metrics, n_simulator_steps, words, n_updates = jax.device_get(
                 (metrics, state.simulator_steps, state.key, state.learner.n_updates)
             )
@@ -696,8 +715,9 @@ class GRPO(OnPolicyAlgorithm):
             record("grpo/kl", metrics["kl"])
         self.logger.record("grpo/simulator_steps", self.simulator_steps)
         if isinstance(self._alternatives, Learned):
-            for name in ("error", "one_step_error", "h_step_error", "disagreement"):
-                record(f"grpo/world_{name}", self._alternatives.metrics[name])
+            for name in ("error", "one_step_error", "h_step_error", "end_error", "disagreement"):
+                if name in self._alternatives.metrics:
+                    record(f"grpo/world_{name}", self._alternatives.metrics[name])
             record("grpo/world_used", float(config.candidates != "episodes"))
         elif config.candidates not in ("episodes", "trajectory"):
             record("grpo/world_error", 0.0)  # a simulator or a clone is the environment

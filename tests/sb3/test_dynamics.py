@@ -13,6 +13,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import chex
 import cloudpickle
 import gymnasium as gym
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 from sb3_bridge import GRPO, GymnaxVecEnv, dynamics, grpo
 from sb3_bridge.copies import Unclonable
+from sb3_bridge.dynamics import digits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -293,13 +295,13 @@ SIMULATED = lambda: GymnaxVecEnv("CartPole-v1", 1)
 DEFAULTS = {
     "simulator": (SIMULATED, {}, (2048, 128, 1, False)),
     "clone": (lambda: dummy(Sled), {}, (512, 64, 4, True)),
-    "learned": (lambda: dummy(Uncopyable), {}, (512, 64, 4, True)),
+    "learned": (lambda: dummy(Uncopyable), {}, (2048, 64, 4, True)),
     "episodes": (lambda: dummy(Sled), {"candidates": "episodes"}, (2048, 64, 1, True)),
 }
 REWARDED = {
     "simulator": (SIMULATED, {}, (2048, 128, 1, False)),
     "clone": (lambda: dummy(Sled), {}, (512, 16, 1, False)),
-    "learned": (lambda: dummy(Uncopyable), {}, (512, 16, 1, False)),
+    "learned": (lambda: dummy(Uncopyable), {}, (2048, 16, 1, False)),
     "function": (lambda: dummy(Sled), {"dynamics": glide_jax}, (512, 16, 1, False)),
     "episodes": (lambda: dummy(Sled), {"candidates": "episodes"}, (2048, 16, 1, True)),
 }
@@ -781,3 +783,53 @@ def test_a_jax_function_that_gives_nan_teaches_nothing():
     with pytest.raises(FloatingPointError, match=r"[1-8] groups had a return that is NaN"):
         model.learn(16)
     np.testing.assert_array_equal(parameters(model), before)
+
+
+# ---- what else must not happen
+
+
+def test_a_simulator_takes_no_other_dynamics():
+    with pytest.raises(ValueError, match="dynamics='learned' has no meaning in a GymnaxVecEnv"):
+        make(GymnaxVecEnv("CartPole-v1", 2), dynamics="learned")
+
+
+def test_candidates_may_become_episodes_and_nothing_is_branched_from_then_on():
+    model = make(dummy(Sled))
+    model.learn(8)
+    before = model.simulator_steps
+    model.candidates = "episodes"
+    model.learn(8, reset_num_timesteps=False)
+    assert model.simulator_steps == before > 0
+
+
+def test_a_rollout_larger_than_the_replay_is_learned_from_all_the_same(monkeypatch):
+    monkeypatch.setattr("sb3_bridge.dynamics.CAPACITY", 12)
+    model = make(dummy(Uncopyable, 2), dynamics="learned", n_steps=16, batch_size=32)
+    model.learn(32)
+    assert int(model._alternatives._model.replay.count) == 12
+
+
+def test_a_baseline_that_episodes_cannot_have_is_refused_at_once():
+    with pytest.raises(ValueError, match="baseline='executed'"):
+        make(dummy(Uncopyable), dynamics="learned", baseline="executed")
+
+
+def test_a_learned_world_waits_in_a_model_that_has_no_env_yet():
+    file = io.BytesIO()
+    model = make(dummy(Uncopyable), dynamics="learned")
+    model.learn(8)
+    model.save(file)
+    again = GRPO.load(io.BytesIO(file.getvalue()))
+    copy_of_it = io.BytesIO()
+    again.save(copy_of_it)  # without an env, and nothing is lost
+    again = GRPO.load(io.BytesIO(copy_of_it.getvalue()))
+    again.set_env(dummy(Uncopyable))
+    chex.assert_trees_all_equal(again._alternatives.state_dict(), model._alternatives.state_dict())
+    kept = again._alternatives
+    again.set_env(dummy(Uncopyable))
+    assert again._alternatives is kept
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.2668, "0.27"), (4.96, "5"), (7.62, "7.6"), (123.4, "120")])
+def test_costs_are_told_in_two_digits(number, text):
+    assert digits(number) == text
