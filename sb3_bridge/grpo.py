@@ -360,6 +360,8 @@ class GRPO(OnPolicyAlgorithm):
 
     def _choose(self) -> Choice:
         """Where alternatives come from, by ``dynamics``, ``candidates`` and the env."""
+        if self.env is None:
+            return Choice(self.chosen_dynamics)  # what a file says, until there is an env
         if self._find_simulator() is not None:
             if self.dynamics not in ("auto", "simulator"):
                 raise ValueError(
@@ -367,7 +369,7 @@ class GRPO(OnPolicyAlgorithm):
                     " dynamics='auto'"
                 )
             return Choice("simulator")
-        if self.env is None or self.candidates in ("episodes", "trajectory"):
+        if self.candidates in ("episodes", "trajectory"):
             return Choice("episodes")
         return choose(self.dynamics, self.env, self.observation_space, self._milliseconds)
 
