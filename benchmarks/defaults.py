@@ -210,15 +210,7 @@ def main() -> None:
         for seed in range(args.seeds)
         for algo in args.algos
     }
-    failed = 0 if args.report else rows.run(train, jobs, args.out)
-    results = rows.read(args.out)
-    if not results:
-        raise SystemExit(f"{args.out / 'rows'} holds no rows")
-    report = table(results)
-    (args.out / "table.md").write_text(report)
-    draw(results, args.out / "curves.png")
-    print(report, end="")
-    raise SystemExit(min(failed, 1))
+    rows.run_and_report(train, {} if args.report else jobs, args.out, table, draw)
 
 
 if __name__ == "__main__":

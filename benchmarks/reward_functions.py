@@ -140,14 +140,7 @@ def main() -> None:
         for dynamics in args.dynamics
         for framework in args.frameworks
     }
-    failed = 0 if args.report else rows.run(train, jobs, args.out)
-    results = rows.read(args.out)
-    if not results:
-        raise SystemExit(f"{args.out / 'rows'} holds no rows")
-    report = table(results)
-    (args.out / "table.md").write_text(report)
-    print(report, end="")
-    raise SystemExit(min(failed, 1))
+    rows.run_and_report(train, {} if args.report else jobs, args.out, table)
 
 
 if __name__ == "__main__":

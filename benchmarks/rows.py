@@ -76,6 +76,34 @@ def read(out: pathlib.Path) -> list[Row]:
     return [json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))]
 
 
+def run_and_report(
+    function: Callable[..., Row],
+    jobs: Mapping[str, tuple[Any, ...]],
+    out: pathlib.Path,
+    table: Callable[[list[Row]], str],
+    draw: Callable[[list[Row], pathlib.Path], None] | None = None,
+) -> None:
+    """Runs what is missing, writes ``out/table.md`` (and ``out/curves.png``) of all rows, and ends the program.
+
+    Args:
+      function: see ``run``.
+      jobs: see ``run``; none where only the report is wanted.
+      out: folder.
+      table: Markdown of the rows.
+      draw: makes the picture, if there is one.
+    """
+    failed = run(function, jobs, out) if jobs else 0
+    results = read(out)
+    if not results:
+        raise SystemExit(f"{out / 'rows'} holds no rows")
+    report = table(results)
+    (out / "table.md").write_text(report)
+    if draw is not None:
+        draw(results, out / "curves.png")
+    print(report, end="")
+    raise SystemExit(min(failed, 1))
+
+
 def greedy_return(model: Any, env_id: str, seed: int) -> float:
     """Mean return of greedy episodes in a fresh environment."""
     env = make_vec_env(env_id, seed=seed)  # with Monitor

@@ -13,11 +13,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from grpo_jax.config import Backup
 from sb3_bridge.copies import Unclonable
-from sb3_bridge.lockstep import Act, Loop, Value, env_actions
+from sb3_bridge.lockstep import Act, Loop, Value
 from sb3_bridge.means import MUJOCO, Functions
 from sb3_bridge.rewards import Reward
 from sb3_bridge.servers import Group, Local, Workers
 from sb3_bridge.snapshots import CloneReport
+from sb3_bridge.spaces import env_actions
 from sb3_bridge.views import find_view
 
 POOL_SIZE = 256  # replicas of all environments of one process, and branches in a lock step
@@ -45,7 +46,7 @@ class Brancher:
 
     def __init__(self, env: VecEnv, functions: Functions | None = None):
         base, self.view = find_view(env)
-        self.env, self.num_envs = env, env.num_envs
+        self.num_envs = env.num_envs
         self._action_space = env.action_space
         self._group: Group
         if isinstance(base, DummyVecEnv):

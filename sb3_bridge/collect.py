@@ -35,7 +35,7 @@ from grpo_jax.training.rollout import Environments, Trajectory
 from grpo_jax.types import Observation
 from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
 from sb3_bridge.rewards import Reward
-from sb3_bridge.spaces import to_numpy
+from sb3_bridge.spaces import env_actions, to_numpy
 from sb3_bridge.vec_env import GymnaxVecEnv
 
 if TYPE_CHECKING:
@@ -267,10 +267,8 @@ def collect_on_host(
 
 def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What SB3 calls ``actions`` and ``clipped_actions``: before and after they are brought within a box's bounds."""
-    if isinstance(space, spaces.Box):
-        return actions, np.clip(actions, space.low, space.high).astype(space.dtype)
-    actions = actions.astype(space.dtype)
-    return actions, actions
+    clipped_actions = env_actions(space, actions)
+    return (actions if isinstance(space, spaces.Box) else clipped_actions), clipped_actions
 
 
 class _Store:

@@ -27,7 +27,7 @@ from grpo_jax.worlds.function import FunctionWorld
 from grpo_jax.worlds.learned import LearnedWorld, check_vectors
 from sb3_bridge import arguments
 from sb3_bridge.branching import Brancher
-from sb3_bridge.collect import acting, clip
+from sb3_bridge.collect import acting
 from sb3_bridge.copies import Unclonable
 from sb3_bridge.means import Functions
 from sb3_bridge.policies import GRPOPolicy, functions_of
@@ -163,7 +163,7 @@ class Clones:
 
         def follow(observations: Any, uniforms: np.ndarray) -> np.ndarray:
             choice, stretched = act(state, observations, uniforms)
-            return clip(policy.action_space, np.asarray(stretched if is_box else choice))[1]
+            return np.asarray(stretched if is_box else choice)
 
         def value(observations: Any) -> np.ndarray:
             return np.asarray(functions_of(structure).value(state, observations))

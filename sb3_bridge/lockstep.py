@@ -11,10 +11,12 @@ from gymnasium import spaces
 
 from sb3_bridge.rewards import Reward
 from sb3_bridge.servers import Group
+from sb3_bridge.spaces import env_actions
 from sb3_bridge.views import View
 
 Act = Callable[[Any, np.ndarray], Any]
-"""``(observations [n, ...] as the policy sees them, uniforms [n, n_uniforms]) -> actions [n, *A] in env units``."""
+"""``(observations [n, ...] as the policy sees them, uniforms [n, n_uniforms]) -> actions [n, *A] in env units``; those
+of a Box may lie outside of it."""
 
 Value = Callable[[Any], Any]
 """``observations [n, ...] as the policy sees them -> values [n]``."""
@@ -248,10 +250,3 @@ def _padded(rows: np.ndarray) -> np.ndarray:
     """Rows, the first one repeated up to a power of two: what is compiled by size is compiled a few times only."""
     size = max(_SMALLEST_BATCH, 1 << (len(rows) - 1).bit_length())
     return np.concatenate([rows, np.full(size - len(rows), rows[0])])
-
-
-def env_actions(space: spaces.Space, actions: np.ndarray) -> np.ndarray:
-    """In the dtype that environments are stepped with, within the bounds of a Box."""
-    if isinstance(space, spaces.Box):
-        actions = np.clip(actions, space.low, space.high)
-    return actions.astype(space.dtype)

@@ -58,6 +58,13 @@ def to_numpy(space: gymnasium.Space, observation: Observation) -> Any:
     return array[()] if isinstance(space, gymnasium.spaces.Discrete) else array
 
 
+def env_actions(space: gymnasium.Space, actions: np.ndarray) -> np.ndarray:
+    """In the dtype that environments are stepped with, within the bounds of a Box."""
+    if isinstance(space, gymnasium.spaces.Box):
+        actions = np.clip(actions, space.low, space.high)
+    return actions.astype(space.dtype)
+
+
 def to_world_actions(space: gymnasium.Space, action: Any, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
     """Checks what was passed to ``step`` and casts it to what worlds are stepped with.
 

@@ -128,6 +128,12 @@ def kl_estimate(
     return jnp.exp(log_weight) * estimate
 
 
+def mean_over(rows: jax.Array, values: jax.Array) -> jax.Array:
+    """Mean of ``values [B]`` over the ``rows [B]`` that are True, whatever stands in the others; 0 without any."""
+    share = rows / jnp.maximum(jnp.sum(rows), 1)
+    return jnp.sum(jnp.where(rows, values * share, 0.0))
+
+
 def value_loss(
     value: jax.Array,
     old_value: jax.Array,

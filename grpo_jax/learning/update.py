@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -115,13 +116,11 @@ def loss(
     else:
         terms = losses.tpo(*args, group.valid, temperature=config.tpo_temperature)
 
-    def average(per_state: jax.Array, over: jax.Array = batch.alive) -> jax.Array:
-        share = over / jnp.maximum(jnp.sum(over), 1)  # [B]
-        return jnp.sum(jnp.where(over, per_state * share, 0.0))
-
+    average = functools.partial(losses.mean_over, batch.alive)
     compared = batch.alive & batch.compared
+    average_compared = functools.partial(losses.mean_over, compared)
     counted = group.valid & batch.active[:, None]
-    policy_loss = -average(jnp.sum(jnp.where(counted, terms, 0.0), axis=1), compared)
+    policy_loss = -average_compared(jnp.sum(jnp.where(counted, terms, 0.0), axis=1))
     entropy = average(policy.distribution.entropy(parameters))
     total = policy_loss - config.ent_coef * entropy
 
@@ -134,9 +133,9 @@ def loss(
         "entropy": entropy,
         "approx_kl": average(policy.distribution.kl(batch.distribution, parameters)),
         # As PPO counts: all ratios beyond the bounds. Then those whose gradient is cut.
-        "clip_fraction": average(jnp.sum(weight * (above | below), axis=1), compared),
-        "clip_fraction_high": average(jnp.sum(weight * (above & (batch.advantage > 0)), axis=1), compared),
-        "clip_fraction_low": average(jnp.sum(weight * (below & (batch.advantage < 0)), axis=1), compared),
+        "clip_fraction": average_compared(jnp.sum(weight * (above | below), axis=1)),
+        "clip_fraction_high": average_compared(jnp.sum(weight * (above & (batch.advantage > 0)), axis=1)),
+        "clip_fraction_low": average_compared(jnp.sum(weight * (below & (batch.advantage < 0)), axis=1)),
     }
     if batch.reference is not None and config.kl_coef is not None:
         if config.kl_estimator == "exact":

@@ -14,6 +14,7 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages
 from grpo_jax.groups.branch import Branches
+from grpo_jax.learning.losses import mean_over
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, make_policy
@@ -305,15 +306,10 @@ def _episode_metrics(environments: Environments, trajectory: Trajectory) -> Metr
 def _group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
     """How much the groups had to tell."""
     compared = batch.alive & batch.compared
-    share = compared / jnp.maximum(jnp.sum(compared), 1)
-
-    def average(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(compared, values * share, 0.0))
-
     return {
-        "group_spread": average(advantages.spread),
+        "group_spread": mean_over(compared, advantages.spread),
         # 1 also where no step belongs to a group: nothing can be learned then either.
-        "frac_zero_std": 1.0 - average(advantages.active),
+        "frac_zero_std": 1.0 - mean_over(compared, advantages.active),
         "nonfinite_groups": jnp.sum(compared & ~advantages.finite).astype(jnp.result_type(float)),
     }
 
