@@ -63,6 +63,7 @@ def run(
     total_timesteps: int,
     *,
     callback: Callback | None = None,
+    callback_every: int | None = None,
     state: TrainState | None = None,
     n_seeds: int | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
@@ -74,6 +75,7 @@ def run(
       key: PRNG key.
       total_timesteps: decision steps of the whole run (of each seed), those of ``state`` included.
       callback: called after each chunk, for progress, logging, checkpoints, early stop.
+      callback_every: iterations in a chunk, at most ``MAX_CHUNK``; None: as many as take ``CHUNK_SECONDS``.
       state: a state to go on from.
       n_seeds: trains this many seeds side by side, from keys split off ``key``; None: one run, from ``key`` itself.
 
@@ -90,6 +92,8 @@ def run(
     n_iterations = iterations_for(config, total_timesteps)
     if n_seeds is not None and n_seeds < 1:
         raise ValueError(f"n_seeds={n_seeds} must be at least 1")
+    if callback_every is not None and not 1 <= callback_every <= MAX_CHUNK:
+        raise ValueError(f"callback_every={callback_every} must be None or from 1 to {MAX_CHUNK} iterations")
     clock = time.perf_counter()
     if state is None:
         keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
@@ -102,7 +106,7 @@ def run(
     compile_seconds = time.perf_counter() - clock
     history: list[dict[str, np.ndarray]] = []
     is_new = done == 0
-    length, start = 1, time.perf_counter()
+    length, start = callback_every or 1, time.perf_counter()
     while done < n_iterations:
         length = min(length, MAX_CHUNK, n_iterations - done)
         clock = time.perf_counter()
@@ -131,7 +135,8 @@ def run(
             answer = callback(chunk)
             if answer is not None and not answer:
                 break
-        length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
+        if callback_every is None:
+            length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
     joined = (
         {name: np.concatenate([part[name] for part in history], axis=-1) for name in history[0]}
         if history

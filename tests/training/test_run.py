@@ -54,6 +54,21 @@ def test_callback_sees_every_iteration_once_and_can_stop(cartpole):
     assert seen[-1][0] == done == sum(length for _, length in seen) == metrics["entropy"].shape[0]
 
 
+def test_callback_every_so_many_iterations(cartpole):
+    seen = []
+    grpo_jax.run(
+        TINY,
+        cartpole,
+        jax.random.key(0),
+        7 * 32,
+        callback=lambda chunk: seen.append(chunk.iteration),
+        callback_every=3,
+    )
+    assert seen == [3, 6, 7]
+    with pytest.raises(ValueError, match="callback_every=0 must be None or from 1 to"):
+        grpo_jax.run(TINY, cartpole, jax.random.key(0), 32, callback_every=0)
+
+
 def test_a_callback_that_returns_nothing_does_not_stop(cartpole):
     state, _ = grpo_jax.run(TINY, cartpole, jax.random.key(0), 4 * 32, callback=lambda chunk: None)
     assert int(state.iteration) == 4
