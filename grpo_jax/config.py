@@ -111,6 +111,8 @@ class GRPOConfig:
     """How the learning rate falls to 0 over the run."""
     clip_range_decay: Decay = "none"
     """How the clip range falls to 0 over the run."""
+    ent_coef_decay: Decay = "none"
+    """How the weight of the entropy bonus falls to 0 over the run."""
 
     learning_rate: float | Schedule = _traced(3e-4)
     """Step size of Adam; a number, or in Python an optax schedule of the optimizer steps. [traced]"""
@@ -130,8 +132,8 @@ class GRPOConfig:
     """Temperature of sapo for negative advantages. [traced]"""
     tpo_temperature: float = _traced(1.0)
     """Temperature of tpo's target distribution. [traced]"""
-    ent_coef: float = _traced(0.0)
-    """Weight of the entropy bonus. [traced]"""
+    ent_coef: float | Schedule = _traced(0.0)
+    """Weight of the entropy bonus; a number, or in Python an optax schedule. [traced]"""
     vf_coef: float = _traced(0.5)
     """Weight of the value loss, where bootstrap is on. [traced]"""
     clip_range_vf: float | None = _traced(None)
@@ -263,6 +265,7 @@ _CHOICES = {
     "activation": Activation,
     "learning_rate_decay": Decay,
     "clip_range_decay": Decay,
+    "ent_coef_decay": Decay,
 }
 _AT_LEAST = {
     "n_envs": 1,
@@ -303,7 +306,7 @@ _WITHIN: dict[str, tuple[float, float]] = {
 }
 
 _OPTIONAL = ("clip_range_high", "dual_clip", "clip_range_vf", "kl_coef", "target_kl")
-_SCHEDULED = ("learning_rate", "clip_range", "clip_range_high")
+_SCHEDULED = ("learning_rate", "clip_range", "clip_range_high", "ent_coef")
 _SWITCHES = ("bootstrap", "common_random_numbers", "normalize_observations", "share_features_extractor")
 
 

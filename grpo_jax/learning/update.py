@@ -185,6 +185,9 @@ def update(
     clip_high = clip_low
     if config.clip_range_high is not None:
         clip_high = scheduled(config.clip_range_high, config.clip_range_decay, learner.n_updates, progress)
+    config = config.replace(
+        ent_coef=scheduled(config.ent_coef, config.ent_coef_decay, learner.n_updates, progress)
+    )
     size = min(config.batch_size, config.n_states)
     # One sort for all epochs: the order of random words is a random order.
     order = jnp.argsort(draw_bits(as_key(key), (config.n_epochs, config.n_states)), axis=1)
@@ -250,6 +253,7 @@ def update(
         metrics["loss"].dtype,
     )
     metrics["clip_range"] = jnp.asarray(clip_low, metrics["loss"].dtype)
+    metrics["ent_coef"] = jnp.asarray(config.ent_coef, metrics["loss"].dtype)
     metrics["n_updates"] = (learner.n_updates - n_before).astype(metrics["loss"].dtype)
     return learner, metrics
 

@@ -293,11 +293,16 @@ def first_step_size(config, progress, n_updates=0):
     ],
 )
 def test_decays(decay, progress, factor):
-    config = BASE.replace(learning_rate_decay=decay, clip_range_decay=decay)
+    config = BASE.replace(
+        learning_rate_decay=decay, clip_range_decay=decay, ent_coef=0.1, ent_coef_decay=decay
+    )
     step, metrics = first_step_size(config, progress)
     np.testing.assert_allclose(step, 0.01 * factor, rtol=1e-3)
     np.testing.assert_allclose(metrics["learning_rate"], 0.01 * factor, rtol=1e-5)
     np.testing.assert_allclose(metrics["clip_range"], 0.2 * factor, rtol=1e-5)
+    np.testing.assert_allclose(metrics["ent_coef"], 0.1 * factor, rtol=1e-5)
+    expected = metrics["policy_loss"] - 0.1 * factor * metrics["entropy"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
 def test_optax_schedules_count_optimizer_steps():
