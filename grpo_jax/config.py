@@ -75,6 +75,9 @@ class GRPOConfig:
     """How the branches of a candidate become one return; max is optimistic."""
     bootstrap: bool = False
     """Whether a critic values the states where a branch was cut by the horizon or a time limit."""
+    branch_past_truncation: bool = False
+    """Whether branches go on where a time limit would cut the episode: late states then have a future to compare. Only
+    for worlds whose truncation is nothing but a time limit."""
     common_random_numbers: bool = True
     """Whether the candidates of a state share their randomness, so that a difference is due to the action."""
     max_branches: int = 0
@@ -113,6 +116,8 @@ class GRPOConfig:
     """How the clip range falls to 0 over the run."""
     ent_coef_decay: Decay = "none"
     """How the weight of the entropy bonus falls to 0 over the run."""
+    persistence_decay: Decay = "none"
+    """How persistence falls to 0 over the run."""
 
     learning_rate: float | Schedule = _traced(3e-4)
     """Step size of Adam; a number, or in Python an optax schedule of the optimizer steps. [traced]"""
@@ -138,6 +143,10 @@ class GRPOConfig:
     """Weight of the value loss, where bootstrap is on. [traced]"""
     clip_range_vf: float | None = _traced(None)
     """How far a value may move in an update; None: no bound. [traced]"""
+    persistence: float | Schedule | None = _traced(None)
+    """Probability that the action before is repeated instead of asking the policy, in rollouts and in branches:
+    exploration in depth, for rewards that only many equal actions reach; a number, or in Python an optax schedule;
+    None: 0. [traced]"""
     kl_coef: float | None = _traced(None)
     """Weight of KL(pi || pi_ref); None: no reference policy is kept. [traced]"""
     reference_decay: float = _traced(0.99)
@@ -266,6 +275,7 @@ _CHOICES = {
     "learning_rate_decay": Decay,
     "clip_range_decay": Decay,
     "ent_coef_decay": Decay,
+    "persistence_decay": Decay,
 }
 _AT_LEAST = {
     "n_envs": 1,
@@ -297,6 +307,7 @@ _WITHIN: dict[str, tuple[float, float]] = {
     "ent_coef": (-math.inf, math.inf),
     "vf_coef": (0.0, math.inf),
     "clip_range_vf": (0.0, math.inf),
+    "persistence": (0.0, 1.0),
     "kl_coef": (0.0, math.inf),
     "reference_decay": (0.0, 1.0),
     "target_kl": (1e-12, math.inf),
@@ -305,9 +316,15 @@ _WITHIN: dict[str, tuple[float, float]] = {
     "log_std_init": (-20.0, 2.0),
 }
 
-_OPTIONAL = ("clip_range_high", "dual_clip", "clip_range_vf", "kl_coef", "target_kl")
-_SCHEDULED = ("learning_rate", "clip_range", "clip_range_high", "ent_coef")
-_SWITCHES = ("bootstrap", "common_random_numbers", "normalize_observations", "share_features_extractor")
+_OPTIONAL = ("clip_range_high", "dual_clip", "clip_range_vf", "persistence", "kl_coef", "target_kl")
+_SCHEDULED = ("learning_rate", "clip_range", "clip_range_high", "ent_coef", "persistence")
+_SWITCHES = (
+    "bootstrap",
+    "branch_past_truncation",
+    "common_random_numbers",
+    "normalize_observations",
+    "share_features_extractor",
+)
 
 
 def _validate(config: GRPOConfig) -> None:
@@ -355,6 +372,14 @@ def _validate(config: GRPOConfig) -> None:
         raise TypeError(
             f"optimizer={config.optimizer!r} must be a function from a learning rate to an optax optimizer, such as"
             " optax.adamw"
+        )
+    if config.persistence is not None and (
+        config.candidates in ("trajectory", "episodes") or config.baseline == "executed"
+    ):
+        where = "candidates" if config.candidates in ("trajectory", "episodes") else "baseline"
+        raise ValueError(
+            f"persistence={config.persistence!r} cannot be used with {where}={getattr(config, where)!r}, which learns"
+            " from the executed actions: they would not be the policy's own; use persistence=None"
         )
     if config.candidates in ("trajectory", "episodes") and config.baseline == "executed":
         raise ValueError(

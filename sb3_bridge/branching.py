@@ -112,6 +112,8 @@ class Brancher:
         n_uniforms: int = 1,
         n_rollouts: int = 1,
         backup: Backup = "mean",
+        persistence: float | None = None,
+        past_truncation: bool = False,
         value: Value | None = None,
         reward: Reward | None = None,
         observations: Any = None,
@@ -130,6 +132,8 @@ class Brancher:
           n_uniforms: uniform numbers that ``act`` takes.
           n_rollouts: M branches of each candidate.
           backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
+          persistence: probability of a step behind the candidate's own to repeat the action before it; None: 0.
+          past_truncation: whether branches go on behind a truncation, as behind a mere time limit they can.
           value: the critic, for what lies behind the horizon or a truncation; None: nothing.
           reward: the user's; None: the environment's, as the wrappers make it.
           observations: ``[T * N, ...]`` the states as a reward function sees them (``view.original``); with ``reward``.
@@ -169,6 +173,8 @@ class Brancher:
                 gamma=float(gamma),
                 n_uniforms=n_uniforms,
                 n_rollouts=n_rollouts,
+                persistence=persistence,
+                past_truncation=past_truncation,
                 value=value,
                 reward=reward,
                 observations=observations,

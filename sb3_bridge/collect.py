@@ -168,9 +168,10 @@ def collect_on_host(
     """
     policy, n_envs = model.policy, env.num_envs
     act = acting(policy.structure)
-    uniforms = np.asarray(
-        _uniforms(model.key_words, config.n_steps, n_envs, policy.structure.distribution.n_uniforms)
-    )
+    persistence, n_uniforms = config.persistence, policy.structure.distribution.n_uniforms
+    n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
+    uniforms = np.asarray(_uniforms(model.key_words, config.n_steps, n_envs, n_drawn))
+    previous: tuple[np.ndarray, np.ndarray] | None = None
     is_box = isinstance(env.action_space, spaces.Box)
     normalizer, original = None, None
     if reward is not None:
@@ -182,9 +183,15 @@ def collect_on_host(
     for index in range(config.n_steps):
         observation = model._last_obs
         raw = observation if original is None else original()
-        choice, stretched = act(policy.state, observation, uniforms[index])
-        chosen = np.asarray(choice)
-        actions, clipped_actions = clip(env.action_space, np.asarray(stretched) if is_box else chosen)
+        choice, stretched = map(np.asarray, act(policy.state, observation, uniforms[index, :, :n_uniforms]))
+        if persistence is not None and previous is not None:
+            persists = (uniforms[index, :, n_uniforms] < persistence) & ~model._last_episode_starts
+            choice, stretched = (
+                np.where(persists.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+                for old, new in zip(previous, (choice, stretched), strict=True)
+            )
+        chosen, previous = choice, (choice, stretched)
+        actions, clipped_actions = clip(env.action_space, stretched if is_box else chosen)
         if before_step is not None:
             before_step()
         new_obs, rewards, dones, infos = env.step(clipped_actions)

@@ -109,7 +109,7 @@ class GRPO(OnPolicyAlgorithm):
       clip_range: of the ratio pi/pi_old; a number or a function of the remaining progress.
       clip_range_vf: of the critic's values; None: not clipped.
       normalize_advantage: ``advantage_scale="batch"`` (True) or ``"none"`` (False), unless that is given.
-      ent_coef: weight of the entropy bonus.
+      ent_coef: weight of the entropy bonus; a number or a function of the remaining progress.
       vf_coef: weight of the value loss, where ``bootstrap`` is on.
       max_grad_norm: bound on the norm of the actor's gradient, and on that of the critic's; on both together, as in PPO,
         where episodes are compared.
@@ -143,6 +143,9 @@ class GRPO(OnPolicyAlgorithm):
         them; None: all in a simulator, elsewhere as many as cost 16 steps of each candidate for a decision step.
       n_rollouts: branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
+      persistence: probability that the action before is repeated instead of asking the policy, in rollouts and in
+        branches, for rewards that only many equal actions reach; number or function of the remaining progress; None: 0.
+      branch_past_truncation: whether branches go on where a time limit would cut the episode.
       bootstrap: whether a critic values what lies behind a branch or a rollout; None: not in a simulator, and not with
         a ``reward_function`` where its consequences are followed.
       common_random_numbers: whether the candidates of a state share their randomness.
@@ -182,7 +185,7 @@ class GRPO(OnPolicyAlgorithm):
         clip_range: float | Schedule = 0.2,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
@@ -207,6 +210,8 @@ class GRPO(OnPolicyAlgorithm):
         branch_every: int | None = None,
         n_rollouts: int = 1,
         backup: Backup = "mean",
+        persistence: float | Schedule | None = None,
+        branch_past_truncation: bool = False,
         bootstrap: bool | None = None,
         common_random_numbers: bool = True,
         baseline: Baseline = "policy",
@@ -231,7 +236,7 @@ class GRPO(OnPolicyAlgorithm):
             n_steps=n_steps,  # type: ignore[arg-type]  # None until it is known what is branched in
             gamma=gamma,
             gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
+            ent_coef=ent_coef,  # type: ignore[arg-type]
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
             use_sde=use_sde,
@@ -268,6 +273,8 @@ class GRPO(OnPolicyAlgorithm):
         self.branch_every = branch_every
         self.n_rollouts = n_rollouts
         self.backup = backup
+        self.persistence = persistence
+        self.branch_past_truncation = branch_past_truncation
         self.bootstrap = bootstrap
         self.common_random_numbers = common_random_numbers
         self.baseline = baseline
@@ -319,6 +326,9 @@ class GRPO(OnPolicyAlgorithm):
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
         if self.clip_range_high is not None:
             self.clip_range_high = FloatSchedule(self.clip_range_high)
+        for name in ("ent_coef", "persistence"):
+            if callable(value := getattr(self, name)):
+                setattr(self, name, FloatSchedule(value))
         self.rollout_buffer = None  # type: ignore[assignment]
         check_dynamics(self.dynamics)
         choice = self._choose()
@@ -474,6 +484,9 @@ class GRPO(OnPolicyAlgorithm):
             branch_every=self.branch_every or 1,
             n_rollouts=self.n_rollouts,
             backup=self.backup,
+            persistence=self._now(self.persistence),
+            # What truncates a learned world is that it knows no further.
+            branch_past_truncation=self.branch_past_truncation and self.chosen_dynamics != "learned",
             bootstrap=bool(self.bootstrap),
             common_random_numbers=self.common_random_numbers,
             baseline=self.baseline,
@@ -489,7 +502,7 @@ class GRPO(OnPolicyAlgorithm):
             clip_range_high=self._now(self.clip_range_high),
             clip_range_vf=self._now(self.clip_range_vf),
             dual_clip=self.dual_clip,
-            ent_coef=self.ent_coef,
+            ent_coef=self._now(self.ent_coef),
             vf_coef=self.vf_coef,
             kl_coef=self.kl_coef,
             reference_decay=self.reference_decay,
@@ -500,7 +513,7 @@ class GRPO(OnPolicyAlgorithm):
         )
 
     def _now(self, schedule: Any) -> Any:
-        return None if schedule is None else schedule(self._current_progress_remaining)
+        return schedule(self._current_progress_remaining) if callable(schedule) else schedule
 
     def _warn_of_arguments(self, given: dict[str, Any]) -> None:
         """Warns once of what was ``given`` and has no meaning here."""
@@ -515,6 +528,8 @@ class GRPO(OnPolicyAlgorithm):
                 "branch_every",
                 "n_rollouts",
                 "backup",
+                "persistence",
+                "branch_past_truncation",
                 "common_random_numbers",
                 "max_enumerated",
             ]

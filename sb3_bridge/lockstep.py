@@ -58,6 +58,8 @@ class Loop:
         gamma: float,
         n_uniforms: int,
         n_rollouts: int,
+        persistence: float | None,
+        past_truncation: bool,
         value: Value | None,
         reward: Reward | None,
         observations: Any,
@@ -73,6 +75,10 @@ class Loop:
             n_uniforms,
             n_rollouts,
         )
+        self._persistence, self._past_truncation = persistence, past_truncation
+        self._n_drawn = n_uniforms + (
+            persistence is not None
+        )  # the last one decides whether the action persists
         self._value, self._reward, self._observations = value, reward, observations
         self._n_streams, self._seed = n_streams, seed
         self._discounts = gamma ** np.arange(horizon + 1, dtype=np.float64)
@@ -81,7 +87,7 @@ class Loop:
         branches = np.arange(len(actions) * self._per_state)
         states = branches // self._per_state
         self._fronts = [
-            _Front(branches[(states % n_envs == index) & wanted[states]], pool, horizon, n_uniforms)
+            _Front(branches[(states % n_envs == index) & wanted[states]], pool, horizon, self._n_drawn)
             for index in range(n_envs)
         ]
         self._totals = np.zeros(len(branches), np.float64)
@@ -147,12 +153,12 @@ class Loop:
         """Random numbers of a state's branches, whatever else runs beside them.
 
         Returns:
-          Seeds uint64 ``[S, M, 4]`` and uniforms float32 ``[S, M, H - 1, n_uniforms]`` inside (0, 1), for S streams.
+          Seeds uint64 ``[S, M, 4]`` and uniforms float32 ``[S, M, H - 1, n_drawn]`` inside (0, 1), for S streams.
         """
         rng = np.random.Generator(np.random.Philox(key=np.array([self._seed, state], np.uint64)))
         shape = (self._n_streams, self._n_rollouts)
         seeds = rng.integers(0, 2**64, (*shape, 4), np.uint64)
-        bits = rng.integers(0, 2**23, (*shape, max(self._horizon - 1, 1), self._n_uniforms), np.uint32)
+        bits = rng.integers(0, 2**23, (*shape, max(self._horizon - 1, 1), self._n_drawn), np.uint32)
         return seeds, bits.astype(np.float32) * np.float32(2.0**-23) + np.float32(2.0**-24)
 
     def _advance(
@@ -178,7 +184,9 @@ class Loop:
             origin = _concatenate([front.origin for front in fronts])
             self._charge(branch, discount, origin, action, original)
         depth = depth + 1
-        over = terminated | truncated | (depth == self._horizon)
+        over = terminated | (depth == self._horizon)
+        if not self._past_truncation:
+            over |= truncated
         seen = self._view.seen(reached)
         if self._value is not None:
             rows = np.flatnonzero(over & ~terminated)
@@ -190,14 +198,17 @@ class Loop:
         if len(rows):
             slot = _concatenate([front.slot for front in fronts])
             owner = np.repeat(np.arange(len(fronts)), [len(front.slot) for front in fronts])
-            uniforms = np.empty((len(branch), self._n_uniforms), np.float32)
+            uniforms = np.empty((len(branch), self._n_drawn), np.float32)
             for index, front in enumerate(fronts):
                 mine = owner == index
                 uniforms[mine] = front.uniforms[slot[mine], np.minimum(depth[mine], self._horizon - 1) - 1]
             padded = _padded(rows)
-            chosen = np.asarray(self._act(_rows(seen, padded), uniforms[padded]))[: len(rows)]
+            chosen = self._act(_rows(seen, padded), uniforms[padded, : self._n_uniforms])
+            if self._persistence is not None:
+                asked = uniforms[rows, self._n_uniforms] >= self._persistence
+                rows, chosen = rows[asked], np.asarray(chosen)[: len(rows)][asked]
             following = action.copy()
-            following[rows] = env_actions(self._space, chosen)
+            following[rows] = env_actions(self._space, np.asarray(chosen)[: len(rows)])
         start = 0
         for front in fronts:
             end = start + len(front.branch)

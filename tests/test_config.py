@@ -82,6 +82,7 @@ MISTAKES = [
     ({"network": "rnn"}, "network='rnn'", "auto, mlp, cnn"),
     ({"activation": ["relu"]}, "activation=['relu']", "tanh, relu"),
     ({"learning_rate_decay": "exponential"}, "learning_rate_decay='exponential'", "none, linear, cosine"),
+    ({"persistence": 1.5}, "persistence=1.5", "between 0 and 1"),
     ({"ent_coef_decay": None}, "ent_coef_decay=None", "none, linear, cosine"),
     ({"clip_range_decay": True}, "clip_range_decay=True", "none, linear, cosine"),
     ({"gamma": -0.1}, "gamma=-0.1", "between 0 and 1"),
@@ -147,7 +148,7 @@ def test_a_wrong_value_is_named_with_the_way_out(changes, value, fix):
         ({"gamma": [0.9, 0.99]}, r"gamma=\[0.9, 0.99\] must be a number"),
         (
             {"gamma": lambda step: 0.9},
-            "schedules are for learning_rate, clip_range, clip_range_high, ent_coef",
+            "schedules are for learning_rate, clip_range, clip_range_high, ent_coef, persistence",
         ),
         ({"bootstrap": "False"}, "bootstrap='False' must be True or False"),
         ({"common_random_numbers": 1}, "common_random_numbers=1 must be True or False"),
@@ -189,12 +190,22 @@ TRACED = {
     "ent_coef",
     "vf_coef",
     "clip_range_vf",
+    "persistence",
     "kl_coef",
     "reference_decay",
     "target_kl",
     "max_grad_norm",
     "spread_floor",
 }
+
+
+@pytest.mark.parametrize(
+    "changes", [{"candidates": "episodes"}, {"candidates": "trajectory"}, {"baseline": "executed"}]
+)
+def test_persistence_needs_candidates_beside_the_executed_action(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"persistence=0.5 cannot be used with {name}={value!r}"):
+        GRPOConfig(persistence=0.5, **changes)
 
 
 def test_traced_and_static_fields_are_told_apart():
@@ -209,7 +220,7 @@ def test_the_leaves_of_a_config_are_its_traced_numbers():
     leaves, structure = jax.tree.flatten(config)
     assert all(isinstance(leaf, float) for leaf in leaves)
     assert {0.125, 0.75} < set(leaves)
-    unset = {"clip_range_high", "dual_clip", "clip_range_vf", "kl_coef", "target_kl"}
+    unset = {"clip_range_high", "dual_clip", "clip_range_vf", "persistence", "kl_coef", "target_kl"}
     assert len(leaves) == len(TRACED - unset)
     assert jax.tree.unflatten(structure, leaves) == config
     doubled = jax.tree.map(lambda leaf: 2 * leaf, config)

@@ -1,7 +1,8 @@
 """Branch: from every decision state, one rollout world for every candidate. The hot loop.
 
 Monte-Carlo rollouts of a policy after a forced first action are Tesauro & Galperin's (NeurIPS 1996) and the *vine* of
-TRPO (arXiv:1502.05477, section 5.2); common random numbers are PEGASUS' (UAI 2000).
+TRPO (arXiv:1502.05477, section 5.2); common random numbers are PEGASUS' (UAI 2000). Actions that persist find rewards that
+independent ones do not (temporally extended exploration, arXiv:2006.01782; action persistence, arXiv:2002.06836).
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def group_returns(
     n_uniforms: int = 1,
     n_rollouts: int = 1,
     backup: Backup = "mean",
+    persistence: float | jax.Array | None = None,
+    past_truncation: bool = False,
     value: Value | None = None,
     common_random_numbers: bool = True,
     max_branches: int = 0,
@@ -88,6 +91,9 @@ def group_returns(
       n_uniforms: uniform numbers that ``act`` takes.
       n_rollouts: M branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
+      persistence: probability of a step behind the candidate's own to repeat the action before it, whatever the
+        policy would do; None: 0.
+      past_truncation: whether branches go on behind a truncation, as behind a mere time limit they can.
       value: the critic, or None.
       common_random_numbers: the candidates of a state share all random numbers; else each draws its own.
       max_branches: branches side by side, 0 for the device's default; states are run in chunks of that size.
@@ -97,7 +103,7 @@ def group_returns(
       ``Branches`` with returns ``[B, G]``; 0 where not ``alive``.
 
     Raises:
-      ValueError: horizon or n_rollouts below 1.
+      ValueError: horizon or n_rollouts below 1; persistence in a world with an action mask.
     """
     if horizon < 1 or n_rollouts < 1:
         raise ValueError(f"horizon={horizon} and n_rollouts={n_rollouts} must be at least 1")
@@ -127,6 +133,8 @@ def group_returns(
             n_uniforms=n_uniforms,
             n_rollouts=n_rollouts,
             backup=backup,
+            persistence=persistence,
+            past_truncation=past_truncation,
             value=value,
             common_random_numbers=common_random_numbers,
         )
@@ -139,6 +147,19 @@ def group_returns(
     returns = returns.reshape(n_chunks * chunk, n_group)[:n_states]
     steps, _ = jax.lax.scan(lambda total, n: (counter.merge(total, n), None), counter.zero(), n_steps)
     return Branches(returns, steps)
+
+
+def check_persistence(action_mask: jax.Array | None) -> None:
+    """Refuses to repeat actions where some may be forbidden.
+
+    Raises:
+      ValueError: there is an action mask.
+    """
+    if action_mask is not None:
+        raise ValueError(
+            "persistence has no meaning in a world with an action_mask, which may forbid what is repeated; use"
+            " persistence=None"
+        )
 
 
 def chunk_size(n_states: int, branches_per_state: int, max_branches: int = 0) -> int:
@@ -163,6 +184,8 @@ def _run_chunk(
     n_uniforms: int,
     n_rollouts: int,
     backup: Backup,
+    persistence: float | jax.Array | None,
+    past_truncation: bool,
     value: Value | None,
     common_random_numbers: bool,
 ) -> tuple[jax.Array, Counter]:
@@ -180,7 +203,8 @@ def _run_chunk(
 
     # Two draws: XLA drops the first where the world ignores its key.
     key_words = draw(keys[:, 0], KEY_WORDS)
-    all_uniforms = bits_to_uniform(draw(keys[:, 1], n_uniforms))
+    n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
+    all_uniforms = bits_to_uniform(draw(keys[:, 1], n_drawn))
     step_group = jax.vmap(jax.vmap(world.step))  # over M, C
     step_all = jax.vmap(step_group, in_axes=(None if common_random_numbers else 0, 0, 0))  # over G
     mask_all = jax.vmap(jax.vmap(jax.vmap(world.action_mask)))
@@ -202,14 +226,20 @@ def _run_chunk(
             discount=jnp.where(alive, front.discount * gamma, front.discount),
             cut=cut,
             open_end=jnp.where(alive, ~step.terminated, front.open_end),
-            alive=alive & ~(step.terminated | step.truncated),
+            alive=alive & ~(step.terminated if past_truncation else step.terminated | step.truncated),
             n_steps=counter.add(front.n_steps, jnp.sum(alive, dtype=jnp.int32)),
         )
         return front, step.observation
 
     def follow(front: _Front, observation: Observation, k: jax.Array) -> jax.Array:
-        uniforms = jnp.broadcast_to(all_uniforms[k], (*shape, n_uniforms))
-        return act(observation, mask_all(front.state), uniforms).astype(front.action.dtype)
+        uniforms = jnp.broadcast_to(all_uniforms[k], (*shape, n_drawn))
+        mask = mask_all(front.state)
+        action = act(observation, mask, uniforms[..., :n_uniforms]).astype(front.action.dtype)
+        if persistence is None:
+            return action
+        check_persistence(mask)
+        persists = uniforms[..., n_uniforms] < persistence
+        return jnp.where(_expand(persists, action), front.action, action)
 
     def body(carry: tuple[jax.Array, _Front]) -> tuple[jax.Array, _Front]:
         k, front = carry

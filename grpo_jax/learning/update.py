@@ -122,6 +122,7 @@ def loss(
     counted = group.valid & batch.active[:, None]
     policy_loss = -average_compared(jnp.sum(jnp.where(counted, terms, 0.0), axis=1))
     entropy = average(policy.distribution.entropy(parameters))
+    assert not callable(config.ent_coef), "update() has asked the schedule"
     total = policy_loss - config.ent_coef * entropy
 
     weight = jnp.where(counted, jnp.exp(group.log_weight), 0.0)

@@ -35,9 +35,13 @@ def propose(config: GRPOConfig, policy: Policy, trajectory: Trajectory, key: jax
     if candidates.resolve(config, distribution) == "enumerate":
         assert isinstance(distribution, Categorical)
         return candidates.enumerate_actions(distribution, flat.distribution, flat.action, flat.action_mask)
-    shape = (config.n_states, config.group_size - 1, distribution.n_uniforms)
+    persists = config.persistence is not None
+    shape = (config.n_states, config.group_size - 1 + persists, distribution.n_uniforms)
     uniforms = bits_to_uniform(draw_bits(key, shape))
-    return candidates.sample_actions(distribution, flat.distribution, flat.action, uniforms)
+    executed = flat.action
+    if persists:  # what was executed may be no draw from the policy: another one takes its place
+        executed, uniforms = distribution.sample(flat.distribution, uniforms[:, 0]), uniforms[:, 1:]
+    return candidates.sample_actions(distribution, flat.distribution, executed, uniforms)
 
 
 def branched(config: GRPOConfig, iteration: jax.Array | int) -> jax.Array:
@@ -55,6 +59,7 @@ def follow(
     group: Group,
     wanted: jax.Array,
     key: jax.Array,
+    persistence: jax.Array | None = None,
 ) -> Branches:
     """Follows every candidate of the states that are ``wanted [B]`` in a world of its own; returns of others are 0."""
     distribution = policy.distribution
@@ -78,6 +83,8 @@ def follow(
         n_uniforms=distribution.n_uniforms,
         n_rollouts=config.n_rollouts,
         backup=config.backup,
+        persistence=persistence,
+        past_truncation=config.branch_past_truncation,
         value=functools.partial(policy.value, policy_state) if config.bootstrap else None,
         common_random_numbers=config.common_random_numbers,
         max_branches=config.max_branches,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from grpo_jax import counter
-from grpo_jax.config import GRPOConfig
+from grpo_jax.config import GRPOConfig, scheduled
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages
 from grpo_jax.groups.branch import Branches
@@ -115,13 +115,19 @@ def iteration(
     Returns:
       The state afterwards, and scalar metrics.
     """
-    state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap)
-    state, metrics = learn(config, env, state, trajectory, state.iteration / n_iterations)
+    progress = state.iteration / n_iterations
+    state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap, progress=progress)
+    state, metrics = learn(config, env, state, trajectory, progress)
     return state, metrics | _episode_metrics(state.environments, trajectory)
 
 
 def collect(
-    config: GRPOConfig, env: World, state: TrainState, *, keep_next_observation: bool
+    config: GRPOConfig,
+    env: World,
+    state: TrainState,
+    *,
+    keep_next_observation: bool,
+    progress: jax.Array | float = 0.0,
 ) -> tuple[TrainState, Trajectory]:
     """The first half of an iteration: the policy acts.
 
@@ -130,6 +136,7 @@ def collect(
       env: the world that is acted in.
       state: the state before.
       keep_next_observation: whether the trajectory holds what was reached, which ``bootstrap`` needs.
+      progress: share of the run that is done, in [0, 1], for a decaying persistence.
 
     Returns:
       The state with the environments moved on, and the trajectory ``[n_steps, n_envs]``.
@@ -146,6 +153,7 @@ def collect(
         keys.rollout,
         config.n_steps,
         keep_next_observation,
+        _persistence(config, state.learner, progress),
     )
     return state.replace(environments=environments), trajectory
 
@@ -187,8 +195,9 @@ def learn(
             assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
             candidate_key, branch_key = split(keys.groups, 2)
             group = batches.propose(config, policy, trajectory, candidate_key)
+            persistence = _persistence(config, learner, progress)
             branches = batches.follow(
-                config, env, policy, learner.policy, trajectory, group, wanted, branch_key
+                config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
             )
         else:
             group, branches = evaluated
@@ -273,6 +282,13 @@ def _train(
 
 
 _train_jitted = functools.partial(jax.jit, static_argnames="n_iterations")(_train)
+
+
+def _persistence(config: GRPOConfig, learner: Learner, progress: jax.Array | float) -> jax.Array | None:
+    """The persistence of an iteration, if there is any."""
+    if config.persistence is None:
+        return None
+    return scheduled(config.persistence, config.persistence_decay, learner.n_updates, progress)
 
 
 def _restart_groups(

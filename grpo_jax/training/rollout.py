@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from grpo_jax.groups.branch import check_persistence
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Observation, PyTree, Step
@@ -30,6 +31,16 @@ class Environments(struct.PyTreeNode):
     episode_length: jax.Array
     last_return: jax.Array
     last_length: jax.Array
+
+
+class _Previous(struct.PyTreeNode):
+    """The actions before ``[N, *A]``, and whether they belong to the running rollout and episode; bool ``[N]``."""
+
+    action: jax.Array
+    can_persist: jax.Array
+
+
+_Carry = tuple[Environments, _Previous | None]
 
 
 class Trajectory(struct.PyTreeNode):
@@ -141,6 +152,7 @@ def rollout(
     key: jax.Array,
     n_steps: int,
     keep_next_observation: bool,
+    persistence: float | jax.Array | None = None,
 ) -> tuple[Environments, Trajectory]:
     """T steps of the sampled policy in every environment.
 
@@ -152,20 +164,31 @@ def rollout(
       key: PRNG key.
       n_steps: T.
       keep_next_observation: whether a critic will want to value what was reached.
+      persistence: probability of a step, but the first of a rollout and of an episode, to repeat the action before it,
+        whatever the policy would do; None: 0.
 
     Returns:
       The environments afterwards, and the trajectory ``[T, N]``.
-    """
-    n_envs = environments.episode_length.shape[0]
-    words = draw_bits(key, (n_steps, n_envs, 2 * KEY_WORDS + policy.distribution.n_uniforms))
 
-    def step_all(envs: Environments, words: jax.Array) -> tuple[Environments, Trajectory]:
+    Raises:
+      ValueError: persistence in a world with an action mask.
+    """
+    n_envs, n_uniforms = environments.episode_length.shape[0], policy.distribution.n_uniforms
+    n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
+    words = draw_bits(key, (n_steps, n_envs, 2 * KEY_WORDS + n_drawn))
+
+    def step_all(carry: _Carry, words: jax.Array) -> tuple[_Carry, Trajectory]:
+        envs, previous = carry
         step_keys = bits_to_keys(words[..., :KEY_WORDS])
         reset_keys = bits_to_keys(words[..., KEY_WORDS : 2 * KEY_WORDS])
         uniforms = bits_to_uniform(words[..., 2 * KEY_WORDS :])
         mask = jax.vmap(world.action_mask)(envs.state)
         parameters = policy.parameters(policy_state, envs.observation, mask)
-        action = policy.distribution.sample(parameters, uniforms)
+        action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
+        if previous is not None and persistence is not None:
+            check_persistence(mask)
+            persists = previous.can_persist & (uniforms[..., n_uniforms] < persistence)
+            action = jnp.where(persists.reshape(-1, *(1,) * (action.ndim - 1)), previous.action, action)
         after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(
             environments=envs,
@@ -178,6 +201,18 @@ def rollout(
             truncated=step.truncated,
             next_observation=step.observation if keep_next_observation else None,
         )
-        return after, trajectory
+        if previous is not None:
+            previous = _Previous(action, ~trajectory.ended)
+        return (after, previous), trajectory
 
-    return jax.lax.scan(step_all, environments, words)
+    previous = None
+    if persistence is not None:
+        actions = jax.eval_shape(
+            lambda: policy.distribution.sample(
+                policy.parameters(policy_state, environments.observation),
+                jnp.zeros((n_envs, n_uniforms), jnp.result_type(float)),
+            )
+        )
+        previous = _Previous(jnp.zeros(actions.shape, actions.dtype), jnp.zeros(n_envs, bool))
+    (environments, _), trajectory = jax.lax.scan(step_all, (environments, previous), words)
+    return environments, trajectory

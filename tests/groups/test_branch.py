@@ -267,6 +267,78 @@ def _best_path(mdp, gamma):
     return best
 
 
+@pytest.mark.parametrize("persistence", [0.0, 0.7, 1.0])
+def test_actions_persist(persistence):
+    """Q(s, a) = r + gamma E[p Q(s', a) + (1 - p) mean_b Q(s', b)], by dynamic programming."""
+    q = RANDOM.reward.copy()
+    for _ in range(RANDOM.n_layers):
+        ahead = persistence * q + (1.0 - persistence) * q.mean(1, keepdims=True)  # [S, last action]
+        q = RANDOM.reward + GAMMA * np.einsum("sat,ta->sa", RANDOM.transition, ahead)
+    returns = sampled(
+        jax.random.key(4),
+        POSITIONS[:2],
+        ACTIONS[:2],
+        horizon=5,
+        n_rollouts=20_000,
+        persistence=jnp.float32(persistence),
+    ).returns
+    np.testing.assert_allclose(returns, q[:2], atol=0.05)
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_branches_can_go_on_behind_a_time_limit(bootstrap):
+    """As if there were no limit: the same returns as in a world whose limit is far away."""
+    world = grpo_jax.make("CartPole-v1")
+    far = world.replace(params=world.params.replace(max_steps_in_episode=10_000))
+    _, states = jax.vmap(world.reset)(jax.random.split(jax.random.key(0), 5))
+    late = states.replace(time=jnp.full(5, 497))
+
+    @functools.partial(jax.jit, static_argnames="past")
+    def run(world, past=False):
+        return group_returns(
+            world,
+            lambda observation, mask, uniforms: (uniforms[..., 0] < 0.5).astype(jnp.int32),
+            jax.random.key(0),
+            late,
+            jnp.broadcast_to(jnp.arange(2), (5, 2)),
+            horizon=30,
+            gamma=0.9,
+            value=(lambda observation: observation[..., 0]) if bootstrap else None,
+            past_truncation=past,
+        )
+
+    past, free, cut = run(world, past=True), run(far), run(world)
+    np.testing.assert_array_equal(past.returns, free.returns)
+    assert counter.to_int(past.simulator_steps) == counter.to_int(free.simulator_steps)
+    assert counter.to_int(cut.simulator_steps) == 5 * 2 * 3
+
+
+def test_persistence_is_refused_where_actions_can_be_forbidden():
+    with pytest.raises(ValueError, match="persistence has no meaning in a world with an action_mask"):
+        group_returns(
+            _Masked(),
+            random_policy,
+            jax.random.key(0),
+            jnp.zeros(1, jnp.int32),
+            jnp.array([[0, 1]]),
+            horizon=2,
+            gamma=1.0,
+            persistence=0.5,
+        )
+
+
+@struct.dataclass
+class _Masked(World):
+    def reset(self, key):
+        return jnp.int32(0), jnp.int32(0)
+
+    def step(self, key, state, action):
+        return Step(state, state, jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
+
+    def action_mask(self, state):
+        return jnp.array([True, False])
+
+
 def test_identical_candidates_share_their_fate():
     same = np.ones((7, 3), np.int32)
     run = functools.partial(sampled, jax.random.key(5), np.zeros(7, np.int32), same, horizon=5)

@@ -150,6 +150,26 @@ def test_rollouts_are_backed_up_by_mean_or_max():
     assert wins.mean() == pytest.approx(0.0139, abs=0.006)
 
 
+@pytest.mark.parametrize("persistence", [0.0, 0.8, 1.0])
+def test_actions_persist(persistence: float):
+    """Against value iteration on the lake's own table, the last action being part of the state."""
+    table = gym.make("FrozenLake-v1").unwrapped.P
+    wins = np.zeros((16, 4))
+    for _ in range(2000):
+        ahead = persistence * wins + (1 - persistence) * wins.mean(axis=1, keepdims=True)
+        wins = np.array(
+            [
+                [
+                    sum(p * (reward + (not done) * ahead[to, a]) for p, to, reward, done in table[s][a])
+                    for a in range(4)
+                ]
+                for s in range(16)
+            ]
+        )
+    found = frozen(False, n_rollouts=32, horizon=100, gamma=1.0, persistence=persistence)
+    assert found.mean() == pytest.approx(wins[0, 2], abs=0.006)
+
+
 def pendulum(n_envs: int) -> list[Any]:
     return [lambda: Monitor(gym.make("Pendulum-v1"))] * n_envs
 

@@ -79,6 +79,7 @@ FIXED = Walk(Discrete(2), goal=1000)
 CONSTANT = Walk(Discrete(2), goal=1000, is_paid=True)
 NAN = Walk(Discrete(2), goal=1000, is_paid=True, pay=float("nan"))
 BOX = Walk(Box(np.float32([-2]), np.float32([2]), (1,)))
+LONG_BOX = Walk(BOX.action_space, goal=1000, limit=1000)
 
 
 def venv(kind, world=LINE, n_envs=N_ENVS):
@@ -1109,11 +1110,37 @@ def test_arguments_without_a_meaning_are_named_once():
         assert warning.filename == __file__
 
 
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_actions_persist_in_rollouts(kind):
+    """Persistence is a function of the remaining progress here: all actions are repeated, then none has to be."""
+    actions = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            actions.append(np.array(self.locals["actions"]))
+            return True
+
+    model = make(GRPO, kind, LONG_BOX, n_steps=8, persistence=lambda remaining: float(remaining > 0.75))
+    model.learn(2 * 8 * model.n_envs, callback=Watch())
+    taken = np.stack(actions)  # [2 * 8, N, 1]
+    assert (taken[1:8] == taken[:1]).all()
+    assert (taken[9:] != taken[8:-1]).any()
+
+
 def test_arguments_with_a_meaning_are_silent():
     make(GRPO, "device", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2, bootstrap=True)
     make(GRPO, "host", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2)
     make(GRPO, "host", candidates="episodes", gae_lambda=0.9, vf_coef=0.1, clip_range_vf=0.2)
-    make(GRPO, "host", branch_every=2, max_enumerated=8, n_rollouts=2, backup="max", group_size=4)
+    make(
+        GRPO,
+        "host",
+        branch_every=2,
+        max_enumerated=8,
+        n_rollouts=2,
+        backup="max",
+        group_size=4,
+        persistence=0.5,
+    )
     # Set to their defaults, they say nothing.
     settings = {
         "horizon": None,

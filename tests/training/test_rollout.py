@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 from toys import MaskedLine
 
 import grpo_jax
@@ -8,12 +9,12 @@ from grpo_jax.spaces import Discrete
 from grpo_jax.training.rollout import rollout, start
 
 
-def roll(env, n_steps, n_envs=2, keep=True):
+def roll(env, n_steps, n_envs=2, keep=True, persistence=None):
     config = grpo_jax.GRPOConfig(n_envs=n_envs, batch_size=n_envs)
     policy = grpo_jax.make_policy(config, env.observation_space, env.action_space)
     key = as_key(jax.random.key(0))
     environments = start(env, split(key, n_envs))
-    return rollout(env, policy, policy.init(key), environments, key, n_steps, keep)
+    return rollout(env, policy, policy.init(key), environments, key, n_steps, keep, persistence)
 
 
 def test_episodes_start_over_and_are_counted():
@@ -51,3 +52,28 @@ def test_states_are_the_decision_states_of_the_environment():
     np.testing.assert_array_equal(
         np.asarray(trajectory.next_observation)[:-1][goes_on], np.asarray(trajectory.observation)[1:][goes_on]
     )
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_actions_persist_until_the_episode_ends(env_id):
+    _, trajectory = roll(grpo_jax.make(env_id), 400, n_envs=4, persistence=1.0)
+    action = np.asarray(trajectory.action).reshape(400, 4)
+    same = action[1:] == action[:-1]
+    ended = np.asarray(trajectory.ended)[:-1]
+    assert same[~ended].all()
+    assert ended.any() and not same[ended].all()  # the policy is asked again
+
+
+def test_persistence_is_a_probability():
+    _, trajectory = roll(grpo_jax.make("Pendulum-v1"), 150, n_envs=64, persistence=0.7)
+    action = np.asarray(trajectory.action).reshape(150, 64)
+    share = (action[1:] == action[:-1]).mean()  # a Gaussian never repeats itself by chance
+    assert abs(share - 0.7) < 4 * np.sqrt(0.7 * 0.3 / (149 * 64))
+    _, trajectory = roll(grpo_jax.make("Pendulum-v1"), 50, persistence=0.0)
+    action = np.asarray(trajectory.action)
+    assert (action[1:] != action[:-1]).all()
+
+
+def test_persistence_is_refused_where_actions_can_be_forbidden():
+    with pytest.raises(ValueError, match="persistence has no meaning in a world with an action_mask"):
+        roll(MaskedLine(Discrete(2), goal=3), 2, persistence=0.5)
