@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+BENCH := runs/bench
+SEEDS := 5
+JOBS := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench bench-full clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml requirements.txt
@@ -32,6 +35,14 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Some minutes: few environments. Rows that are there are not run again: remove $(BENCH) to measure other code.
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py --short --jobs $(JOBS) --out $(BENCH)-short
+
+# Hours: all environments, all libraries; goes on where it was stopped.
+bench-full: $(READY)
+	$(BIN)/python benchmarks/bench.py --seeds $(SEEDS) --jobs $(JOBS) --out $(BENCH) --report docs
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

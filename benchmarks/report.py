@@ -500,6 +500,18 @@ def provenance_section(rows: Sequence[Row], n_left_out: int = 0) -> str:
     return "## Where it ran\n\n" + "\n".join([*lines, f"- {gpu}"]) + "\n"
 
 
+def missing_section(rows: Sequence[Row], path: pathlib.Path | None = None) -> str:
+    """What the peers that have rows did not run, or ran in another way, and why."""
+    path = path or pathlib.Path(__file__).parent / "peers" / "missing.toml"
+    present = libraries_of(rows)
+    lines = [
+        f"- {LIBRARIES[known['library']]}, {known['envs']}: {known['why']}."
+        for known in tomllib.loads(path.read_text())["missing"]
+        if known["library"] in present
+    ]
+    return "## What peers did not run\n\n" + ("\n".join(lines) or "All ran all.") + "\n"
+
+
 def notes_section(rows: Sequence[Row], references: References) -> str:
     """How each best possible score is known."""
     notes = [
@@ -658,6 +670,7 @@ def write(rows: Sequence[Row], references: References, out: pathlib.Path) -> str
             " training (see the costs) is in both plots over time.\n\n" + "\n\n".join(pictures) + "\n",
             aggregate,
             costs_section(seeds, references),
+            missing_section(seeds),
             notes_section(seeds, references),
             provenance_section(shown, len(rows) - len(shown)),
         ]
