@@ -10,6 +10,8 @@ import tomllib
 
 import pytest
 
+import grpo_jax
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
@@ -166,20 +168,33 @@ def test_settings_of_peers_name_known_environments():
         assert all(known["total_timesteps"] > 0 for known in table.values())
 
 
-def test_our_row_is_what_the_report_reads(tmp_path):
-    ours = load("run_grpo_jax", BENCHMARKS / "peers" / "run_grpo_jax.py")
-    schema = load("report_rows", pathlib.Path(__file__).with_name("test_report.py"))
-    job = {"library": "grpo_jax", "env": "Catch-bsuite", "seed": 0, "cache": "off", "total_timesteps": 100}
-    job |= {"n_envs": 2}
-    record.measure(job, tmp_path / "row.json", ours.run)
+def ours():
+    return load("run_grpo_jax", BENCHMARKS / "peers" / "run_grpo_jax.py")
+
+
+def test_more_environments_keep_the_number_of_minibatches():
+    job = {"env": "CartPole-v1", "n_envs": 64, "total_timesteps": 100}
+    preset = grpo_jax.preset("CartPole-v1")
+    config, total, settings = ours().config_of(job)
+    assert (config.n_envs, total, settings) == (64, 100, "preset, n_envs 64")
+    assert config.batch_size / 64 == preset.batch_size / preset.n_envs
+    assert ours().config_of({"env": "CartPole-v1"})[:2] == (preset, grpo_jax.preset_timesteps("CartPole-v1"))
+
+
+def test_our_row_is_what_the_report_reads(tmp_path, monkeypatch):
+    module, schema = ours(), load("report_rows", pathlib.Path(__file__).with_name("test_report.py"))
+    small = grpo_jax.GRPOConfig(n_envs=2, n_steps=4, n_epochs=1, batch_size=8, horizon=2, net_arch=(4,))
+    monkeypatch.setattr(module, "config_of", lambda job: (small, 24, "small"))
+    monkeypatch.setattr(record, "FINAL_EPISODES", record.CURVE_EPISODES)  # one program to compile
+    job = {"library": "grpo_jax", "env": "Catch-bsuite", "seed": 0, "cache": "off"}
+    record.measure(job, tmp_path / "row.json", module.run)
     row, expected = json.loads((tmp_path / "row.json").read_text()), schema.make_row()
     assert row.keys() == expected.keys() and row["cpu"].keys() == expected["cpu"].keys()
     assert row["machine"].keys() == expected["machine"].keys()
     assert {*row["curve"][0]} == {*expected["curve"][0]}
     for name, value in expected.items():
         assert type(row[name]) is type(value), name
+    assert [point["decision_steps"] for point in row["curve"]] == [8, 16, 24] and row["decision_steps"] == 24
     assert len(row["final_returns"]) == record.FINAL_EPISODES and not row["nonfinite"]
-    assert row["decision_steps"] == row["curve"][-1]["decision_steps"] >= 100
-    assert row["simulator_steps"] > 0 and row["config"]["n_envs"] == 2
-    assert row["settings"] == "preset, n_envs 2"
+    assert row["simulator_steps"] > 0 and row["config"]["n_envs"] == 2 and row["settings"] == "small"
     assert 0 < row["cpu"]["train_seconds"] < row["cpu"]["compile_seconds"]
