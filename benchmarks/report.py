@@ -509,7 +509,7 @@ def missing_section(rows: Sequence[Row], path: pathlib.Path | None = None) -> st
         for known in tomllib.loads(path.read_text())["missing"]
         if known["library"] in present
     ]
-    return "## What peers did not run\n\n" + ("\n".join(lines) or "All ran all.") + "\n"
+    return "## What peers did not run\n\n" + ("\n".join(lines) or "No peer has a row.") + "\n"
 
 
 def notes_section(rows: Sequence[Row], references: References) -> str:
