@@ -11,7 +11,7 @@ from grpo_jax.groups.trajectory import trajectory_advantages
 from grpo_jax.learning import losses
 from grpo_jax.learning.update import Learner, update
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
-from grpo_jax.presets import preset, preset_ids, preset_timesteps
+from grpo_jax.presets import Expectation, preset, preset_expectation, preset_ids, preset_timesteps
 from grpo_jax.training.checkpoint import restore, save
 from grpo_jax.training.diagnose import NoSpreadWarning
 from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
@@ -29,6 +29,7 @@ __all__ = [
     "Branches",
     "Chunk",
     "Episodes",
+    "Expectation",
     "GRPOConfig",
     "Group",
     "GymnaxWorld",
@@ -56,6 +57,7 @@ __all__ = [
     "make_policy",
     "override_reward",
     "preset",
+    "preset_expectation",
     "preset_ids",
     "preset_timesteps",
     "restore",

@@ -278,8 +278,8 @@ def to_features_extractor(
       kind: which of the three policies asks.
       space: the observation space.
       features_extractor_class: a flax module class; SB3's own three mean ours; None: what the policy stands for.
-      features_extractor_kwargs: its arguments: ``features_dim`` for convolutions, ``cnn_output_dim`` for the combined
-        one, as in SB3.
+      features_extractor_kwargs: its arguments: ``features_dim`` for convolutions (where our own CNN is named also
+        ``activation``, and feature maps of any number of channels do), ``cnn_output_dim`` for the combined one, as in SB3.
       normalize_images: whether images are divided by 255; False also lets images of other dtypes be images.
 
     Raises:
@@ -299,7 +299,10 @@ def to_features_extractor(
         return _user_extractor(given, features_extractor_kwargs)
     arguments = dict(features_extractor_kwargs or {})
     arguments.pop("normalized_image", None)  # what normalize_images=False tells us
-    options = {"flatten": {}, "cnn": {"features_dim": 512}, "combined": {"cnn_output_dim": 256}}[own]
+    # Who names our CNN says that the maps are for it, also those that are no image to SB3.
+    by_name = given is CNN
+    of_cnn = ("features_dim", "activation") if by_name else ("features_dim",)
+    options = {"flatten": (), "cnn": of_cnn, "combined": ("cnn_output_dim",)}[own]
     unknown = sorted(set(arguments) - set(options))
     if unknown:
         takes = ", ".join(options) or "no arguments"
@@ -309,9 +312,9 @@ def to_features_extractor(
         )
     encoded = to_observation_space(space, normalize_images)
     if own == "cnn":
-        if is_dict or not (_is_image(space, normalize_images) and spaces.is_image(encoded)):
+        if is_dict or not spaces.is_image(encoded) or not (by_name or _is_image(space, normalize_images)):
             raise AssertionError(_no_image(space))
-        return CNN("relu", arguments.get("features_dim"))
+        return CNN(arguments.get("activation", "relu"), arguments.get("features_dim"))
     if own == "flatten":
         if is_dict:
             raise ValueError(

@@ -38,6 +38,7 @@ from grpo_jax.learning.update import Learner, start_learner
 from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.distributions import for_space
 from grpo_jax.policies.policy import Policy
+from grpo_jax.presets import preset
 from grpo_jax.training import batches, loop
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.rollout import Trajectory
@@ -70,6 +71,7 @@ from sb3_bridge.dynamics import (
     states_of,
 )
 from sb3_bridge.policies import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.presets import arguments_of, find_preset
 from sb3_bridge.registration import NAMESPACE
 from sb3_bridge.rewards import Reward, original_errors, resolve_reward
 from sb3_bridge.vec_env import GymnaxVecEnv
@@ -312,6 +314,26 @@ class GRPO(OnPolicyAlgorithm):
             if self.env is not None:
                 self._warn_of_arguments(given)
             self.use_sde = False
+
+    @classmethod
+    def from_preset(cls: type[SelfGRPO], env: str | GymnaxVecEnv, **overrides: Any) -> SelfGRPO:
+        """A model with the settings that are known to work for a gymnax id, on the device.
+
+        ``GRPO.from_preset(id, seed=0).learn(grpo_jax.preset_timesteps(id))`` is the run that the preset is meant for, and
+        ``grpo_jax.preset_expectation(id)`` what to expect of it.
+
+        Args:
+          env: gymnax id (``"CartPole-v1"`` or ``"gymnax/CartPole-v1"``), stepped in as many environments as the preset
+            says; or a :class:`GymnaxVecEnv` made from an id.
+          **overrides: arguments of the class that replace the preset's; ``policy_kwargs`` replace its own one by one.
+
+        Raises:
+          ValueError: an unknown id, one without a preset, or a preset that the class has no arguments for.
+        """
+        env_id, vec_env = find_preset(env)
+        settings = arguments_of(preset(env_id), vec_env.world.observation_space)
+        policy_kwargs = settings["policy_kwargs"] | (overrides.pop("policy_kwargs", None) or {})
+        return cls(env=vec_env, **{**settings, "policy_kwargs": policy_kwargs, **overrides})
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()

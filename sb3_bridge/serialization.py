@@ -43,6 +43,7 @@ from stable_baselines3.common.save_util import open_path
 import grpo_jax
 from grpo_jax.training.checkpoint import write_atomically
 from grpo_jax.types import PyTree
+from sb3_bridge.presets import CosineSchedule
 
 KIND, PLAIN, TYPE, PICKLED = ":kind:", ":plain:", ":type:", ":serialized:"
 PARAMETERS = ".msgpack"
@@ -684,6 +685,7 @@ _KINDS: dict[str, _Kind] = {
     "FloatSchedule": _schedule(utils.FloatSchedule, "value_schedule"),
     "LinearSchedule": _schedule(utils.LinearSchedule, "start", "end", "end_fraction"),
     "ConstantSchedule": _schedule(utils.ConstantSchedule, "val"),
+    "CosineSchedule": _schedule(CosineSchedule, "start"),
     "schedule_closure": _Kind(
         lambda value: isinstance(value, types.FunctionType) and value.__code__ in _CLOSURES,
         _closure_fields,

@@ -286,14 +286,23 @@ def test_an_id_in_another_argument_is_not_the_env(tmp_path: Path, monkeypatch: p
     assert seen[0].total_timesteps == grpo_jax.preset_timesteps("Acrobot-v1")
 
 
-def test_envs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_envs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        "CartPole-v1": grpo_jax.Expectation(499.96, 0.25),
+        "Catch-bsuite": grpo_jax.Expectation(1.0, 0.5),
+    }
+    monkeypatch.setattr(grpo_jax, "preset_expectation", known.get)
+    monkeypatch.setattr(grpo_jax, "preset_ids", lambda: ["CartPole-v1", "Catch-bsuite"])
     assert main(["envs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines if line.split() and line.split()[0] in grpo_jax.env_ids()}
     assert len(rows) == 25
     steps = f"{grpo_jax.preset_timesteps('CartPole-v1'):,}"
     assert all(word in rows["CartPole-v1"] for word in ("yes", "Box(4)", "Discrete(2)", steps))
+    assert rows["CartPole-v1"].split()[-2:] == ["500.0", "0.2"]
+    assert rows["Catch-bsuite"].split()[-2:] == ["1.00", "0.5"]
     assert "no" in rows["FrozenLake-misc"]
+    assert rows["FrozenLake-misc"].split()[-2:] == ["-", "-"]
 
 
 def test_evaluate(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,23 @@
 from __future__ import annotations
 
+import math
+
 import jax
 import pytest
 
-from grpo_jax import GRPOConfig, env_ids, make, make_policy, preset, preset_ids, preset_timesteps, spaces
+from grpo_jax import (
+    Expectation,
+    GRPOConfig,
+    env_ids,
+    make,
+    make_policy,
+    preset,
+    preset_expectation,
+    preset_ids,
+    preset_timesteps,
+    presets,
+    spaces,
+)
 
 
 def test_there_are_presets_and_they_are_of_gymnax_ids():
@@ -33,3 +47,19 @@ def test_without_a_preset_there_are_the_defaults():
 def test_a_preset_does_not_remember_what_was_made_of_it():
     changed = preset("CartPole-v1").replace(horizon=3)
     assert preset("CartPole-v1").horizon != changed.horizon
+
+
+@pytest.mark.parametrize("env_id", preset_ids())
+def test_a_preset_says_both_or_none_of_what_to_expect(env_id):
+    entry = presets._table()[env_id]
+    assert ("expected_return" in entry) == ("expected_seconds" in entry)
+    expected = preset_expectation(env_id)
+    assert expected is None or (math.isfinite(expected.episode_return) and expected.seconds > 0)
+
+
+def test_what_to_expect_is_no_setting(monkeypatch):
+    entry = {"total_timesteps": 512, "expected_return": 9, "expected_seconds": 0.25, "horizon": 3}
+    monkeypatch.setattr(presets, "_table", lambda: {"CartPole-v1": entry, "Catch-bsuite": {"horizon": 2}})
+    assert preset("CartPole-v1") == GRPOConfig(horizon=3)
+    assert preset_expectation("CartPole-v1") == Expectation(episode_return=9.0, seconds=0.25)
+    assert preset_expectation("Catch-bsuite") is None and preset_expectation("NoSuchWorld-v0") is None

@@ -202,10 +202,24 @@ def _envs() -> int:
                 _describe(world.observation_space),
                 _describe(world.action_space),
                 f"{grpo_jax.preset_timesteps(env_id):,}",
+                *_expected(env_id),
             )
         )
-    progress.print_table(("id", "preset", "observations", "actions", "timesteps"), rows)
+    columns = ("id", "preset", "observations", "actions", "timesteps", "score", "seconds")
+    progress.print_table(columns, rows)
+    print(
+        "score, seconds: to expect of the preset: median return of the sampled policy, training on one CPU core"
+    )
     return 0
+
+
+def _expected(env_id: str) -> tuple[str, str]:
+    """Score and seconds to expect of the preset; "-" where they are not known."""
+    expected = grpo_jax.preset_expectation(env_id)
+    if expected is None:
+        return "-", "-"
+    digits = 2 if abs(expected.episode_return) < 10 else 1
+    return f"{expected.episode_return:,.{digits}f}", f"{expected.seconds:.1f}"
 
 
 def _describe(space: spaces.Space) -> str:
