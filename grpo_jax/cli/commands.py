@@ -198,18 +198,16 @@ def _envs() -> int:
         rows.append(
             (
                 env_id,
-                "yes" if env_id in presets else "no",
                 _describe(world.observation_space),
                 _describe(world.action_space),
-                f"{grpo_jax.preset_timesteps(env_id):,}",
+                f"{grpo_jax.preset_timesteps(env_id):,}" if env_id in presets else "-",
                 *_expected(env_id),
             )
         )
-    columns = ("id", "preset", "observations", "actions", "timesteps", "score", "seconds")
-    progress.print_table(columns, rows)
-    print(
-        "score, seconds: to expect of the preset: median return of the sampled policy, training on one CPU core"
-    )
+    columns = ("id", "observations", "actions", "timesteps", "score", "seconds")
+    progress.print_table(columns, rows)  # fits 80 characters
+    print("timesteps: decision steps of the preset's run; -: no preset, the default settings")
+    print("score, seconds: median return to expect of it, sampled policy; training on one CPU core")
     return 0
 
 
@@ -226,7 +224,7 @@ def _describe(space: spaces.Space) -> str:
     content = (
         space.n if isinstance(space, spaces.Discrete | spaces.MultiBinary) else getattr(space, "shape", "")
     )
-    return f"{type(space).__name__}({str(content).strip('(),')})"
+    return f"{type(space).__name__}({str(content).strip('(),').replace(' ', '')})"
 
 
 def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
