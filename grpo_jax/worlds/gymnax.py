@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
-from typing import Any
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +57,50 @@ class GymnaxWorld(World):
         )
 
 
-def env_ids() -> list[str]:
-    """The gymnax ids that run without a download."""
+class _Lazily(importlib.abc.MetaPathFinder):
+    """Finds one module as others do, but executes it only where something of it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+        return spec
+
+
+def import_gymnax() -> ModuleType:
+    """gymnax, without what only a picture of Pong takes.
+
+    That picture is drawn with seaborn, whose import brings pandas and SciPy's statistics: more than half of the time
+    that gymnax takes to import. It is loaded lazily, as ``importlib`` provides for: whoever uses it finds it whole.
+    """
+    if "gymnax" not in sys.modules:
+        finder = _Lazily("seaborn")
+        sys.meta_path.insert(0, finder)
+        try:
+            import gymnax
+        finally:
+            sys.meta_path.remove(finder)
     import gymnax
 
-    return [env_id for env_id in gymnax.registered_envs if env_id not in EXCLUDED]
+    return cast(ModuleType, gymnax)
+
+
+def env_ids() -> list[str]:
+    """The gymnax ids that run without a download."""
+    return [env_id for env_id in import_gymnax().registered_envs if env_id not in EXCLUDED]
 
 
 @functools.lru_cache(maxsize=128)
 def _environment(env_id: str) -> Any:
     """One environment object an id, so that two worlds of the same id share their traces."""
-    import gymnax
-
-    return gymnax.make(env_id)[0]
+    return import_gymnax().make(env_id)[0]
 
 
 def from_id(env_id: str, params: PyTree | None = None) -> GymnaxWorld:
@@ -87,9 +124,7 @@ def from_environment(env: Any, params: PyTree | None = None) -> GymnaxWorld:
     Raises:
       TypeError: not a bare gymnax environment.
     """
-    from gymnax.environments.environment import Environment
-
-    if not isinstance(env, Environment):
+    if not isinstance(env, import_gymnax().environments.environment.Environment):
         raise TypeError(
             f"env={env!r} is not a gymnax Environment; pass an id, a bare Environment (unwrapped: the"
             " library normalises, flattens and logs itself) or a World"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import gymnax
 import gymnax.wrappers
@@ -341,3 +343,14 @@ def test_a_step_never_resets(key):
     assert bool(reached.terminated)
     assert abs(float(reached.observation[0])) > 2.4
     assert float(reached.state.x) == float(reached.observation[0])
+
+
+def test_gymnax_is_imported_without_what_only_pictures_need(tmp_path):
+    program = (
+        "import sys, grpo_jax; grpo_jax.make('Pong-misc');"
+        "assert not {'pandas', 'scipy.stats', 'torch', 'stable_baselines3'} & set(sys.modules);"
+        "assert not any('Lazily' in type(finder).__name__ for finder in sys.meta_path);"
+        "import seaborn; assert callable(seaborn.heatmap); assert 'pandas' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
