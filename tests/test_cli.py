@@ -292,14 +292,17 @@ def test_envs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         "Catch-bsuite": grpo_jax.Expectation(1.0, 0.5),
     }
     monkeypatch.setattr(grpo_jax, "preset_expectation", known.get)
+    monkeypatch.setattr(grpo_jax, "preset_timesteps", lambda env_id: 1_999_872)
     monkeypatch.setattr(grpo_jax, "preset_ids", lambda: ["CartPole-v1", "Catch-bsuite"])
     assert main(["envs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out
+    assert "…" not in output  # nothing is cut off in 80 columns
+    lines = output.splitlines()
     rows = {line.split()[0]: line for line in lines if line.split() and line.split()[0] in grpo_jax.env_ids()}
     assert len(rows) == 25
     steps = f"{grpo_jax.preset_timesteps('CartPole-v1'):,}"
     assert all(word in rows["CartPole-v1"] for word in ("Box(4)", "Discrete(2)", steps))
-    assert rows["CartPole-v1"].split()[-2:] == ["500.0", "0.2"]
+    assert rows["CartPole-v1"].split()[-2:] == ["500", "0.2"]
     assert rows["Catch-bsuite"].split()[-2:] == ["1.00", "0.5"]
     assert rows["FrozenLake-misc"].split()[-3:] == ["-", "-", "-"]
 

@@ -204,10 +204,10 @@ def _envs() -> int:
                 *_expected(env_id),
             )
         )
-    columns = ("id", "observations", "actions", "timesteps", "score", "seconds")
+    columns = ("id", "observations", "actions", "timesteps", "score", "sec")
     progress.print_table(columns, rows)  # fits 80 characters
     print("timesteps: decision steps of the preset's run; -: no preset, the default settings")
-    print("score, seconds: median return to expect of it, sampled policy; training on one CPU core")
+    print("score, sec: median return to expect of it, sampled policy; seconds of training on one CPU core")
     return 0
 
 
@@ -216,8 +216,9 @@ def _expected(env_id: str) -> tuple[str, str]:
     expected = grpo_jax.preset_expectation(env_id)
     if expected is None:
         return "-", "-"
-    digits = 2 if abs(expected.episode_return) < 10 else 1
-    return f"{expected.episode_return:,.{digits}f}", f"{expected.seconds:.1f}"
+    score, seconds = expected
+    digits = 0 if abs(score) >= 100 else 1 if abs(score) >= 10 else 2
+    return f"{score:.{digits}f}", f"{seconds:.{1 if seconds < 100 else 0}f}"
 
 
 def _describe(space: spaces.Space) -> str:
