@@ -13,7 +13,7 @@ DEFAULT_TIMESTEPS = 100_000
 """Decision steps of a run without a preset."""
 
 _OF_THE_RUN = ("total_timesteps", "expected_return", "expected_seconds")
-"""What a preset says of the whole run; everything else is a field of the config."""
+"""What a preset says of the whole run; everything else but its family is a field of the config."""
 
 
 class Expectation(NamedTuple):
@@ -54,5 +54,8 @@ def preset_ids() -> list[str]:
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
+    """What each preset says, its family's settings included."""
     text = resources.files("grpo_jax").joinpath("presets.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+    entries = tomllib.loads(text)
+    families = entries.pop("families")
+    return {env_id: families[entry.pop("family")] | entry for env_id, entry in entries.items()}
