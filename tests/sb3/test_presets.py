@@ -86,7 +86,9 @@ def test_two_iterations_are_those_of_grpo_jax():
     model.learn(2 * config.n_states, reset_num_timesteps=False)  # which would reset the environments
     end, _ = grpo_jax.run(config, world, key, 2 * config.n_states)
     jax.tree.map(
-        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+        lambda one, other: np.testing.assert_allclose(
+            one, other, atol=1e-5
+        ),  # Adam enlarges what two programs round
         model.policy.state.params,
         end.params,
     )
