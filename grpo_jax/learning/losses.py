@@ -129,9 +129,9 @@ def kl_estimate(
 
 
 def mean_over(rows: jax.Array, values: jax.Array) -> jax.Array:
-    """Mean of ``values [B]`` over the ``rows [B]`` that are True, whatever stands in the others; 0 without any."""
+    """Means of ``values [..., B]`` over the ``rows [B]`` that are True, whatever stands in the others; 0 without any."""
     share = rows / jnp.maximum(jnp.sum(rows), 1)
-    return jnp.sum(jnp.where(rows, values * share, 0.0))
+    return jnp.sum(jnp.where(rows, values * share, 0.0), axis=-1)
 
 
 def value_loss(

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.loop import TrainState, init, iteration, iterations_for
-from grpo_jax.types import Metrics
 from grpo_jax.worlds.base import World
 
 CHUNK_SECONDS = 0.25
@@ -50,6 +50,23 @@ class Chunk(NamedTuple):
     simulator_steps: int
     seconds: float
     compile_seconds: float
+
+
+class _Table(struct.PyTreeNode):
+    """Metrics of a chunk.
+
+    Attributes:
+      values: ``[MAX_CHUNK, n_metrics]``, or ``[n_seeds, MAX_CHUNK, n_metrics]``.
+      names: of the columns.
+    """
+
+    values: jax.Array
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+    def columns(self, length: int) -> dict[str, np.ndarray]:
+        """The first ``length`` rows, on the host: ``[length]`` or ``[n_seeds, length]`` for each name."""
+        rows = np.moveaxis(np.asarray(self.values)[..., :length, :], -1, 0)
+        return dict(zip(self.names, np.ascontiguousarray(rows), strict=True))
 
 
 Callback = Callable[[Chunk], bool | None]
@@ -97,7 +114,7 @@ def run(
     clock = time.perf_counter()
     if state is None:
         keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
-        state = _init(config, env, keys, n_seeds is not None)
+        state = compile_once(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
     done = int(np.max(np.asarray(state.iteration)))
     advance = _chunk.lower(
         config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None
@@ -110,8 +127,8 @@ def run(
     while done < n_iterations:
         length = min(length, MAX_CHUNK, n_iterations - done)
         clock = time.perf_counter()
-        state, buffers = advance(config, env, state, np.int32(length), np.int32(n_iterations))
-        metrics = {name: np.asarray(buffer)[..., :length] for name, buffer in buffers.items()}
+        state, table = advance(config, env, state, np.int32(length), np.int32(n_iterations))
+        metrics = table.columns(length)
         done += length
         per_iteration = (time.perf_counter() - clock) / length
         history.append(metrics)
@@ -145,6 +162,25 @@ def run(
     return state, joined
 
 
+ONCE: dict[str, str | bool] = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+"""Options for a program that runs once on a CPU: half the time to compile. Loops of branches run a quarter slower with
+them. Not every XLA knows them all."""
+
+
+def compile_once(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program whose own speed does not matter."""
+    if jax.default_backend() == "cpu":
+        try:
+            return lowered.compile(compiler_options=ONCE)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+    return lowered.compile()
+
+
 @functools.partial(jax.jit, static_argnames="vmapped")
 def _init(config: GRPOConfig, env: World, key: jax.Array, vmapped: bool) -> TrainState:
     one = functools.partial(init, config, env)
@@ -159,18 +195,23 @@ def _chunk(
     length: jax.Array,
     n_iterations: jax.Array,
     vmapped: bool,
-) -> tuple[TrainState, Metrics]:
-    """``length`` iterations, at most ``MAX_CHUNK``; metrics ``[MAX_CHUNK]``, unspecified behind ``length``."""
+) -> tuple[TrainState, _Table]:
+    """``length`` iterations, at most ``MAX_CHUNK``; rows of the table are unspecified behind ``length``."""
 
-    def one(state: TrainState) -> tuple[TrainState, Metrics]:
-        shapes = jax.eval_shape(lambda: iteration(config, env, state, n_iterations))[1]
-        buffers = jax.tree.map(lambda leaf: jnp.zeros((MAX_CHUNK, *leaf.shape), leaf.dtype), shapes)
+    def one(state: TrainState) -> tuple[TrainState, _Table]:
+        # A jitted function of its own: one trace for the shapes and for the loop.
+        advance = jax.jit(functools.partial(iteration, config, env))
+        names = sorted(jax.eval_shape(advance, state, n_iterations)[1])
+        # One table instead of a buffer for each metric: a kernel to compile for each was a tenth of all.
+        table = jnp.zeros((MAX_CHUNK, len(names)), jnp.result_type(float))
 
-        def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            state, buffers = carry
-            state, metrics = iteration(config, env, state, n_iterations)
-            return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), buffers, metrics)
+        def body(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
+            state, table = carry
+            state, metrics = advance(state, n_iterations)
+            row = jnp.stack([metrics[name] for name in names]).astype(table.dtype)
+            return state, jax.lax.dynamic_update_index_in_dim(table, row, i, axis=0)
 
-        return jax.lax.fori_loop(0, length, body, (state, buffers))
+        state, table = jax.lax.fori_loop(0, length, body, (state, table))
+        return state, _Table(table, tuple(names))
 
     return jax.vmap(one)(state) if vmapped else one(state)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.learning.update import (
+    NARROW,
     clip_by_part,
     init_learner,
     loss,
     make_optimizer,
+    row_taker,
     update,
     update_reference,
 )
@@ -497,3 +500,13 @@ def test_another_optimizer():
     assert_close(after.policy.params, expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(TypeError, match="optimizer='adam' must be a function"):
         BASE.replace(optimizer="adam")
+
+
+@pytest.mark.parametrize("wide", [3, NARROW + 1])
+def test_rows_of_a_batch_are_the_same_out_of_a_table(wide):
+    _, _, batch = setup(GRPOConfig(bootstrap=True, n_envs=2, n_steps=4, batch_size=N))
+    batch = batch.replace(observation={"a": jnp.ones((N, 2, 3), jnp.uint8), "b": RNG.normal(size=(N, wide))})
+    batch = jax.tree.map(jnp.asarray, batch)
+    rows = jnp.asarray([5, 0, N])  # out of range: the last row, as in indexing
+    expected = jax.tree.map(lambda leaf: leaf[rows], batch)
+    chex.assert_trees_all_equal(row_taker(batch)(rows), expected, strict=True)
