@@ -37,7 +37,7 @@ from grpo_jax.training import evaluate, run
 
 DOCS = Path(__file__).parents[1] / "docs"
 FACTORS = (1, 2, 4, 8, 16, 32, 64)
-SCALING_ENV = "Pendulum-v1"  # no branch ends early, and a group of any size can be sampled
+SCALING_ENV = "Pendulum-v1"  # ends by a time limit alone, and a group of any size can be sampled
 LONGEST_EVALUATION = 1000
 
 
@@ -105,7 +105,9 @@ class Stage:
         wide = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], group, axis=1), observation)
         self.states, self.actions = states, jax.jit(act)(wide, None, uniforms)
 
-    def branches(self, world: grpo_jax.World | None = None, gamma: float = 0.99) -> Callable[[], Any]:
+    def branches(
+        self, world: grpo_jax.World | None = None, gamma: float = 0.99, past_truncation: bool = False
+    ) -> Callable[[], Any]:
         """The library's own stage; compiled at the first call."""
 
         @jax.jit
@@ -120,6 +122,7 @@ class Stage:
                 gamma=gamma,
                 n_uniforms=self.distribution.n_uniforms,
                 n_rollouts=self.m,
+                past_truncation=past_truncation,
             )
 
         return lambda: follow(self.key, self.states, self.actions)
@@ -206,9 +209,11 @@ def measure_scaling(base_states: int, rounds: int) -> list[dict[str, Any]]:
         for factor in FACTORS:
             sizes = base | {name: base[name] * factor}
             stage = Stage(env, sizes["n_envs"], sizes["G"], sizes["H"], sizes["M"])
-            follow = stage.branches()
-            jax.block_until_ready(follow())
-            n_steps = stage.n_branches * sizes["H"]
+            follow = stage.branches(past_truncation=True)
+            n_steps = grpo_jax.count(follow().simulator_steps)
+            assert n_steps == stage.n_branches * sizes["H"], (
+                "a branch ended early: its steps cost more or less"
+            )
             repeats = max(1, (1 << 17) // n_steps)  # the clock of CPU seconds is coarse
 
             def several(follow: Callable[[], Any] = follow, repeats: int = repeats) -> Any:
