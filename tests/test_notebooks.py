@@ -14,8 +14,8 @@ JAPANESE = re.compile(r"[\u3040-\u30ff]")  # kana: Chinese has none
 READ = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_the_quick_start_is_there():
-    assert "01_quickstart_sb3" in [path.stem for path in NOTEBOOKS]
+def test_the_notebooks_are_there():
+    assert {"01_quickstart_sb3", "02_batched_rollouts"} <= {path.stem for path in NOTEBOOKS}
 
 
 @READ
@@ -49,6 +49,9 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel has its own
     notebook = nbformat.read(path, as_version=4)
     quickstart = path.stem == "01_quickstart_sb3"
+    if not quickstart:  # runs for moments in its short form: compiling is all there is
+        monkeypatch.setenv("NOTEBOOK_SHORT", "1")
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if quickstart:
         notebook.cells.append(
             nbformat.v4.new_code_cell("print(*(scores[name] for name in ('GRPO', 'own reward')))")
@@ -63,5 +66,6 @@ def test_runs(path, tmp_path, monkeypatch):
     if quickstart:
         scores = [float(score) for score in code[-1].outputs[0].text.split()]
         assert all(400 <= score <= 500 for score in scores), scores
-        shown = [kind for cell in code for output in cell.outputs for kind in output.get("data", {})]
-        assert shown.count("image/png") == 1 and shown.count("image/gif") == 2
+    shown = [kind for cell in code for output in cell.outputs for kind in output.get("data", {})]
+    pictures = {"01_quickstart_sb3": (1, 2), "02_batched_rollouts": (2, 0)}
+    assert (shown.count("image/png"), shown.count("image/gif")) == pictures[path.stem]
