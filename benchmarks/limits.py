@@ -9,8 +9,8 @@ candidates, alive masks, discounts or counts. Both are timed in turns in one pro
 
 *Scaling*: the stage that follows branches, alone, as one of four sizes grows. Flat cost per simulator step is the claim.
 
-Seconds are CPU seconds on a CPU, wall-clock seconds elsewhere. Writes ``docs/limits_table.md`` and
-``docs/images/limits_scaling.png``.
+Seconds are CPU seconds on a CPU, wall-clock seconds elsewhere. Writes ``docs/results/limits_table.md`` and
+``docs/results/images/limits_scaling.png``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import grpo_jax
 from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.training import evaluate, run
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "results"
 FACTORS = (1, 2, 4, 8, 16, 32, 64)
 SCALING_ENV = "Pendulum-v1"  # ends by a time limit alone, and a group of any size can be sampled
 LONGEST_EVALUATION = 1000
