@@ -42,7 +42,7 @@ bench: $(READY)
 
 # Hours: all environments, all libraries; goes on where it was stopped.
 bench-full: $(READY)
-	$(BIN)/python benchmarks/bench.py --seeds $(SEEDS) --jobs $(JOBS) --out $(BENCH) --report docs
+	$(BIN)/python benchmarks/bench.py --seeds $(SEEDS) --jobs $(JOBS) --out $(BENCH) --report docs/results
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

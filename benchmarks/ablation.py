@@ -5,8 +5,8 @@
     python benchmarks/ablation.py --out runs/ablation --report                  # reports alone
 
 A variant is a process with all its seeds side by side, and leaves one JSON row; what has a row is not run again. Runs are
-shorter than the presets' (``FRACTIONS``): what learns more slowly shows. The report goes to ``docs/ablation_table.md`` and
-``docs/images/ablation_*.png``.
+shorter than the presets' (``FRACTIONS``): what learns more slowly shows. The report goes to ``docs/results/ablation_table.md`` and
+``docs/results/images/ablation_*.png``.
 """
 
 from __future__ import annotations
@@ -448,7 +448,7 @@ def main() -> None:
         "--out", type=pathlib.Path, default=pathlib.Path("runs/ablation"), help="folder of the rows"
     )
     parser.add_argument(
-        "--docs", type=pathlib.Path, default=pathlib.Path("docs"), help="folder of the report"
+        "--docs", type=pathlib.Path, default=pathlib.Path("docs/results"), help="folder of the report"
     )
     parser.add_argument("--envs", nargs="+", default=list(FRACTIONS), metavar="ID")
     parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS), metavar="FACTOR")

@@ -1,6 +1,6 @@
 """Report of the benchmark: Markdown tables and plots from the rows that ``bench.py`` left.
 
-    python benchmarks/report.py runs/bench [--out docs]
+    python benchmarks/report.py runs/bench [--out docs/results]
 
 Writes ``<out>/benchmark_table.md`` and ``<out>/images/bench_*.png``. A seed's score is the mean of its final
 returns; tables show the median over seeds, and the lowest and highest seed. Seconds are CPU seconds of the
@@ -682,7 +682,7 @@ def write(rows: Sequence[Row], references: References, out: pathlib.Path) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=pathlib.Path, help="folder that holds rows/*.json")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
     arguments = parser.parse_args()
     write(read(arguments.runs), read_references(), arguments.out)
     print(f"{arguments.out / 'benchmark_table.md'} and {arguments.out / 'images'}/bench_*.png")
