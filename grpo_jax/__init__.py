@@ -2,6 +2,7 @@
 
 from grpo_jax import spaces
 from grpo_jax._version import __version__
+from grpo_jax.cache import enable_cache
 from grpo_jax.config import GRPOConfig
 from grpo_jax.counter import to_int as count
 from grpo_jax.groups.advantage import Advantages, group_advantages
@@ -43,6 +44,7 @@ __all__ = [
     "World",
     "__version__",
     "count",
+    "enable_cache",
     "enumerate_actions",
     "env_ids",
     "evaluate",

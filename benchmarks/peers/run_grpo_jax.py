@@ -16,12 +16,17 @@ import grpo_jax
 from grpo_jax.training.loop import iterations_for
 from grpo_jax.training.run import MAX_CHUNK
 
+QUICKLY_COMPILED = ("CartPole-v1",)
+"""Runs that are shorter than what compiling them well takes longer than compiling them quickly."""
+
 PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "gymnax")
 
 
 def config_of(job: record.Job) -> tuple[grpo_jax.GRPOConfig, int, str]:
     """Settings, decision steps and where they are from; ``n_envs`` of a job keeps the number of minibatches."""
     config, settings = grpo_jax.preset(job["env"]), "preset"
+    if job["env"] in QUICKLY_COMPILED:
+        settings = "preset, quick_compile"
     if job.get("n_envs"):
         ratio = job["n_envs"] / config.n_envs
         config = config.replace(
@@ -59,7 +64,15 @@ def run(job: record.Job, clock: record.Clock) -> record.Row:
     nonfinite, final = False, np.full(record.FINAL_EPISODES, np.nan)
     try:
         chunk_length = math.ceil(every / n_chunks)
-        grpo_jax.run(config, env, train_key, total, callback=look, callback_every=chunk_length)
+        grpo_jax.run(
+            config,
+            env,
+            train_key,
+            total,
+            callback=look,
+            callback_every=chunk_length,
+            quick_compile=job["env"] in QUICKLY_COMPILED,
+        )
         clock.lap("train")
         final = returns_of(last[0], env, jax.random.fold_in(evaluate_key, 0), record.FINAL_EPISODES)
     except FloatingPointError:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import grpo_jax
 from grpo_jax import spaces
+from grpo_jax.cache import enable_cache
 from grpo_jax.cli import plots, progress, render, runs
 from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse
 from grpo_jax.cli.runs import Run, RunDirectory
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if argv is None else list(argv))
         if getattr(options, "cache", False):
-            _enable_cache()
+            enable_cache()
         match options:
             case Train():
                 return _train(options)
@@ -60,14 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = "RESOURCE_EXHAUSTED" in str(problem)
         progress.error(f"{problem}{'; lower --max-branches, --n-envs or --n-seeds' if full else ''}")
         return 1
-
-
-def _enable_cache() -> None:
-    """Turns XLA's persistent cache on, for this process; one that the user has set up stays."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "grpo-jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _train(options: Any) -> int:

@@ -83,6 +83,7 @@ def run(
     callback_every: int | None = None,
     state: TrainState | None = None,
     n_seeds: int | None = None,
+    quick_compile: bool = False,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains like ``train``, number for number, but returns to the host a few times a second.
 
@@ -95,6 +96,8 @@ def run(
       callback_every: iterations in a chunk, at most ``MAX_CHUNK``; None: as many as take ``CHUNK_SECONDS``.
       state: a state to go on from.
       n_seeds: trains this many seeds side by side, from keys split off ``key``; None: one run, from ``key`` itself.
+      quick_compile: on a CPU, halves the time to compile for loops that are a quarter slower and round differently: for
+        runs of seconds. Without effect elsewhere, and where XLA does not know how (from jax 0.11 on).
 
     Returns:
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
@@ -114,11 +117,10 @@ def run(
     clock = time.perf_counter()
     if state is None:
         keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
-        state = compile_once(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
+        state = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
     done = int(np.max(np.asarray(state.iteration)))
-    advance = _chunk.lower(
-        config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None
-    ).compile()
+    lowered = _chunk.lower(config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None)
+    advance = compile_quickly(lowered) if quick_compile else lowered.compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
     history: list[dict[str, np.ndarray]] = []
@@ -162,19 +164,19 @@ def run(
     return state, joined
 
 
-ONCE: dict[str, str | bool] = {
+QUICK: dict[str, str | bool] = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": "1",
 }
-"""Options for a program that runs once on a CPU: half the time to compile. Loops of branches run a quarter slower with
-them. Not every XLA knows them all."""
+"""Options for a program that runs once, or for seconds, on a CPU: half the time to compile. Loops of branches run a
+quarter slower with them. Not every XLA knows them all."""
 
 
-def compile_once(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program whose own speed does not matter."""
+def compile_quickly(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program whose own speed matters less than the wait for it."""
     if jax.default_backend() == "cpu":
         try:
-            return lowered.compile(compiler_options=ONCE)
+            return lowered.compile(compiler_options=QUICK)
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax.training.run import ONCE, compile_once
+from grpo_jax.training.run import QUICK, compile_quickly
 
 TINY = grpo_jax.GRPOConfig(
     n_envs=4,
@@ -22,8 +22,9 @@ def cartpole():
     return grpo_jax.make("CartPole-v1")
 
 
-def test_run_is_train_number_for_number(cartpole):
-    state, metrics = grpo_jax.run(TINY, cartpole, jax.random.key(0), 7 * 32)
+@pytest.mark.parametrize("quick_compile", [False, True])
+def test_run_is_train_number_for_number(cartpole, quick_compile):
+    state, metrics = grpo_jax.run(TINY, cartpole, jax.random.key(0), 7 * 32, quick_compile=quick_compile)
     result = grpo_jax.train(TINY, cartpole, jax.random.key(0), 7 * 32)
     assert set(metrics) == set(result.metrics)
     for name, values in metrics.items():
@@ -100,10 +101,10 @@ def test_bad_number_of_seeds(cartpole):
 
 def test_a_program_that_runs_once_compiles_also_where_xla_lacks_an_option(monkeypatch):
     lowered = jax.jit(lambda x: x + 1).lower(1.0)
-    assert compile_once(lowered)(1.0) == 2.0
-    monkeypatch.setitem(ONCE, "xla_cpu_no_such_option", True)
-    assert compile_once(lowered)(1.0) == 2.0
-    monkeypatch.setitem(ONCE, "xla_cpu_parallel_codegen_split_count", "many")
-    monkeypatch.delitem(ONCE, "xla_cpu_no_such_option")
+    assert compile_quickly(lowered)(1.0) == 2.0
+    monkeypatch.setitem(QUICK, "xla_cpu_no_such_option", True)
+    assert compile_quickly(lowered)(1.0) == 2.0
+    monkeypatch.setitem(QUICK, "xla_cpu_parallel_codegen_split_count", "many")
+    monkeypatch.delitem(QUICK, "xla_cpu_no_such_option")
     with pytest.raises(jax.errors.JaxRuntimeError, match="split_count"):
-        compile_once(lowered)
+        compile_quickly(lowered)
