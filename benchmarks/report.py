@@ -603,7 +603,8 @@ def draw_panel(axis: Axes, lines: dict[str, Floats]) -> None:
         axis.set_xscale("log")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if ends and max(ends) >= 1000:  # steps; 0.1 s is no "100m"
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
