@@ -39,8 +39,8 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["mean"] >= 475  # through SB3's API, with a reward function
     assert (tmp_path / "cartpole.zip").exists()
     assert float(names["returns"].mean()) > 400
-    assert names["seeds"].metrics["entropy"].shape == (4, 4)
-    assert names["sweep"].metrics["entropy"].shape == (3, 4)
+    assert names["seeds"].metrics["entropy"].shape == (4, 8)
+    assert names["sweep"].metrics["entropy"].shape == (3, 8)
     assert (tmp_path / "cartpole.msgpack").exists()
     assert isinstance(names["result"].state.params, dict) and jax.tree.leaves(names["state"])
 
