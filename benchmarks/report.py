@@ -23,7 +23,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 Row = dict[str, Any]
 References = dict[str, dict[str, Any]]
@@ -601,6 +601,7 @@ def draw_panel(axis: Axes, lines: dict[str, Floats]) -> None:
         axis.fill_between(x, low, high, color=COLOURS[library], alpha=0.18, linewidth=0, zorder=2)
     if log:
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # else they run into each other within a decade
     else:
         axis.xaxis.set_major_locator(MaxNLocator(4))
         if ends and max(ends) >= 1000:  # steps; 0.1 s is no "100m"
