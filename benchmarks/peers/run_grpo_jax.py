@@ -16,16 +16,18 @@ import grpo_jax
 from grpo_jax.training.loop import iterations_for
 from grpo_jax.training.run import MAX_CHUNK
 
-QUICKLY_COMPILED = ("CartPole-v1",)
-"""Runs that are shorter than what compiling them well takes longer than compiling them quickly."""
-
 PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "gymnax")
+
+
+def times_the_start(job: record.Job) -> bool:
+    """Whether the run is about the wait until something is learned: it then compiles quickly."""
+    return job.get("cache", "off") != "off"
 
 
 def config_of(job: record.Job) -> tuple[grpo_jax.GRPOConfig, int, str]:
     """Settings, decision steps and where they are from; ``n_envs`` of a job keeps the number of minibatches."""
     config, settings = grpo_jax.preset(job["env"]), "preset"
-    if job["env"] in QUICKLY_COMPILED:
+    if times_the_start(job):
         settings = "preset, quick_compile"
     if job.get("n_envs"):
         ratio = job["n_envs"] / config.n_envs
@@ -71,7 +73,7 @@ def run(job: record.Job, clock: record.Clock) -> record.Row:
             total,
             callback=look,
             callback_every=chunk_length,
-            quick_compile=job["env"] in QUICKLY_COMPILED,
+            quick_compile=times_the_start(job),
         )
         clock.lap("train")
         final = returns_of(last[0], env, jax.random.fold_in(evaluate_key, 0), record.FINAL_EPISODES)
