@@ -90,7 +90,7 @@ class GRPOConfig:
     """What advantages are divided by: nothing, the group's or the batch's standard deviation."""
 
     surrogate: Surrogate = "ppo"
-    """Objective: ppo (clipped ratio), cispo (clipped weight), sapo (soft gate), tpo (target distribution)."""
+    """Objective: ppo (clipped ratio), cispo (weight clipped from above), sapo (soft gate), tpo (target distribution)."""
     kl_estimator: KLEstimator = "exact"
     """How KL(pi || pi_ref) is measured, where kl_coef asks for it."""
     reference: Reference = "fixed"

@@ -61,13 +61,15 @@ def cispo(
     log_weight: jax.Array,
     advantage: jax.Array,
     *,
-    clip_low: float | jax.Array,
     clip_high: float | jax.Array,
 ) -> jax.Array:
-    """w sg(clip(rho)) A log pi (arXiv:2506.13585, eq. 4): the weight is clipped, no candidate's gradient is lost."""
+    """w sg(min(rho, 1+high)) A log pi (arXiv:2506.13585, eq. 4): the weight is clipped, no candidate's gradient is lost.
+
+    The weight has no bound from below, as in the paper's experiments: with one, what a bad candidate is pushed down by
+    would not fade with its probability, and log pi would fall without end.
+    """
     m, w = mass(log_prob, old_log_prob, log_weight), jnp.exp(log_weight)
-    clipped = jnp.clip(m, w * (1.0 - clip_low), w * (1.0 + clip_high))
-    return jax.lax.stop_gradient(clipped) * advantage * log_prob
+    return jax.lax.stop_gradient(jnp.minimum(m, w * (1.0 + clip_high))) * advantage * log_prob
 
 
 def sapo(

@@ -112,7 +112,7 @@ def loss(
     if config.surrogate == "ppo":
         terms = losses.ppo(*args, clip_low=clip_low, clip_high=clip_high, dual_clip=config.dual_clip)
     elif config.surrogate == "cispo":
-        terms = losses.cispo(*args, clip_low=clip_low, clip_high=clip_high)
+        terms = losses.cispo(*args, clip_high=clip_high)
     elif config.surrogate == "sapo":
         terms = losses.sapo(
             *args,

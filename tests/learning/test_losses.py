@@ -57,12 +57,25 @@ def test_ppo_gradient(settings, expected):
 
 @jit_or_not
 def test_cispo(wrap):
-    """clip(rho) A log pi with a constant weight: the gradient is clip(rho) A for every candidate."""
-    function = functools.partial(losses.cispo, clip_low=0.2, clip_high=0.3)
-    weight = np.array([[0.8, 1.3, -0.8, -1.3], [2.0, -2.0, 0.0, 1.0]]) / 4
+    """min(rho, 1.3) A log pi with a constant weight: the gradient is min(rho, 1.3) A for every candidate."""
+    function = functools.partial(losses.cispo, clip_high=0.3)
+    weight = np.array([[0.5, 1.3, -0.5, -1.3], [2.0, -2.0, 0.0, 1.0]]) / 4
     np.testing.assert_allclose(wrap(function)(*ARGS), weight * NEW, rtol=1e-5, atol=1e-7)
     gradient = wrap(jax.grad(lambda log_prob: jnp.sum(function(log_prob, *ARGS[1:]))))(jnp.asarray(NEW))
     np.testing.assert_allclose(gradient, weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("weights", ["enumerated", "sampled"])
+def test_cispo_lets_go_of_a_bad_candidate(weights):
+    """What pushes a bad candidate down fades with its probability, whatever the clip range."""
+    old = np.log(np.full((1, 3), 1 / 3))
+    new = np.array([[-20.0, np.log(0.5), np.log(0.5)]])
+    weight = old if weights == "enumerated" else np.zeros((1, 3))
+    advantage = np.array([[-1.0, 0.5, 0.5]])
+    gradient = jax.grad(
+        lambda log_prob: jnp.sum(losses.cispo(log_prob, old, weight, advantage, clip_high=0.2))
+    )(jnp.asarray(new))
+    assert -1e-7 < gradient[0, 0] < 0 < gradient[0, 1]
 
 
 @jit_or_not
@@ -189,7 +202,7 @@ def test_gradient_of_k3():
 SURROGATES = {
     "ppo": lambda *args: losses.ppo(*args[:4], clip_low=0.2, clip_high=0.2),
     "dual": lambda *args: losses.ppo(*args[:4], clip_low=0.2, clip_high=0.2, dual_clip=3.0),
-    "cispo": lambda *args: losses.cispo(*args[:4], clip_low=0.2, clip_high=0.2),
+    "cispo": lambda *args: losses.cispo(*args[:4], clip_high=0.2),
     "sapo": lambda *args: losses.sapo(*args[:4]),
     "tpo": losses.tpo,
 }
