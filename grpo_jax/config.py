@@ -81,7 +81,8 @@ class GRPOConfig:
     common_random_numbers: bool = True
     """Whether the candidates of a state share their randomness, so that a difference is due to the action."""
     max_branches: int = 0
-    """Branches that run side by side; more are run in chunks, to bound memory. 0: 4096 on a CPU, 1048576 else."""
+    """Branches that run side by side; more are run in chunks. 0: on a CPU 4096, or as many as keep their states and
+    observations within 2 MiB; else 1048576, or 4 GiB."""
 
     baseline: Baseline = "policy"
     """What a return is compared with: the policy-weighted mean of the group, its plain mean, the mean of the other

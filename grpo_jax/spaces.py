@@ -6,6 +6,7 @@ because they do not hash.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +179,13 @@ def encoded_rank(space: Space) -> int:
     """Axes of one encoded observation; the entries of a ``Dict`` have ranks of their own."""
     assert not isinstance(space, Dict)
     return len(space.shape) if isinstance(space, Box) else 1
+
+
+def encoded_size(space: Space) -> int:
+    """Numbers in one encoded observation, all entries of a ``Dict`` together."""
+    if isinstance(space, Dict):
+        return sum(encoded_size(part) for _, part in space.spaces)
+    return math.prod(space.shape) if isinstance(space, Box | MultiBinary) else sum(space.nvec)
 
 
 def from_gymnasium(space: Any, name: str = "space") -> Space:

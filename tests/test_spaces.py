@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,8 @@ def test_encode(space, observation, expected, batch):
         for tree in (observation, expected)
     )
     encoded = spaces.encode(space, batched)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(encoded))
+    assert spaces.encoded_size(space) * math.prod(batch) == numbers
     assert jax.tree.structure(encoded) == jax.tree.structure(expected)
     for actual, wanted in zip(jax.tree.leaves(encoded), jax.tree.leaves(expected), strict=True):
         assert actual.dtype == jnp.float32

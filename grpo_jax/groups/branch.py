@@ -18,6 +18,7 @@ from flax import struct
 from grpo_jax import counter
 from grpo_jax.config import Backup
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.spaces import encoded_size
 from grpo_jax.types import Counter, Observation, PyTree
 from grpo_jax.worlds.base import World
 
@@ -27,8 +28,10 @@ Act = Callable[[Observation, jax.Array | None, jax.Array], jax.Array]
 Value = Callable[[Observation], jax.Array]
 """``observations [..., *O] -> values [...]``."""
 
-CPU_BRANCHES = 4096  # measured: larger batches leave a core's cache
-DEVICE_BRANCHES = 1 << 20
+# Measured on a CPU: from some hundreds of branches on a step costs the same, until they leave a core's cache. Large states
+# leave it sooner.
+CPU_BRANCHES, CPU_BYTES = 4096, 2 << 20
+DEVICE_BRANCHES, DEVICE_BYTES = 1 << 20, 4 << 30  # unmeasured
 
 
 class Branches(struct.PyTreeNode):
@@ -96,7 +99,7 @@ def group_returns(
       past_truncation: whether branches go on behind a truncation, as behind a mere time limit they can.
       value: the critic, or None.
       common_random_numbers: the candidates of a state share all random numbers; else each draws its own.
-      max_branches: branches side by side, 0 for the device's default; states are run in chunks of that size.
+      max_branches: branches side by side, 0 for what suits the device; states are run in chunks of that size.
       alive: bool ``[B]``, states whose branches are wanted; None for all.
 
     Returns:
@@ -111,7 +114,8 @@ def group_returns(
     chex.assert_tree_shape_prefix(states, (n_states,))
     alive = jnp.ones(n_states, bool) if alive is None else alive
 
-    chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
+    branch_bytes = _bytes(states) // n_states + 4 * encoded_size(world.observation_space)
+    chunk = chunk_size(n_states, n_group * n_rollouts, max_branches or default_branches(branch_bytes))
     n_chunks = -(-n_states // chunk)
     keys = split(as_key(key), 2 * n_states).reshape(n_states, 2)  # for the world, for the policy
 
@@ -162,10 +166,15 @@ def check_persistence(action_mask: jax.Array | None) -> None:
         )
 
 
-def chunk_size(n_states: int, branches_per_state: int, max_branches: int = 0) -> int:
+def default_branches(branch_bytes: int) -> int:
+    """Branches side by side where nothing else was asked for, by the bytes of a state and its observation."""
+    on_cpu = jax.default_backend() == "cpu"
+    branches, total_bytes = (CPU_BRANCHES, CPU_BYTES) if on_cpu else (DEVICE_BRANCHES, DEVICE_BYTES)
+    return max(1, min(branches, total_bytes // max(1, branch_bytes)))
+
+
+def chunk_size(n_states: int, branches_per_state: int, max_branches: int) -> int:
     """States in a chunk: as many as ``max_branches`` allows, evenly spread over the chunks."""
-    if max_branches == 0:
-        max_branches = CPU_BRANCHES if jax.default_backend() == "cpu" else DEVICE_BRANCHES
     most = max(1, max_branches // branches_per_state)
     n_chunks = -(-n_states // most)
     return -(-n_states // n_chunks)
@@ -279,6 +288,10 @@ def _run_chunk(
         total = total + jnp.where(front.open_end, front.discount * value(front.cut), 0.0)
     backed_up = jnp.max(total, axis=1) if backup == "max" else jnp.mean(total, axis=1)
     return backed_up.T, front.n_steps
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:

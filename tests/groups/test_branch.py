@@ -12,7 +12,7 @@ from flax import struct
 
 import grpo_jax
 from grpo_jax import counter
-from grpo_jax.groups.branch import chunk_size, group_returns
+from grpo_jax.groups.branch import chunk_size, default_branches, group_returns
 from grpo_jax.spaces import Discrete
 from grpo_jax.types import Step
 from grpo_jax.worlds.base import World, override_reward
@@ -193,8 +193,16 @@ def test_chunking_changes_no_bit(horizon):
 def test_chunks_are_even():
     assert chunk_size(7, 6, 24) == 4  # 4 + 3, one row of padding
     assert chunk_size(9, 1, 8) == 5  # not 8 + 1
-    assert chunk_size(512, 2, 0) == 512
+    assert chunk_size(512, 2, 1024) == 512
     assert chunk_size(4, 100, 10) == 1  # a state is never split
+
+
+def test_large_states_run_in_smaller_chunks():
+    assert jax.default_backend() == "cpu"
+    assert default_branches(36) == 4096
+    assert default_branches(4096) == 512
+    assert default_branches(12_000) == 174
+    assert default_branches(1 << 30) == 1
 
 
 def test_chunking_a_network_changes_no_bit():
@@ -329,6 +337,8 @@ def test_persistence_is_refused_where_actions_can_be_forbidden():
 
 @struct.dataclass
 class _Masked(World):
+    observation_space = Discrete(1)
+
     def reset(self, key):
         return jnp.int32(0), jnp.int32(0)
 
