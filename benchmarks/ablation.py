@@ -39,7 +39,7 @@ FRACTIONS = {
     "Acrobot-v1": 0.3,
     "Pendulum-v1": 0.15,
     "Catch-bsuite": 0.3,
-    "MountainCar-v0": 0.3,
+    "MountainCar-v0": 0.5,
     "Breakout-MinAtar": 0.1,
 }
 """The environments, and how much of the preset's run a variant gets."""
