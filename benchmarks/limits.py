@@ -4,8 +4,8 @@
     python benchmarks/limits.py --envs CartPole-v1 Pendulum-v1 --fresh
     python benchmarks/limits.py --branches 131072              # a GPU: the default there
 
-*Ceiling*: a bare loop of policy and ``step`` with the same network, the same number of worlds side by side, without
-candidates, alive masks, discounts or counts. Both are timed in turns in one process; the share is the median over rounds.
+*Ceiling*: a bare loop of policy and ``step`` with the same network, the same number of worlds side by side (as many as a chunk
+of the library's holds), without candidates, alive masks, discounts or counts. Both are timed in turns in one process; the share is the median over rounds.
 
 *Scaling*: the stage that follows branches, alone, as one of four sizes grows. Flat cost per simulator step is the claim.
 
@@ -32,6 +32,7 @@ import numpy as np
 from flax import struct
 
 import grpo_jax
+from grpo_jax.groups.branch import default_branches
 from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.training import evaluate, run
 
@@ -156,8 +157,9 @@ class Stage:
 
 
 def measure_throughput(env: grpo_jax.World, branches: int, horizon: int, rounds: int) -> dict[str, Any]:
-    """Simulator steps per second, ours and the ceiling's, in turns."""
-    stage = Stage(env, branches, None, horizon, 1)
+    """Simulator steps per second, ours and the ceiling's, in turns; ``branches`` at most, else one chunk of them."""
+    _, state = jax.eval_shape(env.reset, as_key(jax.random.key(0)))
+    stage = Stage(env, min(branches, default_branches(env, state)), None, horizon, 1)
     ours, ceiling = stage.branches(), stage.ceiling()
     passes = stage.passes(ours())
     jax.block_until_ready(ceiling())
@@ -245,20 +247,20 @@ def table(rows: list[dict[str, Any]], scaling: list[dict[str, Any]], setting: di
         f"Written by `{setting['command']}`; edit that script, not this file. {setting['device']},"
         f" jax {setting['jax']}; others may have used the machine at the same time.",
         "",
-        f"Steps: `group_returns` with {setting['branches']} branches of {setting['horizon']} steps, MLP 2x64, against"
+        f"Steps: `group_returns` with at most {setting['branches']} branches (one chunk) of {setting['horizon']} steps, MLP 2x64, against"
         " a bare loop of policy and `step` with as many worlds; in turns in one process, medians over"
         f" {setting['rounds']} rounds. Compiling ({unit}, tracing and XLA): the programs of a run with the preset,"
         " without a cache. Memory: arguments, results and temporaries of the largest program, the loop of iterations.",
         "",
-        f"| environment | million simulator steps/{unit} | ceiling | share | init {unit} | iterations {unit} |"
+        f"| environment | branches | million simulator steps/{unit} | ceiling | share | init {unit} | iterations {unit} |"
         f" evaluate {unit} | memory MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         compiling = [row[f"trace_{name}"] + row[f"compile_{name}"] for name in ("init", "chunk", "evaluate")]
         seconds = " | ".join(f"{value:.1f}" for value in compiling)
         lines.append(
-            f"| {row['env']} | {row['steps_per_second'] / 1e6:.2f} | {row['ceiling'] / 1e6:.2f} |"
+            f"| {row['env']} | {row['branches']:,} | {row['steps_per_second'] / 1e6:.3g} | {row['ceiling'] / 1e6:.3g} |"
             f" {row['share']:.0%} | {seconds} | {row.get('memory_mb', float('nan')):.1f} |"
         )
     if scaling:

@@ -114,8 +114,10 @@ def group_returns(
     chex.assert_tree_shape_prefix(states, (n_states,))
     alive = jnp.ones(n_states, bool) if alive is None else alive
 
-    branch_bytes = _bytes(states) // n_states + 4 * encoded_size(world.observation_space)
-    chunk = chunk_size(n_states, n_group * n_rollouts, max_branches or default_branches(branch_bytes))
+    if max_branches == 0:
+        state = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), states)
+        max_branches = default_branches(world, state)
+    chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
     n_chunks = -(-n_states // chunk)
     keys = split(as_key(key), 2 * n_states).reshape(n_states, 2)  # for the world, for the policy
 
@@ -166,11 +168,14 @@ def check_persistence(action_mask: jax.Array | None) -> None:
         )
 
 
-def default_branches(branch_bytes: int) -> int:
-    """Branches side by side where nothing else was asked for, by the bytes of a state and its observation."""
+def default_branches(world: World, state: PyTree) -> int:
+    """Branches side by side where nothing else was asked for, by the bytes of one state and its observation."""
     on_cpu = jax.default_backend() == "cpu"
     branches, total_bytes = (CPU_BRANCHES, CPU_BYTES) if on_cpu else (DEVICE_BRANCHES, DEVICE_BYTES)
-    return max(1, min(branches, total_bytes // max(1, branch_bytes)))
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return max(
+        1, min(branches, total_bytes // (state_bytes + 4 * encoded_size(world.observation_space) or 1))
+    )
 
 
 def chunk_size(n_states: int, branches_per_state: int, max_branches: int) -> int:
@@ -288,10 +293,6 @@ def _run_chunk(
         total = total + jnp.where(front.open_end, front.discount * value(front.cut), 0.0)
     backed_up = jnp.max(total, axis=1) if backup == "max" else jnp.mean(total, axis=1)
     return backed_up.T, front.n_steps
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -198,11 +198,14 @@ def test_chunks_are_even():
 
 
 def test_large_states_run_in_smaller_chunks():
+    """2 MiB of states and observations on a CPU, at most 4096."""
     assert jax.default_backend() == "cpu"
-    assert default_branches(36) == 4096
-    assert default_branches(4096) == 512
-    assert default_branches(12_000) == 174
-    assert default_branches(1 << 30) == 1
+    world = _Masked()  # whose observation is one number
+    for state_bytes, branches in ((32, 4096), (4092, 512), (11_996, 174), (1 << 30, 1)):
+        assert (
+            default_branches(world, {"a": np.zeros(state_bytes - 4, np.uint8), "b": np.float32(0)})
+            == branches
+        )
 
 
 def test_chunking_a_network_changes_no_bit():
