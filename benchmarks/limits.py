@@ -142,7 +142,8 @@ class Stage:
                 return (step.observation, step.state, total + step.reward), None
 
             start = (observation, states, jnp.zeros(n_worlds))
-            return jax.lax.scan(body, start, split(key, self.horizon))[0][2]
+            # All of it, or XLA would step nothing where the reward is one constant.
+            return jax.lax.scan(body, start, split(key, self.horizon))[0]
 
         return lambda: bare(self.key, *self.start)
 
@@ -244,7 +245,7 @@ def table(rows: list[dict[str, Any]], scaling: list[dict[str, Any]], setting: di
     lines = [
         "# Limits",
         "",
-        f"Written by `{setting['command']}`; edit that script, not this file. {setting['device']},"
+        f"Written by `python {setting['command']}`; edit that script, not this file. {setting['device']},"
         f" jax {setting['jax']}; others may have used the machine at the same time.",
         "",
         f"Steps: `group_returns` with at most {setting['branches']} branches (one chunk) of {setting['horizon']} steps, MLP 2x64, against"
@@ -327,7 +328,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args()
     setting = {
-        "command": shlex.join(["python", "benchmarks/limits.py", *sys.argv[1:]]),
+        "command": f"benchmarks/limits.py --rounds {options.rounds} --horizon {options.horizon}",
         "device": device_name(),
         "backend": jax.default_backend(),
         "jax": jax.__version__,
