@@ -10,11 +10,11 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 # XLA's thread pool on the CPU now and then loses a wake-up in vmapped programs, and the run never returns (seen with
 # jax 0.10.2: all threads idle in gdb). Without threads within an operation that does not happen.
-FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen=false"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Half of the time to compile, which is most of what tests take; later versions do not know the flag, and abort.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
+# The second flag halves the time to compile, which is most of what tests take; jax 0.11 does not know it, and aborts.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen=false"]
+    + ["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10.")
+).strip()
 
 import hypothesis
 import jax
