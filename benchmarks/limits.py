@@ -5,7 +5,8 @@
     python benchmarks/limits.py --branches 131072              # a GPU: the default there
 
 *Ceiling*: a bare loop of policy and ``step`` with the same network, the same number of worlds side by side (as many as a chunk
-of the library's holds), without candidates, alive masks, discounts or counts. Both are timed in turns in one process; the share is the median over rounds.
+of the library's holds), without candidates, alive masks, discounts or counts. Both are timed in turns in one process; the
+share is the median over rounds.
 
 *Scaling*: the stage that follows branches, alone, as one of four sizes grows. Flat cost per simulator step is the claim.
 
@@ -243,11 +244,12 @@ def table(rows: list[dict[str, Any]], scaling: list[dict[str, Any]], setting: di
     lines = [
         "# Limits",
         "",
-        f"Written by `python {setting['command']}`; edit that script, not this file. {setting['device']},"
+        f"Written by `python benchmarks/limits.py --rounds {setting['rounds']} --horizon {setting['horizon']}`; edit"
+        f" that script, not this file. {setting['device']},"
         f" jax {setting['jax']}; others may have used the machine at the same time.",
         "",
-        f"Steps: `group_returns` with at most {setting['branches']} branches (one chunk) of {setting['horizon']} steps, MLP 2x64, against"
-        " a bare loop of policy and `step` with as many worlds; in turns in one process, medians over"
+        f"Steps: `group_returns` with at most {setting['branches']} branches (one chunk) of {setting['horizon']} steps,"
+        " MLP 2x64, against a bare loop of policy and `step` with as many worlds; in turns in one process, medians over"
         f" {setting['rounds']} rounds. Compiling ({unit}, tracing and XLA): the programs of a run with the preset,"
         " without a cache. Memory: arguments, results and temporaries of the largest program, the loop of iterations.",
         "",
@@ -326,7 +328,6 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args()
     setting = {
-        "command": f"benchmarks/limits.py --rounds {options.rounds} --horizon {options.horizon}",
         "device": device_name(),
         "backend": jax.default_backend(),
         "jax": jax.__version__,

@@ -173,9 +173,8 @@ def default_branches(world: World, state: PyTree) -> int:
     on_cpu = jax.default_backend() == "cpu"
     branches, total_bytes = (CPU_BRANCHES, CPU_BYTES) if on_cpu else (DEVICE_BRANCHES, DEVICE_BYTES)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return max(
-        1, min(branches, total_bytes // (state_bytes + 4 * encoded_size(world.observation_space) or 1))
-    )
+    branch_bytes = max(1, state_bytes + 4 * encoded_size(world.observation_space))
+    return max(1, min(branches, total_bytes // branch_bytes))
 
 
 def chunk_size(n_states: int, branches_per_state: int, max_branches: int) -> int:
