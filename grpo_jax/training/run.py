@@ -114,12 +114,14 @@ def run(
         raise ValueError(f"n_seeds={n_seeds} must be at least 1")
     if callback_every is not None and not 1 <= callback_every <= MAX_CHUNK:
         raise ValueError(f"callback_every={callback_every} must be None or from 1 to {MAX_CHUNK} iterations")
+    # A chunk may write over the state before it where nobody else holds that: no caller, no callback.
+    program = _chunk_in_place if state is None and callback is None else _chunk
     clock = time.perf_counter()
     if state is None:
         keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
         state = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
     done = int(np.max(np.asarray(state.iteration)))
-    lowered = _chunk.lower(config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None)
+    lowered = program.lower(config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None)
     advance = compile_quickly(lowered) if quick_compile else lowered.compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
@@ -189,8 +191,7 @@ def _init(config: GRPOConfig, env: World, key: jax.Array, vmapped: bool) -> Trai
     return jax.vmap(one)(key) if vmapped else one(key)
 
 
-@functools.partial(jax.jit, static_argnames="vmapped")
-def _chunk(
+def _run_chunk(
     config: GRPOConfig,
     env: World,
     state: TrainState,
@@ -217,3 +218,7 @@ def _chunk(
         return state, _Table(table, tuple(names))
 
     return jax.vmap(one)(state) if vmapped else one(state)
+
+
+_chunk = jax.jit(_run_chunk, static_argnames="vmapped")
+_chunk_in_place = jax.jit(_run_chunk, static_argnames="vmapped", donate_argnames="state")

@@ -239,6 +239,39 @@ def test_chunking_a_network_changes_no_bit():
     np.testing.assert_array_equal(run(10), run(26))
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+@pytest.mark.parametrize(("env_id", "constrained"), [("Breakout-MinAtar", True), ("CartPole-v1", False)])
+def test_maps_lie_in_rows_where_a_network_reads_them(env_id, constrained, horizon):
+    world = grpo_jax.make(env_id)
+    config = grpo_jax.GRPOConfig(bootstrap=True, network="mlp")
+    policy = grpo_jax.make_policy(config, world.observation_space, world.action_space)
+    state = policy.init(jax.random.key(0))
+    _, states = jax.vmap(world.reset)(jax.random.split(jax.random.key(1), 5))
+
+    def act(observation, mask, uniforms):
+        return policy.distribution.sample(policy.parameters(state, observation, mask), uniforms)
+
+    def run(key):
+        return group_returns(
+            world,
+            act,
+            key,
+            states,
+            jnp.broadcast_to(jnp.arange(2), (5, 2)),
+            horizon=horizon,
+            gamma=0.9,
+            value=lambda observation: policy.value(state, observation),
+        ).returns
+
+    keys = jax.random.split(jax.random.key(2), 2)
+    returns = jax.jit(run)(keys[0])
+    assert np.ptp(returns) > 0
+    np.testing.assert_allclose(returns, run(keys[0]), rtol=1e-5)
+    np.testing.assert_allclose(returns, jax.jit(jax.vmap(run))(keys)[0], rtol=1e-5)
+    program = jax.jit(run).lower(keys[0]).as_text()
+    assert ("LayoutConstraint" in program) == (constrained and jax.default_backend() == "cpu")
+
+
 def test_dead_states_cost_and_count_nothing():
     alive = np.array([True, False, True, True, False, False, True])
     run = functools.partial(sampled, jax.random.key(1), POSITIONS, ACTIONS, horizon=4, bootstrap=True)

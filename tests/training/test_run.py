@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
+from grpo_jax.training import run as run_module
 from grpo_jax.training.run import QUICK, compile_quickly
 
 TINY = grpo_jax.GRPOConfig(
@@ -86,6 +87,35 @@ def test_a_stopped_run_goes_on_bit_for_bit(cartpole, tmp_path):
     rest, second = grpo_jax.run(TINY, cartpole, jax.random.key(99), 6 * 32, state=restored)
     assert first["entropy"].shape[0] + second["entropy"].shape[0] == 6
     chex.assert_trees_all_equal(whole.params, rest.params)
+
+
+def test_states_that_others_hold_stay_theirs(cartpole):
+    kept = []
+    grpo_jax.run(TINY, cartpole, jax.random.key(0), 4 * 32, callback=kept.append, callback_every=1)
+    assert [int(chunk.state.iteration) for chunk in kept] == [1, 2, 3, 4]
+    given = kept[1].state
+    grpo_jax.run(TINY, cartpole, jax.random.key(0), 4 * 32, state=given)
+    assert int(given.iteration) == 2
+
+
+@pytest.mark.parametrize(("extra", "n_seeds"), [({}, None), ({"kl_coef": 0.1, "bootstrap": True}, 2)])
+def test_chunks_write_over_a_state_that_nobody_holds(cartpole, monkeypatch, extra, n_seeds):
+    lowered = []
+    lower = run_module._chunk_in_place.lower
+
+    class Spy:
+        @staticmethod
+        def lower(*args):
+            lowered.append(lower(*args))
+            return lowered[-1]
+
+    monkeypatch.setattr(run_module, "_chunk_in_place", Spy)
+    state, _ = grpo_jax.run(TINY.replace(**extra), cartpole, jax.random.key(0), 8 * 32, n_seeds=n_seeds)
+    assert np.all(np.asarray(state.iteration) == 8)
+    (program,) = lowered
+    given = jax.tree.leaves(program.args_info, is_leaf=lambda leaf: hasattr(leaf, "donated"))
+    assert sum(leaf.donated for leaf in given) == len(jax.tree.leaves(state))
+    assert program.compile().memory_analysis().alias_size_in_bytes > 0
 
 
 def test_a_finished_state_has_nothing_left_to_do(cartpole):
