@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import stable_baselines3
 import torch
+from report import read
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -69,11 +70,6 @@ def run(function: Callable[..., Row], jobs: Mapping[str, tuple[Any, ...]], out: 
     if failed:
         print(f"{failed} of {len(missing)} runs failed and left no row; start again to try them again")
     return failed
-
-
-def read(out: pathlib.Path) -> list[Row]:
-    """All rows of a folder."""
-    return [json.loads(path.read_text()) for path in sorted((out / "rows").glob("*.json"))]
 
 
 def run_and_report(

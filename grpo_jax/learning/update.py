@@ -135,8 +135,10 @@ def loss(
     log_ratio = log_prob - group.log_prob
     above = log_ratio > jnp.log1p(clip_high)
     below = log_ratio < jnp.log1p(-jnp.minimum(clip_low, 1.0))
-    # As PPO counts: all ratios beyond the bounds. Then those whose gradient is cut.
-    beyond = jnp.stack([above | below, above & (batch.advantage > 0), below & (batch.advantage < 0)])
+    # As PPO counts: all ratios beyond the bounds. Then those whose gradient is cut, as no other surrogate's is.
+    cuts = config.surrogate == "ppo"
+    high, low = cuts & above & (batch.advantage > 0), cuts & below & (batch.advantage < 0)
+    beyond = jnp.stack([above | below, high, low])
     clip_fraction, clip_fraction_high, clip_fraction_low = average_compared(jnp.sum(weight * beyond, axis=-1))
     metrics = {
         "policy_loss": policy_loss,

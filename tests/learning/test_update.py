@@ -119,6 +119,15 @@ def test_epochs_are_steps_of_optax_in_a_row():
     assert float(metrics["clip_fraction_high"]) > 0.0 and float(metrics["clip_fraction_low"]) > 0.0
 
 
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo", "tpo"])
+def test_only_ppo_cuts_gradients(surrogate):
+    config = BASE.replace(n_epochs=6, learning_rate=0.1, clip_range=0.05, surrogate=surrogate)
+    policy, learner, batch = setup(config)
+    _, metrics = run_update(config, policy, learner, batch, KEY, 0.0)
+    assert float(metrics["clip_fraction"]) > 0.0
+    assert float(metrics["clip_fraction_high"]) == float(metrics["clip_fraction_low"]) == 0.0
+
+
 def test_an_update_decreases_the_loss():
     config = BASE.replace(n_epochs=5, batch_size=4)
     policy, learner, batch = setup(config)
