@@ -639,6 +639,42 @@ def draw_aggregate(comparisons: Sequence[Comparison], path: pathlib.Path) -> Non
     figure.savefig(path, dpi=PNG_DPI)
 
 
+# Pages
+
+
+def summary(env: str, rows: Sequence[Row], references: References) -> str:
+    """The line of an environment in the pages: ours, its decision steps and CPU seconds, the best possible, the best peer."""
+    ours, known = select(rows, OURS, env), references.get(env, {})
+    peers = {peer: group for peer in LIBRARIES if peer != OURS and (group := select(rows, peer, env))}
+    best_peer = "-"
+    if peers:
+        peer = max(peers, key=lambda peer: (median(map(score, peers[peer])), -_train(peers[peer])))
+        group = peers[peer]
+        best_peer = f"{spread(map(score, group))} {LIBRARIES[peer]}, {_decision_steps(group)} steps, {number(_train(group))} s"
+    best = best_cell(known).replace("about ", "≈ ").replace("unknown, ", "")
+    cells = [env, spread(map(score, ours)), _decision_steps(ours), number(_train(ours)), best, best_peer]
+    return f"| {' | '.join(cells)} |"
+
+
+def refresh(page: str, rows: Sequence[Row], references: References) -> str:
+    """A page with its lines of ``summary`` written anew, where ours has rows."""
+    found = {env for env in environments_of(rows, references) if select(rows, OURS, env)}
+
+    def line(old: str) -> str:
+        cells = old.strip("| ").split(" | ")
+        return summary(cells[0], rows, references) if len(cells) == 6 and cells[0] in found else old
+
+    return "\n".join(map(line, page.split("\n")))
+
+
+def _train(rows: Sequence[Row]) -> float:
+    return median(seconds(row, "train") for row in rows)
+
+
+def _decision_steps(rows: Sequence[Row]) -> str:
+    return steps(median(row["decision_steps"] for row in rows))
+
+
 # The door
 
 
@@ -685,8 +721,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=pathlib.Path, help="folder that holds rows/*.json")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"))
+    parser.add_argument(
+        "--pages", type=pathlib.Path, nargs="*", default=[], help="Markdown to refresh with it"
+    )
     arguments = parser.parse_args()
-    write(read(arguments.runs), read_references(), arguments.out)
+    rows, references = read(arguments.runs), read_references()
+    write(rows, references, arguments.out)
+    for page in arguments.pages:
+        page.write_text(refresh(page.read_text(), one_row_a_seed(at_best_settings(rows)), references))
     print(f"{arguments.out / 'benchmark_table.md'} and {arguments.out / 'images'}/bench_*.png")
 
 

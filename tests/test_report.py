@@ -234,6 +234,20 @@ def test_writes_markdown_and_pictures(tmp_path):
         report.write([], REFERENCES, tmp_path)
 
 
+def test_pages_are_refreshed_line_by_line():
+    rows = [make_row(final=400.0), make_row("sb3", final=300.0), make_row("sbx", final=500.0)]
+    line = "| CartPole-v1 | 1 | 2 | 3 | 4 | 5 |"
+    others = ["# CartPole-v1", "| CartPole-v1 | of another table |", "| Acrobot-v1 | 1 | 2 | 3 | 4 | 5 |", ""]
+    new, *kept = report.refresh("\n".join([line, *others]), rows, REFERENCES).split("\n")
+    assert kept == others
+    row = rows[0]
+    seconds, steps = row["cpu"]["train_seconds"], f"{row['decision_steps']:,}"
+    assert (
+        new
+        == f"| CartPole-v1 | 400 | {steps} | {seconds:.2f} | 500 | 500 SBX PPO, {steps} steps, {seconds:.2f} s |"
+    )
+
+
 def test_references_know_every_environment():
     references = report.read_references()
     assert set(references) == set(grpo_jax.env_ids())
