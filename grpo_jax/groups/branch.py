@@ -227,7 +227,7 @@ def _run_chunk(
         step_keys = bits_to_keys(key_words[k])
         step_keys = step_keys[0] if common_random_numbers else step_keys
         step = step_all(step_keys, front.state, front.action)
-        if horizon > 1:
+        if horizon > 1:  # else no policy reads it, only the critic, in the end
             step = step.replace(observation=_in_rows(step.observation))
         alive = front.alive
         cut = front.cut
