@@ -1,6 +1,6 @@
 """Report of the benchmark: Markdown tables and plots from the rows that ``bench.py`` left.
 
-    python benchmarks/report.py runs/bench [--out docs/results]
+    python benchmarks/report.py runs/bench [--out docs/results] [--pages README.md README.ja.md docs/benchmark*.md]
 
 Writes ``<out>/benchmark_table.md`` and ``<out>/images/bench_*.png``. A seed's score is the mean of its final
 returns; tables show the median over seeds, and the lowest and highest seed. Seconds are CPU seconds of the
