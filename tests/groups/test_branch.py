@@ -208,16 +208,22 @@ def test_large_states_run_in_smaller_chunks():
         )
 
 
-def test_chunking_a_network_changes_no_bit():
-    """The same with a real environment and a network, whose matrix products see other batch sizes."""
-    world = grpo_jax.make("CartPole-v1")
-    config = grpo_jax.GRPOConfig()
+def states_and_networks(world, config, n_states):
+    """First states, and a fresh actor and critic as ``group_returns`` takes them."""
     policy = grpo_jax.make_policy(config, world.observation_space, world.action_space)
     state = policy.init(jax.random.key(0))
-    _, states = jax.vmap(world.reset)(jax.random.split(jax.random.key(1), 13))
+    _, states = jax.vmap(world.reset)(jax.random.split(jax.random.key(1), n_states))
 
     def act(observation, mask, uniforms):
         return policy.distribution.sample(policy.parameters(state, observation, mask), uniforms)
+
+    return states, act, lambda observation: policy.value(state, observation)
+
+
+def test_chunking_a_network_changes_no_bit():
+    """The same with a real environment and a network, whose matrix products see other batch sizes."""
+    world = grpo_jax.make("CartPole-v1")
+    states, act, _ = states_and_networks(world, grpo_jax.GRPOConfig(), 13)
 
     def run(max_branches):
         actions = jnp.broadcast_to(jnp.arange(2), (13, 2))
@@ -243,13 +249,7 @@ def test_chunking_a_network_changes_no_bit():
 @pytest.mark.parametrize(("env_id", "constrained"), [("Breakout-MinAtar", True), ("CartPole-v1", False)])
 def test_maps_lie_in_rows_where_a_network_reads_them(env_id, constrained, horizon):
     world = grpo_jax.make(env_id)
-    config = grpo_jax.GRPOConfig(bootstrap=True, network="mlp")
-    policy = grpo_jax.make_policy(config, world.observation_space, world.action_space)
-    state = policy.init(jax.random.key(0))
-    _, states = jax.vmap(world.reset)(jax.random.split(jax.random.key(1), 5))
-
-    def act(observation, mask, uniforms):
-        return policy.distribution.sample(policy.parameters(state, observation, mask), uniforms)
+    states, act, value = states_and_networks(world, grpo_jax.GRPOConfig(bootstrap=True, network="mlp"), 5)
 
     def run(key):
         return group_returns(
@@ -260,7 +260,7 @@ def test_maps_lie_in_rows_where_a_network_reads_them(env_id, constrained, horizo
             jnp.broadcast_to(jnp.arange(2), (5, 2)),
             horizon=horizon,
             gamma=0.9,
-            value=lambda observation: policy.value(state, observation),
+            value=value,
         ).returns
 
     keys = jax.random.split(jax.random.key(2), 2)
