@@ -191,7 +191,7 @@ def _init(config: GRPOConfig, env: World, key: jax.Array, vmapped: bool) -> Trai
     return jax.vmap(one)(key) if vmapped else one(key)
 
 
-def _run_chunk(
+def _iterations(
     config: GRPOConfig,
     env: World,
     state: TrainState,
@@ -220,5 +220,5 @@ def _run_chunk(
     return jax.vmap(one)(state) if vmapped else one(state)
 
 
-_chunk = jax.jit(_run_chunk, static_argnames="vmapped")
-_chunk_in_place = jax.jit(_run_chunk, static_argnames="vmapped", donate_argnames="state")
+_chunk = jax.jit(_iterations, static_argnames="vmapped")
+_chunk_in_place = jax.jit(_iterations, static_argnames="vmapped", donate_argnames="state")
