@@ -16,8 +16,8 @@ import warnings
 
 import gymnasium
 
-from sb3_bridge.replay_check import check
-from sb3_bridge.snapshots import CloneReport
+from sb3_bridge.clones.replay_check import check
+from sb3_bridge.clones.snapshot import CloneReport
 
 FAMILIES = ("classic_control", "toy_text", "box2d", "mujoco")
 

@@ -44,18 +44,7 @@ from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_wit
 from grpo_jax.training.rollout import Trajectory
 from grpo_jax.types import Group, Metrics
 from grpo_jax.worlds.base import World
-from sb3_bridge import serialization
-from sb3_bridge.arguments import to_action_space
-from sb3_bridge.branching import Brancher
-from sb3_bridge.collect import (
-    Simulator,
-    collect_on_device,
-    collect_on_host,
-    find_simulator,
-    override,
-    train_state,
-)
-from sb3_bridge.dynamics import (
+from sb3_bridge.alternatives import (
     BUDGET_MS,
     Choice,
     Clones,
@@ -70,11 +59,22 @@ from sb3_bridge.dynamics import (
     digits,
     states_of,
 )
-from sb3_bridge.policies import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
-from sb3_bridge.presets import arguments_of, find_preset
-from sb3_bridge.registration import NAMESPACE
-from sb3_bridge.rewards import Reward, original_errors, resolve_reward
-from sb3_bridge.vec_env import GymnaxVecEnv
+from sb3_bridge.clones.brancher import Brancher
+from sb3_bridge.files import model_zip as serialization
+from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
+from sb3_bridge.gymnax.presets import arguments_of, find_preset
+from sb3_bridge.gymnax.registration import NAMESPACE
+from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.policies.arguments import to_action_space
+from sb3_bridge.policies.policy import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.rollout.host import (
+    Simulator,
+    collect_on_device,
+    collect_on_host,
+    find_simulator,
+    override,
+    train_state,
+)
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 

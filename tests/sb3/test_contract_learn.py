@@ -43,8 +43,9 @@ from toys import Line
 
 from grpo_jax.spaces import Box, Discrete
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, NoSpreadWarning
-from sb3_bridge import GRPO, GymnaxVecEnv, collect
-from sb3_bridge.gym_env import GymnaxEnv
+from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge.gymnax.env import GymnaxEnv
+from sb3_bridge.rollout import host as collect
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

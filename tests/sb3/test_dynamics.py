@@ -26,9 +26,10 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_bridge import GRPO, GymnaxVecEnv, dynamics, grpo
-from sb3_bridge.copies import Unclonable
-from sb3_bridge.dynamics import digits
+from sb3_bridge import GRPO, GymnaxVecEnv, grpo
+from sb3_bridge import alternatives as dynamics
+from sb3_bridge.alternatives import digits
+from sb3_bridge.clones.copying import Unclonable
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -803,7 +804,7 @@ def test_candidates_may_become_episodes_and_nothing_is_branched_from_then_on():
 
 
 def test_a_rollout_larger_than_the_replay_is_learned_from_all_the_same(monkeypatch):
-    monkeypatch.setattr("sb3_bridge.dynamics.CAPACITY", 12)
+    monkeypatch.setattr("sb3_bridge.alternatives.CAPACITY", 12)
     model = make(dummy(Uncopyable, 2), dynamics="learned", n_steps=16, batch_size=32)
     model.learn(32)
     assert int(model._alternatives._model.replay.count) == 12

@@ -1,0 +1,1 @@
+"""Copies of Gymnasium environments in which candidates are followed."""

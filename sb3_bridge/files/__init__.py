@@ -1,0 +1,1 @@
+"""Models and policies in SB3's zip, without pickle."""

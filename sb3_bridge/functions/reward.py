@@ -1,0 +1,111 @@
+"""A user's ``reward_function(state, action, next_state)``: JAX, NumPy or torch, per sample or batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sb3_bridge.functions.detect import resolve
+from sb3_bridge.functions.host_call import original_errors as original_errors
+from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, length
+
+
+@dataclass(frozen=True)
+class Reward(UserFunction):
+    """A reward function in a known form; equal for equal functions, so that it can be static under ``jit``.
+
+    A reward that is NaN or inf is an error that shows the transition. Inside ``jit`` that holds for NumPy and
+    torch only, and for finite states: what a world does behind an end may be anything, and counts for nothing.
+    JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message; see ``original_errors``.
+
+    Attributes:
+      function: the user's ``(state, action, next_state) -> reward``, a pure function.
+      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
+      takes_batch: arguments ``[N, *shape]`` and result ``[N]`` or ``[N, 1]``, instead of ``[*shape]`` and ``[]``
+        or ``[1]``.
+    """
+
+    parameter: ClassVar[str] = "reward_function"
+    argument_names: ClassVar[tuple[str, ...]] = ("state", "action", "next_state")
+    owed: ClassVar[str] = (
+        "one reward for a transition ([] or [1]), or N rewards for a batch of N ([N] or [N, 1])"
+    )
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output("", (), np.dtype(jnp.result_type(float))),)
+
+    def parts(self, result: Any) -> tuple[Any, ...]:
+        return (result,)
+
+    def __call__(self, state: Any, action: Any, next_state: Any) -> jax.Array:
+        """The reward of one transition, traceable under ``jit`` and ``vmap``.
+
+        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
+
+        Args:
+          state: ``[*shape]``, a dict of such arrays for ``Dict`` observations.
+          action: ``[*shape]`` in the environment's units.
+          next_state: like ``state``.
+
+        Returns:
+          ``[]``, JAX's default float.
+        """
+        return self.of_one(state, action, next_state)[0]
+
+    def batch(self, states: Any, actions: Any, next_states: Any) -> np.ndarray:
+        """The rewards of N transitions of ordinary environments, on the host.
+
+        Args:
+          states: ``[N, *shape]``, a dict of such arrays for ``Dict`` observations.
+          actions: ``[N, *shape]`` in the environment's units.
+          next_states: like ``states``.
+
+        Returns:
+          ``[N]`` float32.
+
+        Raises:
+          ValueError: a reward is NaN or inf, or has the wrong shape; or the arguments differ in length.
+          RuntimeError: the function raised.
+        """
+        transitions = jax.tree.map(np.asarray, (states, actions, next_states))
+        if length(transitions, "states, actions, next_states") == 0:
+            return np.zeros(0, np.float32)
+        results = [rewards.astype(np.float32) for rewards in guarded(self, transitions)]
+        check_finite(self, results, transitions)
+        return results[0]
+
+
+def resolve_reward(
+    function: Callable[[Any, Any, Any], Any],
+    observation_space: gymnasium.Space,
+    action_space: gymnasium.Space,
+    *,
+    samples: tuple[Any, Any, Any] | None = None,
+) -> Reward:
+    """Finds out, by trying, what kind of reward function this is; see ``trying.resolve``.
+
+    Args:
+      function: ``(state, action, next_state) -> reward``; a pure function of one transition (``[*shape]`` to
+        ``[]`` or ``[1]``), or of a batch, row by row (``[N, *shape]`` to ``[N]`` or ``[N, 1]``). NumPy and torch
+        get integer actions as int64; torch gets floats as float32, on the CPU.
+      observation_space: of one environment.
+      action_space: of one environment.
+      samples: ``(states, actions, next_states)`` of real transitions to try with, ``[M, *shape]`` each; None
+        draws them from the spaces.
+
+    Returns:
+      The function in its form.
+
+    Raises:
+      TypeError: not callable, or it raises in every form (each one's error is listed).
+      ValueError: it returns wrong shapes, NaN or inf, or rewards that depend on more than their transition.
+    """
+    spaces = (observation_space, action_space, observation_space)
+    return resolve(Reward(function, "jax", takes_batch=False), spaces, samples)

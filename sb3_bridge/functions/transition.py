@@ -1,0 +1,145 @@
+"""A user's ``dynamics(state, action)``: JAX, NumPy or torch, per sample or batched, with or without an end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.spaces import Box, Dict, Space, from_gymnasium
+from sb3_bridge.functions.detect import resolve
+from sb3_bridge.functions.user_function import Arguments, Output, Unfit, UserFunction
+
+
+class _TellsEnd(Unfit):
+    """The function returned a tuple where it was taken to return ``next_state`` alone."""
+
+
+@dataclass(frozen=True)
+class Transition(UserFunction):
+    """A transition function in a known form; equal for equal functions, so that it can be static under ``jit``.
+
+    A ``next_state`` with NaN or inf is an error that shows state and action. Inside ``jit`` that holds for NumPy
+    and torch only, and for finite arguments. Branches step on behind an end until all of them have ended, so it
+    must be finite there too. JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message;
+    see ``host.original_errors``.
+
+    Attributes:
+      function: the user's ``(state, action) -> next_state`` or ``-> (next_state, terminated)``, a pure function.
+      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
+      takes_batch: arguments and ``next_state`` are ``[N, *shape]`` and ``terminated`` is ``[N]`` or ``[N, 1]``,
+        instead of ``[*shape]`` and ``[]`` or ``[1]``.
+      tells_end: whether it returns ``(next_state, terminated)``.
+      observation_space: of ``state`` and ``next_state``.
+    """
+
+    tells_end: bool
+    observation_space: Space
+
+    parameter: ClassVar[str] = "dynamics"
+    argument_names: ClassVar[tuple[str, ...]] = ("state", "action")
+    owed: ClassVar[str] = (
+        "next_state or (next_state, terminated): of a transition an observation and a boolean ([] or [1]), or of a"
+        " batch of N its observations and N booleans ([N] or [N, 1])"
+    )
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        space = self.observation_space
+        states: list[tuple[str, Any]] = [("next_state", space)]
+        if isinstance(space, Dict):
+            states = [(f"next_state[{name!r}]", part) for name, part in space.spaces]
+        outputs = [Output(name, part.shape, _dtype(part)) for name, part in states]
+        if self.tells_end:
+            outputs.append(Output("terminated", (), np.dtype(bool)))
+        return tuple(outputs)
+
+    def parts(self, result: Any) -> tuple[Any, ...]:
+        end: tuple[Any, ...] = ()
+        if isinstance(result, tuple):
+            if len(result) != 2:
+                raise Unfit(f"returned a tuple of {len(result)}, expected (next_state, terminated)")
+            if not self.tells_end:
+                raise _TellsEnd("returned (next_state, terminated) instead of next_state alone")
+            result, end = result[0], result[1:]
+        elif self.tells_end:
+            raise Unfit("returned next_state alone instead of (next_state, terminated)")
+        if not isinstance(self.observation_space, Dict):
+            return (result, *end)
+        names = [name for name, _ in self.observation_space.spaces]
+        if not isinstance(result, dict) or set(result) != set(names):
+            got = f"names {list(result)}" if isinstance(result, dict) else type(result).__name__
+            raise Unfit(f"returned next_state of {got}, expected a dict of {names}")
+        return (*(result[name] for name in names), *end)
+
+    def attempt(self, arguments: Arguments) -> tuple[Self, list[np.ndarray]]:
+        try:
+            return super().attempt(arguments)
+        except _TellsEnd:
+            return dataclasses.replace(self, tells_end=True).attempt(arguments)
+
+    def __call__(self, state: Any, action: Any) -> Any:
+        """Where one action leads, traceable under ``jit`` and ``vmap``.
+
+        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
+
+        Args:
+          state: ``[*shape]``, a dict of such arrays for ``Dict`` observations.
+          action: ``[*shape]`` in the environment's units.
+
+        Returns:
+          ``next_state`` like ``state``, or ``(next_state, terminated)`` with bool ``[]``. Real numbers are JAX's
+          default float, images and other integer boxes have the space's dtype, categories are int32.
+        """
+        leaves = self.of_one(state, action)
+        end = leaves.pop() if self.tells_end else None
+        space = self.observation_space
+        next_state: Any = leaves[0]
+        if isinstance(space, Dict):
+            next_state = {name: leaf for (name, _), leaf in zip(space.spaces, leaves, strict=True)}
+        return next_state if end is None else (next_state, end)
+
+
+def resolve_transition(
+    function: Callable[[Any, Any], Any],
+    observation_space: gymnasium.Space,
+    action_space: gymnasium.Space,
+    *,
+    samples: tuple[Any, Any] | None = None,
+) -> Transition:
+    """Finds out, by trying, what kind of transition function this is; see ``trying.resolve``.
+
+    Args:
+      function: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``; a pure function of one
+        transition, or of a batch, row by row. NumPy and torch get integer actions as int64; torch gets floats as
+        float32, on the CPU. Of integers ``next_state`` must be integers, and ``terminated`` must be booleans.
+      observation_space: of one environment.
+      action_space: of one environment.
+      samples: ``(states, actions)`` of real transitions to try with, ``[M, *shape]`` each; None draws them from
+        the spaces.
+
+    Returns:
+      The function in its form.
+
+    Raises:
+      TypeError: not callable, or it raises in every form (each one's error is listed).
+      ValueError: it returns wrong shapes, NaN or inf, or what depends on more than state and action.
+      NotImplementedError: observations that no world can have.
+    """
+    space = from_gymnasium(observation_space, "observation_space")
+    untried = Transition(function, "jax", takes_batch=False, tells_end=False, observation_space=space)
+    return resolve(untried, (observation_space, action_space), samples)
+
+
+def _dtype(space: Space) -> np.dtype:
+    """What worlds have the observations of a space in."""
+    if not isinstance(space, Box):
+        return np.dtype(np.int32)
+    is_real = np.dtype(space.dtype).kind == "f"
+    return np.dtype(jnp.result_type(float) if is_real else jax.dtypes.canonicalize_dtype(space.dtype))

@@ -1,0 +1,1 @@
+"""gymnax's environments behind the interfaces of SB3 and Gymnasium."""

@@ -1,0 +1,553 @@
+"""Reward functions in every form; a Python loop over the transitions is the oracle."""
+
+import math
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
+
+import grpo_jax
+from grpo_jax.worlds.base import RewardOverride
+from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
+
+CARTPOLE = gymnasium.make("CartPole-v1")
+BOX = CARTPOLE.observation_space
+TWO = CARTPOLE.action_space
+
+
+def box(*shape, dtype=np.float32):
+    low, high = (0, 255) if dtype is np.uint8 else (-1, 1)
+    return spaces.Box(low, high, shape, dtype)
+
+
+def branching(state, action, next_state):
+    if abs(next_state[2]) > 0.2:
+        return 0.0
+    return 1.0
+
+
+def expected(states, actions, next_states):
+    """1 - |angle| - 0.1 |position| + 0.01 action * old velocity, in float64."""
+    return np.array(
+        [
+            1 - abs(float(n[2])) - 0.1 * abs(float(n[0])) + 0.01 * float(a) * float(s[1])
+            for s, a, n in zip(states, actions, next_states, strict=True)
+        ]
+    )
+
+
+FORMS = {
+    "plain": (
+        "jax",
+        False,
+        lambda s, a, n: 1 - abs(n[2]) - 0.1 * abs(n[0]) + 0.01 * a * s[1],
+    ),
+    "jax": (
+        "jax",
+        False,
+        lambda s, a, n: 1 - jnp.abs(n[2:3]) - 0.1 * jnp.abs(n[:1]) + 0.01 * a * s[1:2],
+    ),
+    "jax batched": (
+        "jax",
+        True,
+        lambda s, a, n: 1 - jnp.abs(n[:, 2]) - 0.1 * jnp.abs(n[:, 0]) + 0.01 * a * s[:, 1],
+    ),
+    "numpy": (
+        "numpy",
+        False,
+        lambda s, a, n: 1 - np.abs(n[2]) - 0.1 * np.abs(n[0]) + 0.01 * a * s[1],
+    ),
+    "math": (
+        "numpy",
+        False,
+        lambda s, a, n: 1 - math.fabs(n[2]) - 0.1 * math.fabs(n[0]) + 0.01 * a * float(s[1]),
+    ),
+    "numpy batched": (
+        "numpy",
+        True,
+        lambda s, a, n: 1 - np.abs(n[:, 2]) - 0.1 * np.abs(n[:, 0]) + 0.01 * a * s[:, 1],
+    ),
+    "torch": (
+        "torch",
+        False,
+        lambda s, a, n: 1 - torch.abs(n[2]) - 0.1 * n[0].abs() + 0.01 * a * s[1],
+    ),
+    "torch batched": (
+        "torch",
+        True,
+        lambda s, a, n: (
+            1.0 - torch.abs(n[:, 2:3]) - 0.1 * torch.abs(n[:, :1]) + 0.01 * a[:, None] * s[:, 1:2]
+        ),
+    ),
+    "torch methods": (
+        "torch",
+        True,
+        lambda s, a, n: (1 - n[:, 2].abs() - 0.1 * n[:, 0].abs() + 0.01 * a * s[:, 1]).double(),
+    ),
+}
+RESOLVED = {name: resolve_reward(function, BOX, TWO) for name, (_, _, function) in FORMS.items()}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_are_found_out(name):
+    framework, takes_batch, function = FORMS[name]
+    reward = RESOLVED[name]
+    assert reward == Reward(function, framework, takes_batch)
+    assert hash(reward) == hash(Reward(function, framework, takes_batch))
+
+
+def test_descriptions():
+    assert RESOLVED["numpy"].description == "reward_function: NumPy, one transition at a time"
+    assert RESOLVED["torch batched"].description == "reward_function: torch, batches of transitions"
+    assert RESOLVED["plain"].description == "reward_function: JAX, one transition at a time"
+
+
+@given(n=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), name=st.sampled_from(list(FORMS)))
+def test_every_form_agrees_with_a_loop(n, seed, name):
+    rng = np.random.default_rng(seed)
+    states, next_states = rng.standard_normal((2, n, 4)).astype(np.float32)
+    actions = rng.integers(2, size=n)
+    reward = RESOLVED[name]
+    wanted = expected(states, actions, next_states)
+    rewards = reward.batch(states, actions, next_states)
+    assert rewards.dtype == np.float32 and rewards.shape == (n,)
+    np.testing.assert_allclose(rewards, wanted, rtol=1e-5, atol=1e-5)
+    mapped = jax.vmap(reward)(states, actions.astype(np.int32), next_states)
+    np.testing.assert_allclose(mapped, wanted, rtol=1e-5, atol=1e-5)
+    one = reward(states[0], actions[0], next_states[0])
+    assert one.shape == () and one.dtype == jnp.float32
+    np.testing.assert_allclose(one, wanted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_host_is_called_once_for_nested_batches_and_unbatched_arguments():
+    calls = []
+
+    def function(state, action, next_state):
+        calls.append(next_state.shape)
+        return np.abs(state[:, 0]) + 10 * action + 100 * next_state[:, 1]
+
+    reward = resolve_reward(function, BOX, TWO)
+    assert reward.takes_batch and reward.framework == "numpy"
+    calls.clear()
+    states = np.arange(8, dtype=np.float32).reshape(2, 4)
+    actions = np.array([0, 1, 1])
+    next_states = np.arange(5 * 4, dtype=np.float32).reshape(4, 5)  # mapped over its last axis
+    mapped = jax.vmap(jax.vmap(jax.vmap(reward, (None, None, 1)), (None, 0, None)), (0, None, None))
+    rewards = jax.jit(mapped)(states, actions, next_states)
+    assert calls == [(2 * 3 * 5, 4)]
+    wanted = states[:, 0][:, None, None] + 10 * actions[None, :, None] + 100 * next_states[1][None, None, :]
+    np.testing.assert_array_equal(rewards, wanted)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_inside_of_loops(name):
+    reward = RESOLVED[name]
+
+    def run(state):
+        def body(carry, _):
+            state, total = carry
+            next_state = state * 0.9
+            return (next_state, total + reward(state, jnp.int32(1), next_state)), None
+
+        return jax.lax.scan(body, (state, 0.0), None, length=3)[0][1]
+
+    states = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    wanted = sum(expected(states * 0.9**k, np.ones(6), states * 0.9 ** (k + 1)) for k in range(3))
+    np.testing.assert_allclose(jax.jit(jax.vmap(run))(states), wanted, rtol=1e-4)
+
+
+def test_empty_batches():
+    for reward in RESOLVED.values():
+        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+        assert reward.batch(*nothing).shape == (0,)
+        assert jax.vmap(reward)(*nothing).shape == (0,)
+
+
+# Spaces.
+
+
+@pytest.mark.parametrize(
+    ("space", "function", "form"),
+    [
+        (spaces.Discrete(16), lambda s, a, n: n == 15, ("jax", False)),
+        (spaces.Discrete(16), lambda s, a, n: np.float64(n == 15), ("numpy", False)),
+        (spaces.Discrete(16), lambda s, a, n: (n == 15).float(), ("torch", False)),
+        (spaces.Discrete(16), lambda s, a, n: (n == 15).float().unsqueeze(1), ("torch", True)),
+        (spaces.Discrete(16), lambda s, a, n: jnp.zeros(len(n)), ("jax", True)),
+        (box(1), lambda s, a, n: -np.abs(n), ("numpy", False)),
+        (box(1), lambda s, a, n: -np.abs(n[:, 0]), ("numpy", True)),
+        (box(4), lambda s, a, n: -np.abs(n[..., 2]), ("numpy", False)),
+        (box(4), lambda s, a, n: n.mean(), ("jax", False)),
+        (box(4), lambda s, a, n: np.mean(n), ("jax", False)),  # NumPy asks its argument for its own mean
+        (box(4), lambda s, a, n: n[:, 2].squeeze(), ("jax", True)),
+        (box(3, 4), lambda s, a, n: n[:, 2].sum(), ("jax", False)),
+        (box(3, 4), lambda s, a, n: n[:, 2].sum(axis=1), ("jax", True)),
+        (box(3, 4), lambda s, a, n: n[:, 2, 1].abs(), ("torch", True)),
+        (box(7), lambda s, a, n: np.abs(n).sum(axis=0), ("numpy", False)),
+        (box(8, 8, 3, dtype=np.uint8), lambda s, a, n: n.astype(np.float32).mean() / 255, ("jax", False)),
+        (box(8, 8, 3, dtype=np.uint8), lambda s, a, n: n.float().mean(dim=(1, 2, 3)), ("torch", True)),
+        (spaces.MultiBinary(3), lambda s, a, n: np.float32(np.count_nonzero(n)), ("numpy", False)),
+        (spaces.MultiDiscrete([3, 4]), lambda s, a, n: -torch.abs(n - s).sum(1, True), ("torch", True)),
+        (
+            spaces.Dict({"b": box(2), "a": spaces.Discrete(3)}),
+            lambda s, a, n: -np.abs(n["b"][0] - s["b"][1]) + n["a"],
+            ("numpy", False),
+        ),
+        (
+            spaces.Dict({"b": box(2), "a": spaces.Discrete(3)}),
+            lambda s, a, n: -torch.abs(n["b"][:, 0]) + n["a"],
+            ("torch", True),
+        ),
+        (
+            spaces.Dict({"b": box(2), "a": spaces.Discrete(3)}),
+            lambda s, a, n: -(n["b"][0] ** 2) + n["a"],
+            ("jax", False),
+        ),
+    ],
+)
+def test_spaces(space, function, form):
+    reward = resolve_reward(function, space, TWO)
+    assert (reward.framework, reward.takes_batch) == form
+    space.seed(0)
+    seen = [space.sample() for _ in range(5)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+    actions = np.arange(5) % 2
+    rewards = reward.batch(stacked, actions, stacked)
+    alone = [
+        reward.batch(
+            jax.tree.map(lambda leaf: np.asarray(leaf)[None], one),
+            action[None],
+            jax.tree.map(lambda leaf: np.asarray(leaf)[None], one),
+        )[0]
+        for one, action in zip(seen, actions, strict=True)
+    ]
+    np.testing.assert_allclose(rewards, alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(reward)(stacked, actions, stacked), rewards, rtol=1e-5, atol=1e-6)
+
+
+def test_what_host_functions_get():
+    seen = []
+
+    def spy(state, action, next_state):
+        seen.append((state, action))
+        return np.float32(0.0) + 0 * float(next_state[0])
+
+    numpy = resolve_reward(spy, spaces.Box(-1, 1, (2,), np.float64), spaces.Discrete(3))
+    assert numpy.framework == "numpy"
+    seen.clear()
+    numpy.batch(np.ones((1, 2)), np.array([2]), np.ones((1, 2)))
+    jax.jit(numpy)(np.ones(2), np.int32(2), np.ones(2))
+    for (state, action), dtype in zip(seen, (np.float64, np.float32), strict=True):
+        assert type(state) is np.ndarray and state.dtype == dtype and state.shape == (2,)
+        assert type(action) is np.int64 and action == 2
+
+    def torch_spy(state, action, next_state):
+        seen.append((state, action))
+        return torch.zeros(len(state), dtype=torch.bfloat16, requires_grad=True) * next_state[:, 0].abs()
+
+    reward = resolve_reward(
+        torch_spy, spaces.Box(-1, 1, (2,), np.float64), spaces.MultiBinary(3), samples=None
+    )
+    assert (reward.framework, reward.takes_batch) == ("torch", True)
+    seen.clear()
+    reward.batch(np.ones((4, 2)), np.ones((4, 3), np.int8), np.ones((4, 2)))
+    (state, action) = seen[0]
+    assert state.dtype == torch.float32 and state.device.type == "cpu" and tuple(state.shape) == (4, 2)
+    assert action.dtype == torch.int64 and tuple(action.shape) == (4, 3)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_results_may_require_grad(gradient):
+    weight = torch.nn.Parameter(torch.tensor(2.0), requires_grad=gradient)
+    reward = resolve_reward(lambda s, a, n: weight * torch.abs(n[:, 0]), BOX, TWO)
+    states = np.full((3, 4), 0.5, np.float32)
+    np.testing.assert_array_equal(reward.batch(states, np.zeros(3, int), states), [1.0, 1.0, 1.0])
+
+
+def test_modules_and_unhashable_callables():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    reward = resolve_reward(lambda s, a, n: network(n), BOX, TWO)
+    assert reward.framework == "torch"
+
+    @dataclass
+    class Weighted:
+        weight: float
+
+        def __call__(self, state, action, next_state):
+            return self.weight * jnp.abs(next_state[0])
+
+    weighted = Weighted(2.0)
+    with pytest.raises(TypeError):
+        hash(weighted)
+    first, second = (resolve_reward(weighted, BOX, TWO) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+    assert first(np.full(4, 0.25), 0, np.full(4, 0.25)) == 0.5
+
+
+def test_arguments_are_copies():
+    def function(state, action, next_state):
+        next_state[:, 0] = 7.0
+        return np.abs(next_state[:, 0])
+
+    reward = resolve_reward(function, BOX, TWO)
+    states = np.zeros((2, 4), np.float32)
+    np.testing.assert_array_equal(reward.batch(states, np.zeros(2, int), states), [7.0, 7.0])
+    np.testing.assert_array_equal(jax.vmap(reward)(states, np.zeros(2, int), states), [7.0, 7.0])
+    assert not states.any()
+
+
+def test_the_spaces_own_generators_are_left_alone():
+    observations, actions = box(4), spaces.Discrete(5)
+    observations.seed(3), actions.seed(3)
+    other, others = box(4), spaces.Discrete(5)
+    other.seed(3), others.seed(3)
+    resolve_reward(branching, observations, actions)
+    np.testing.assert_array_equal(observations.sample(), other.sample())
+    assert [actions.sample() for _ in range(8)] == [others.sample() for _ in range(8)]
+
+
+def test_samples_are_used():
+    # Positive on what is given, and NaN on what would be drawn.
+    function = lambda s, a, n: np.sqrt(n[0] - 5.0) + 0 * a
+    samples = (np.full((3, 4), 9.0, np.float32), np.zeros(3, np.int64), np.full((3, 4), 9.0, np.float32))
+    reward = resolve_reward(function, BOX, TWO, samples=samples)
+    np.testing.assert_array_equal(reward.batch(*samples), [2.0, 2.0, 2.0])
+    with pytest.raises(ValueError, match=r"returned nan for state=.*drawn from the spaces"):
+        resolve_reward(function, BOX, TWO)
+    with pytest.raises(ValueError, match=r"samples .* have shapes .*\(3,\).*spaces say"):
+        resolve_reward(function, BOX, TWO, samples=(samples[0][:, :3], samples[1], samples[2]))
+    with pytest.raises(ValueError, match="must be None or a tuple"):
+        resolve_reward(function, BOX, TWO, samples=samples[0])
+
+
+# Errors.
+
+
+def test_not_callable():
+    with pytest.raises(TypeError, match="reward_function=3 must be callable"):
+        resolve_reward(3, BOX, TWO)
+
+
+def test_raises_in_every_form():
+    def broken(state, action, next_state):
+        raise KeyError("angle")
+
+    with pytest.raises(TypeError) as caught:
+        resolve_reward(broken, BOX, TWO)
+    message = str(caught.value)
+    for framework in ("JAX", "NumPy", "torch"):
+        for many in ("one transition at a time", "batches of transitions"):
+            assert f"{framework}, {many}: KeyError: 'angle'" in message
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda s, a, n: n[:2], r"one transition at a time: returned shape \[2\], expected \[\] or \[1\]"),
+        (
+            lambda s, a, n: n[:, 2:4],
+            r"batches of transitions: returned shape \[7, 2\], expected \[N\] or \[N, 1\] with N=7",
+        ),
+        (lambda s, a, n: None, "returned NoneType, expected one array"),
+        (lambda s, a, n: (1.0, {}), "returned tuple, expected one array"),
+        (lambda s, a, n: np.abs(n[0]) * 1j, "returned complex, expected one real number"),
+    ],
+)
+def test_wrong_results(function, said):
+    with pytest.raises(ValueError, match=said):
+        resolve_reward(function, BOX, TWO)
+
+
+def test_jax_that_cannot_be_traced_is_not_taken_for_numpy():
+    def function(state, action, next_state):
+        return 1.0 if jnp.abs(next_state[2]) > 0.2 else 0.0
+
+    with pytest.raises(
+        TypeError, match=r"NumPy, one transition at a time: TypeError: it calls JAX on concrete"
+    ):
+        resolve_reward(function, BOX, TWO)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, a, n: n[:, 2] - n[:, 2].mean(),
+        lambda s, a, n: np.abs(n[:, 2]) / np.abs(n[:, 2]).max(),
+        lambda s, a, n: torch.abs(n[:, 2]) + torch.randn(len(n)),
+    ],
+)
+def test_rewards_that_depend_on_the_batch_are_refused(function):
+    with pytest.raises(ValueError, match="must depend on nothing else than state="):
+        resolve_reward(function, BOX, TWO)
+
+
+def test_ambiguous_forms_are_refused():
+    # Fits both shapes, and means two things.
+    with pytest.raises(ValueError, match="a transition in a batch and"):
+        resolve_reward(lambda s, a, n: np.abs(n) / np.abs(n).sum(), box(1), TWO)
+
+
+NAN = {
+    "jax": lambda s, a, n: jnp.where(n[0] > 50, jnp.nan, 0.0),
+    "numpy": lambda s, a, n: np.where(n[0] > 50, np.nan, 0.0),
+    "numpy batched": lambda s, a, n: np.where(n[:, 0] > 50, np.inf, 0.0),
+    "torch": lambda s, a, n: torch.where(n[0] > 50, torch.nan, 0.0),
+    "torch batched": lambda s, a, n: torch.where(n[:, 0] > 50, torch.nan, 0.0),
+}
+STATES = np.zeros((3, 4), np.float32)
+NEXT_STATES = STATES + np.array([[0.0], [99.0], [0.0]], np.float32)
+SHOWN = r"state=\[0., 0., 0., 0.\], action=1, next_state=\[99., 99., 99., 99.\]"
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_non_finite_rewards_in_batches(name):
+    reward = resolve_reward(NAN[name], BOX, TWO)
+    with pytest.raises(
+        ValueError, match=rf"reward_function returned (nan|inf) for {SHOWN}; it must be finite"
+    ):
+        reward.batch(STATES, np.array([0, 1, 0]), NEXT_STATES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAN if name != "jax"])
+def test_non_finite_rewards_inside_jit(name):
+    reward = resolve_reward(NAN[name], BOX, TWO)
+    run = jax.jit(
+        lambda *args: jax.lax.fori_loop(0, 2, lambda i, x: x + jax.vmap(reward)(*args), jnp.zeros(3))
+    )
+    arguments = STATES, np.array([0, 1, 0]), NEXT_STATES
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=rf"returned (nan|inf) for {SHOWN}; it must be finite"
+    ):
+        run(*arguments).block_until_ready()
+    with (
+        pytest.raises(ValueError, match=rf"^reward_function returned (nan|inf) for {SHOWN}"),
+        original_errors(),
+    ):
+        run(*arguments).block_until_ready()
+    # What follows an error is unharmed, and other errors are left alone.
+    np.testing.assert_array_equal(run(STATES, np.zeros(3, int), STATES), np.zeros(3))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"), original_errors():
+        raise jax.errors.JaxRuntimeError("another")
+    # Behind an end a world may give anything.
+    behind = np.where(NEXT_STATES > 50, np.inf, 0.0).astype(np.float32)
+    assert not np.isfinite(jax.vmap(reward)(STATES, np.zeros(3, int), behind)[1])
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_later_errors_show_their_transition(batched):
+    def function(state, action, next_state):
+        if (np.max(next_state, axis=None) if batched else next_state[0]) > 50:
+            raise KeyError("too far")
+        return np.zeros(len(state)) if batched else 0.0
+
+    reward = resolve_reward(function, BOX, TWO)
+    assert (reward.framework, reward.takes_batch) == ("numpy", batched)
+    arguments = STATES, np.array([0, 1, 0]), NEXT_STATES
+    with pytest.raises(RuntimeError, match=rf"reward_function raised KeyError: 'too far' for {SHOWN}"):
+        reward.batch(*arguments)
+    with (
+        pytest.raises(RuntimeError, match=rf"^reward_function raised KeyError: 'too far' for {SHOWN}"),
+        original_errors(),
+    ):
+        jax.jit(jax.vmap(reward))(*arguments).block_until_ready()
+
+
+def test_later_wrong_shapes_show_their_transition():
+    function = lambda s, a, n: n if np.all(n[0] > 50) else np.abs(n[0])
+    reward = resolve_reward(function, BOX, TWO)
+    with pytest.raises(
+        ValueError, match=rf"reward_function returned shape \[4\], expected \[\] or \[1\] for {SHOWN}"
+    ):
+        reward.batch(STATES, np.array([0, 1, 0]), NEXT_STATES)
+
+
+def test_lengths_must_agree():
+    with pytest.raises(ValueError, match=r"states, actions, next_states must be arrays \[N, ...\] of one N"):
+        RESOLVED["numpy"].batch(STATES, np.zeros(2, int), NEXT_STATES)
+
+
+# In training.
+
+SCORES = {
+    "jax": lambda s, a, n: 1 - jnp.abs(n[2]) - 0.1 * jnp.abs(n[0]),
+    "numpy": lambda s, a, n: 1 - np.abs(n[2]) - 0.1 * np.abs(n[0]),
+    "numpy batched": lambda s, a, n: 1 - np.abs(n[:, 2]) - 0.1 * np.abs(n[:, 0]),
+    "torch batched": lambda s, a, n: 1.0 - torch.abs(n[:, 2:3]) - 0.1 * torch.abs(n[:, 0:1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("n_seeds", "names"), [(None, ("numpy", "numpy batched", "torch batched")), (2, ("torch batched",))]
+)
+def test_training_is_the_same_with_every_form(n_seeds, names):
+    config = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, horizon=8, n_epochs=1, batch_size=16)
+    results = {}
+    for name in ("jax", *names):
+        reward = resolve_reward(SCORES[name], BOX, TWO)
+        assert reward.framework == name.split()[0]
+        world = RewardOverride(grpo_jax.make("CartPole-v1"), reward)
+        train = lambda key, world=world: grpo_jax.train(config, world, key, total_timesteps=64).metrics
+        key = jax.random.key(0)
+        results[name] = train(key) if n_seeds is None else jax.vmap(train)(jax.random.split(key, n_seeds))
+    assert np.all(np.asarray(results["jax"]["group_spread"]) > 0)
+    for name in names:
+        for metric, values in results["jax"].items():
+            np.testing.assert_allclose(
+                results[name][metric], values, rtol=1e-4, atol=1e-5, err_msg=f"{name}: {metric}"
+            )
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason="cannot choose the cores")
+def test_no_deadlock_on_few_cores(cores):
+    """With ``jax.pure_callback`` in place of our primitive this hangs on one core (jax 0.10)."""
+    program = f"""
+        import os
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
+        import gymnasium, jax, jax.numpy as jnp, numpy as np, torch
+        from sb3_bridge.functions.reward import resolve_reward
+
+        size = 17  # a batch is above the 100 kB from which JAX copies in its thread pool
+        space, actions = gymnasium.spaces.Box(-1, 1, (size,)), gymnasium.spaces.Discrete(2)
+        # What it depends on is still being computed: then the run itself occupies the pool.
+        late = jax.jit(lambda x: x + 0 * jax.lax.fori_loop(
+            0, 2000, lambda i, m: jnp.tanh(m @ m), jnp.ones((100, 100)))[0, 0])
+        means = []
+        for function in (lambda s, a, n: 1 - np.abs(n[:, 2]), lambda s, a, n: 1 - torch.abs(n[:, 2:3])):
+            reward = jax.vmap(jax.vmap(jax.vmap(resolve_reward(function, space, actions))))
+
+            @jax.jit
+            def run(states):
+                def body(carry):
+                    i, states, total = carry
+                    after = jnp.cos(states * 1.7 + i)
+                    action = (states[..., 0] > 0).astype(jnp.int32)
+                    total += reward(states, action, after) + reward(jnp.sin(states), 1 - action, after + 1)
+                    return i + 1, after, total
+                start = 0, states, jnp.zeros(states.shape[:3])
+                return jax.lax.while_loop(lambda carry: carry[0] < 50, body, start)[2]
+
+            for k in range(3):
+                means.append(float(run(late(jnp.full((2, 1, 2048, size), 0.1 * k))).mean()))
+        assert np.allclose(means[:3], means[3:], rtol=1e-5), means
+        print("done")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-2000:]
