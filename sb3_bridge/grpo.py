@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +14,6 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
 from grpo_jax.groups import candidates as candidate_sets
@@ -24,18 +21,18 @@ from grpo_jax.learning.update import start_learner
 from grpo_jax.presets import preset
 from sb3_bridge import regime
 from sb3_bridge.alternatives import Learned
-from sb3_bridge.files import model_zip
+from sb3_bridge.files.model import fit_to_env, read_model
+from sb3_bridge.files.model_zip import File, load_zip, save_zip
 from sb3_bridge.functions.reward import resolve_reward
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 from sb3_bridge.policies.policy import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.rollout.buffer import RolloutView
-from sb3_bridge.settings import as_schedule, config_of
+from sb3_bridge.settings import as_schedule, config_of, jax_device
 from sb3_bridge.training import Training
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
-File = str | pathlib.Path | io.BufferedIOBase
 
 _NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
 
@@ -190,16 +187,12 @@ class GRPO(Training):
         super().__init__(
             **{name: value for name, value in given.items() if name in of_base}
             | {"_init_setup_model": False},
-            supported_action_spaces=(
-                spaces.Box,
-                spaces.Discrete,
-                spaces.MultiDiscrete,
-                spaces.MultiBinary,
-            ),
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
-        for name in given.keys() - of_base.keys():
-            setattr(self, name, given[name])
-        self._jax_device = _jax_device(device)
+        for name, value in given.items():
+            if name not in of_base:
+                setattr(self, name, value)
+        self._jax_device = jax_device(device)
         self._start_counting()
         if _init_setup_model:
             self._setup_model()
@@ -317,7 +310,7 @@ class GRPO(Training):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(dict.fromkeys(_NOT_SAVED) | state)
-        self._jax_device = _jax_device(self.device)
+        self._jax_device = jax_device(self.device)
         self._setup_lr_schedule()
         if self.reward_function is not None:
             self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
@@ -347,7 +340,7 @@ class GRPO(Training):
             params["world"] = world
         if self._reference is not None:
             params["reference"] = _arrays(self.policy.state_dict_of(self._reference))
-        model_zip.save_zip(path, data, params)
+        save_zip(path, data, params)
 
     @classmethod
     def load(
@@ -377,36 +370,12 @@ class GRPO(Training):
         Raises:
           ValueError: not a file of GRPO, or other spaces or policy arguments than the file's.
         """
-        if custom_objects is not None and not isinstance(custom_objects, dict):
-            raise ValueError(f"custom_objects={custom_objects!r} must be a dict or None")
-        if print_system_info:
-            print("== CURRENT SYSTEM INFO ==")
-            get_system_info()
-        replaced = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
-        data, params = model_zip.load_zip(
-            path,
-            custom_objects={**(custom_objects or {}), **replaced},
-            allow_pickle=allow_pickle,
-            print_system_info=print_system_info,
+        data, params = read_model(
+            path, custom_objects, kwargs, print_system_info=print_system_info, allow_pickle=allow_pickle
         )
-        stored = data.setdefault("policy_kwargs", kwargs.get("policy_kwargs", {}))
-        if kwargs.get("policy_kwargs", stored) != stored:
-            raise ValueError(
-                f"The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs: {stored},"
-                f" specified kwargs: {kwargs['policy_kwargs']}"
-            )
-        for name in ("observation_space", "action_space", "policy_class"):
-            if name not in data:
-                raise KeyError(f"{path} holds no {name}; pass it in custom_objects={{{name!r}: ...}}")
         if env is not None:
             env = cls._wrap_env(env, data["verbose"])
-            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
-            if force_reset:
-                data["_last_obs"] = None
-            if env.num_envs != data.get("n_envs"):
-                data["_last_obs"] = None
-                data["episode_time"] = np.zeros(env.num_envs, np.int32)
-            data["n_envs"] = env.num_envs
+            fit_to_env(data, env, force_reset)
         reference, world = params.pop("reference", None), params.pop("world", None)
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
         model._world = world
@@ -434,7 +403,7 @@ class GRPO(Training):
     ) -> None:
         """Takes over parameters from a file or from what ``get_parameters`` gave; see SB3."""
         if not isinstance(load_path_or_dict, dict):
-            _, load_path_or_dict = model_zip.load_zip(load_path_or_dict, load_data=False)
+            _, load_path_or_dict = load_zip(load_path_or_dict, load_data=False)
             for name in ("reference", "world"):
                 load_path_or_dict.pop(name, None)
         super().set_parameters(load_path_or_dict, exact_match, device)
@@ -453,14 +422,3 @@ def _check_policy(policy: Any) -> None:
         f"policy={policy!r} must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a class derived from"
         " sb3_bridge.MlpPolicy and its like: a policy of torch cannot run in JAX"
     )
-
-
-def _jax_device(device: th.device | str) -> Any:
-    """JAX's device for SB3's ``device``; where there is no GPU, "cuda" means the CPU, as in SB3."""
-    kind = th.device(device).type if str(device) != "auto" else "auto"
-    if kind == "auto":
-        return jax.devices()[0]
-    try:
-        return jax.devices("gpu" if kind == "cuda" else kind)[0]
-    except RuntimeError:
-        return jax.devices("cpu")[0]

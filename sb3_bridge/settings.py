@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
+import torch
 from stable_baselines3.common.utils import FloatSchedule
 
 from grpo_jax.config import GRPOConfig, field_names
@@ -61,3 +63,14 @@ def config_of(model: Any) -> GRPOConfig:
     values["learning_rate"] = now(model.lr_schedule)
     values["optimizer"] = model.policy.optimizer.factory
     return GRPOConfig(**values)
+
+
+def jax_device(device: torch.device | str) -> Any:
+    """JAX's device for SB3's ``device``; where there is no GPU, "cuda" means the CPU, as in SB3."""
+    kind = torch.device(device).type if str(device) != "auto" else "auto"
+    if kind == "auto":
+        return jax.devices()[0]
+    try:
+        return jax.devices("gpu" if kind == "cuda" else kind)[0]
+    except RuntimeError:
+        return jax.devices("cpu")[0]

@@ -234,13 +234,13 @@ class Training(OnPolicyAlgorithm):
         """Groups and update of the last rollout, in one program."""
         assert self._trajectory is not None, "train() comes after collect_rollouts()"
         self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
+        self._update_learning_rate(self.policy.optimizer)  # type: ignore[arg-type]
         config, simulator, trajectory = config_of(self), self._find_simulator(), self._trajectory
         learner = Learner(
             policy=self.policy.state,
             optimizer=self.policy.optimizer.state,
             reference=self._reference_policy(),
-            n_updates=np.int32(self._n_optimizer_steps),
+            n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
         )
         followed = Followed()
         with original_errors():
