@@ -8,32 +8,7 @@ import jax.numpy as jnp
 
 from grpo_jax.config import Baseline, Scale, TrajectoryForm
 from grpo_jax.groups.advantage import Advantages, group_advantages
-
-
-def first_episode(ended: jax.Array) -> jax.Array:
-    """Which steps belong to the first episode of each environment; bool ``[T, N]`` -> bool ``[T, N]``."""
-    chex.assert_rank(ended, 2)
-    ends_before = jnp.cumsum(ended, axis=0) - ended
-    return ends_before == 0
-
-
-def ends_within(ended: jax.Array) -> jax.Array:
-    """Which steps belong to an episode that ends within the rollout; bool ``[T, N]`` -> bool ``[T, N]``."""
-    chex.assert_rank(ended, 2)
-    return jnp.cumsum(ended[::-1], axis=0)[::-1] > 0
-
-
-def returns_to_go(rewards: jax.Array, alive: jax.Array, gamma: float | jax.Array) -> jax.Array:
-    """Discounted sums of the rewards of the first episode from each step on; ``[T, N]`` -> ``[T, N]``."""
-    chex.assert_equal_shape([rewards, alive])
-
-    def backwards(future: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reward, is_alive = step
-        total = jnp.where(is_alive, reward + gamma * future, 0.0)
-        return total, total
-
-    _, totals = jax.lax.scan(backwards, jnp.zeros_like(rewards[0]), (rewards, alive), reverse=True)
-    return totals
+from grpo_jax.groups.returns import returns_to_go
 
 
 def trajectory_advantages(

@@ -147,38 +147,3 @@ def value_loss(
     if clip_range is not None:
         value = old_value + jnp.clip(value - old_value, -clip_range, clip_range)
     return (value - target) ** 2
-
-
-def lambda_returns(
-    rewards: jax.Array,
-    values: jax.Array,
-    next_values: jax.Array,
-    terminated: jax.Array,
-    ended: jax.Array,
-    gamma: float | jax.Array,
-    gae_lambda: float | jax.Array,
-) -> jax.Array:
-    """TD(lambda) returns of the executed trajectories (GAE plus value, arXiv:1506.02438, eq. 16).
-
-    Args:
-      rewards: ``[T, N]``.
-      values: ``[T, N]`` V(s_t).
-      next_values: ``[T, N]`` V of the state that was reached, before any reset.
-      terminated: ``[T, N]`` bool, no value beyond.
-      ended: ``[T, N]`` bool, terminated or truncated: the next row is another episode.
-      gamma: discount factor.
-      gae_lambda: lambda.
-
-    Returns:
-      ``[T, N]``.
-    """
-    chex.assert_equal_shape([rewards, values, next_values, terminated, ended])
-    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values
-
-    def backwards(gae: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        delta, end = step
-        gae = delta + gamma * gae_lambda * jnp.where(end, 0.0, gae)
-        return gae, gae
-
-    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(rewards[0]), (deltas, ended), reverse=True)
-    return advantages + values

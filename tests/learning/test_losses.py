@@ -1,4 +1,4 @@
-"""Surrogates, KL estimates, value loss and lambda-returns against numbers computed by hand; and their extremes."""
+"""Surrogates, KL estimates and value loss against numbers computed by hand; and their extremes."""
 
 import functools
 
@@ -281,24 +281,3 @@ def test_value_loss(wrap):
     # At most 0.5 away from the old value: 1.5, -0.5, 0.5.
     clipped = wrap(functools.partial(losses.value_loss, clip_range=0.5))(value, old, target)
     np.testing.assert_allclose(clipped, [2.25, 0.25, 2.25])
-
-
-@jit_or_not
-@pytest.mark.parametrize(
-    ("gae_lambda", "expected"),
-    [
-        # gamma 1/2. Environment 0: never ends, cut after three rows. Environment 1: terminates, then truncated.
-        (0.0, [[1 + 5.0, 1.0], [2 + 10.0, 2 + 15.0], [3 + 20.0, 3 + 20.0]]),
-        (1.0, [[1 + 1 + 0.25 * (3 + 20.0), 1.0], [2 + 0.5 * 23.0, 2 + 15.0], [23.0, 23.0]]),
-        # G = r + gamma ((1 - lambda) V' + lambda G'): 2 + 0.5 (10 + 11.5) = 12.75; 1 + 0.5 (5 + 6.375) = 6.6875.
-        (0.5, [[6.6875, 1.0], [12.75, 17.0], [23.0, 23.0]]),
-    ],
-)
-def test_lambda_returns(gae_lambda, expected, wrap):
-    rewards = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
-    values = np.array([[7.0, 7.0], [10.0, 8.0], [20.0, 9.0]])
-    next_values = np.array([[10.0, 99.0], [20.0, 30.0], [40.0, 40.0]])
-    terminated = np.array([[False, True], [False, False], [False, False]])
-    ended = np.array([[False, True], [False, True], [False, False]])
-    targets = wrap(losses.lambda_returns)(rewards, values, next_values, terminated, ended, 0.5, gae_lambda)
-    np.testing.assert_allclose(targets, expected, rtol=1e-6)

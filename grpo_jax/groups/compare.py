@@ -1,4 +1,4 @@
-"""Batches: from a trajectory to what the update learns from; the stages of ``groups/``, put together."""
+"""Compare: from a trajectory to what the update learns from; the stages of ``groups/``, put together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages, group_advantages
 from grpo_jax.groups.branch import Branches, group_returns
-from grpo_jax.groups.trajectory import (
-    ends_within,
-    episode_advantages,
-    first_episode,
-    trajectory_advantages,
-)
-from grpo_jax.learning.losses import lambda_returns
+from grpo_jax.groups.returns import ends_within, first_episode, lambda_returns
+from grpo_jax.groups.trajectory import episode_advantages, trajectory_advantages
 from grpo_jax.noise import bits_to_uniform, draw_bits
 from grpo_jax.policies.distributions import Categorical
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.training.rollout import Trajectory
-from grpo_jax.types import Batch, Group
+from grpo_jax.types import Batch, Group, Trajectory
 from grpo_jax.worlds.base import World
 
 
@@ -95,7 +89,7 @@ def follow(
     return branches
 
 
-def compare(
+def compare_branches(
     config: GRPOConfig,
     policy: Policy,
     policy_state: PolicyState,
