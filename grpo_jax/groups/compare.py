@@ -128,16 +128,17 @@ def compare_episodes(
     earned: all steps are one group, as in PPO with normalised advantages (arXiv:1707.06347; GAE arXiv:1506.02438).
     """
     ended = trajectory.ended
-    values = targets = None
+    values = targets = magnitude = None
     if config.bootstrap:
         values, targets = _critic(config, policy, policy_state, trajectory)
         returns, group = targets - values, jnp.zeros_like(trajectory.time)
-        valid = jnp.ones_like(ended)
+        valid, magnitude = jnp.ones_like(ended), jnp.maximum(jnp.abs(targets), jnp.abs(values))
     else:
         nothing = jnp.zeros_like(trajectory.reward)
         returns = lambda_returns(trajectory.reward, nothing, nothing, ended, ended, config.gamma, 1.0)
         group, valid = trajectory.time, ends_within(ended)
-    flat, returns, valid, group, values, targets = _flat((trajectory, returns, valid, group, values, targets))
+    flat, returns, valid, group = _flat((trajectory, returns, valid, group))
+    values, targets, magnitude = _flat((values, targets, magnitude))
     advantages = episode_advantages(
         returns,
         valid,
@@ -145,6 +146,7 @@ def compare_episodes(
         baseline=config.baseline,
         scale=config.advantage_scale,
         spread_floor=config.spread_floor,
+        magnitude=magnitude,
     )
     executed = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
     batch = _batch(flat, executed, advantages, valid)
