@@ -15,13 +15,13 @@ from gymnasium import spaces
 
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
+from grpo_jax.groups import compare
 from grpo_jax.groups.branch import Branches
 from grpo_jax.learning import model as models
 from grpo_jax.noise import bits_to_keys, split
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.training import batches, loop
-from grpo_jax.training.rollout import Trajectory
-from grpo_jax.types import Group, Metrics, PyTree
+from grpo_jax.training import loop
+from grpo_jax.types import Group, Metrics, PyTree, Trajectory
 from grpo_jax.worlds.base import RewardOverride, World
 from grpo_jax.worlds.function import FunctionWorld
 from sb3_bridge.clones.brancher import Brancher
@@ -99,7 +99,7 @@ class Clones:
         """A new rollout begins."""
         self._brancher.free()
         self._handles.clear()
-        wanted = np.asarray(batches.branched(config, iteration))
+        wanted = np.asarray(compare.branched(config, iteration))
         self._wanted = wanted.reshape(config.n_steps, config.n_envs)
         # A check costs a restore and a step: next to nothing where branches are long.
         self._check_every = max(1, 16 // (config.horizon * config.n_rollouts))
@@ -330,7 +330,7 @@ def _propose(
 ) -> tuple[Group, jax.Array]:
     distribution = policy.parameters(state, trajectory.observation)
     candidate_key, _ = split(loop.iteration_keys(bits_to_keys(words)).groups, 2)
-    group = batches.propose(config, policy, trajectory.replace(distribution=distribution), candidate_key)
+    group = compare.propose(config, policy, trajectory.replace(distribution=distribution), candidate_key)
     return group, policy.to_world(group.action)
 
 

@@ -18,7 +18,7 @@ from grpo_jax.groups import candidates as candidate_sets
 from grpo_jax.learning.update import Learner
 from grpo_jax.policies.distributions import for_space
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.rollout import Trajectory
+from grpo_jax.types import Trajectory
 from sb3_bridge import regime
 from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
 from sb3_bridge.clones.brancher import Brancher

@@ -14,8 +14,7 @@ from grpo_jax.learning.update import Learner
 from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.policy import Policy
 from grpo_jax.training import loop
-from grpo_jax.training.rollout import Trajectory
-from grpo_jax.types import Group, Metrics
+from grpo_jax.types import Group, Metrics, Trajectory
 from grpo_jax.worlds.base import World
 from sb3_bridge.rollout.device import train_state
 
@@ -50,7 +49,8 @@ def improve(
     if world is not None and trajectory.state is None:
         environments = trajectory.environments.replace(state=world.at(trajectory.observation))
         trajectory = trajectory.replace(environments=environments)
-    state, metrics = loop.learn(config, world, state, trajectory, 0.0, branches)
+    comparison = loop.compare(config, world, state, trajectory, evaluated=branches)
+    state, metrics = loop.improve(config, state, comparison)
     return state.replace(key=jax.random.key_data(state.key)), metrics
 
 

@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
 from grpo_jax.config import GRPOConfig
-from grpo_jax.learning.losses import lambda_returns
+from grpo_jax.groups.returns import lambda_returns
 from sb3_bridge.policies.policy import GRPOPolicy
 
 

@@ -19,7 +19,7 @@ from grpo_jax.learning.update import Learner
 from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
-from grpo_jax.training.rollout import Environments, Trajectory
+from grpo_jax.types import Environments, Trajectory
 from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import to_numpy

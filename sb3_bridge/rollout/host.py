@@ -16,8 +16,7 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
-from grpo_jax.training.rollout import Environments, Trajectory
-from grpo_jax.types import Observation
+from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.rollout.callbacks import Model, log_volume, reads_values, show_step
