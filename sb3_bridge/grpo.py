@@ -16,25 +16,18 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
-from grpo_jax.groups import candidates as candidate_sets
-from grpo_jax.learning.update import start_learner
 from grpo_jax.presets import preset
 from sb3_bridge import regime
-from sb3_bridge.alternatives import Learned
 from sb3_bridge.files.model import fit_to_env, read_model
 from sb3_bridge.files.model_zip import File, load_zip, save_zip
-from sb3_bridge.functions.reward import resolve_reward
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 from sb3_bridge.policies.policy import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
-from sb3_bridge.rollout.buffer import RolloutView
-from sb3_bridge.settings import as_schedule, config_of, jax_device
+from sb3_bridge.settings import jax_device
 from sb3_bridge.training import Training
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
-
-_NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
 
 
 class GRPO(Training):
@@ -197,7 +190,8 @@ class GRPO(Training):
         if _init_setup_model:
             self._setup_model()
             if self.env is not None:
-                self._warn_of_arguments(given)
+                parameters = inspect.signature(GRPO).parameters.values()
+                self._warn_of_arguments(given, {one.name: one.default for one in parameters})
             self.use_sde = False
 
     @classmethod
@@ -219,42 +213,6 @@ class GRPO(Training):
         settings = arguments_of(preset(env_id), vec_env.world.observation_space)
         policy_kwargs = settings["policy_kwargs"] | (overrides.pop("policy_kwargs", None) or {})
         return cls(env=vec_env, **{**settings, "policy_kwargs": policy_kwargs, **overrides})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, as_schedule(name, value))
-        if name == "learning_rate" and "policy" in vars(self):
-            self._setup_lr_schedule()
-
-    def _setup_model(self) -> None:
-        self._setup_lr_schedule()
-        self._reseed(self.seed)
-        self.set_random_seed(self.seed)
-        regime.check_dynamics(self.dynamics)
-        choice = self._choose()
-        self.chosen_dynamics = choice.kind
-        for name, value in regime.defaults(choice.kind, vars(self)).items():
-            setattr(self, name, value)
-        self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
-        self.policy = self.policy_class(  # type: ignore[assignment]
-            self.observation_space,
-            self.action_space,
-            self.lr_schedule,
-            has_critic=self.bootstrap,
-            seed=int(self.key_words[0]),
-            **self.policy_kwargs,
-        )
-        self.policy = self.policy.to(self.device)
-        self.policy.state = jax.device_put(self.policy.state, self._jax_device)
-        if self.reward_function is not None:
-            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
-            self._say(self._reward.description)
-        config = config_of(self)
-        candidate_sets.resolve(config, self.policy.structure.distribution)
-        # Placed explicitly, as an update's result is: otherwise the second update compiles again.
-        learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
-        self.policy.optimizer.state = learner.optimizer
-        if self.env is not None:
-            self._set_alternatives(choice)
 
     def learn(
         self: SelfGRPO,
@@ -289,38 +247,10 @@ class GRPO(Training):
         if seed is not None:
             self._reseed(seed)
 
-    def _reseed(self, seed: int | None) -> None:
-        sequence = np.random.SeedSequence(seed)  # None: the operating system's entropy
-        self.key_words = sequence.generate_state(2, np.uint32)
-        if getattr(self, "policy", None) is not None:
-            self.policy.seed(int(self.key_words[0]))
-
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """See SB3; an env of another kind (on the device or not) changes what is compared."""
         super().set_env(env, force_reset)
         self._set_alternatives(self._choose())
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), *_NOT_SAVED]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is open or compiled is made anew: files of the logger, programs, clones.
-        kept = {name: value for name, value in vars(self).items() if name not in (*_NOT_SAVED, "_logger")}
-        return kept | {"_world": self._learned_world(), "_reference": jax.device_get(self._reference)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(dict.fromkeys(_NOT_SAVED) | state)
-        self._jax_device = jax_device(self.device)
-        self._setup_lr_schedule()
-        if self.reward_function is not None:
-            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
-        if self.env is not None:
-            verbose, self.verbose = self.verbose, 0
-            self._set_alternatives(self._choose())
-            self.verbose = verbose
-
-    def _learned_world(self) -> Any:
-        return self._alternatives.state_dict() if isinstance(self._alternatives, Learned) else self._world
 
     def save(
         self, path: File, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None

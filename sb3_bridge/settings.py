@@ -52,6 +52,8 @@ def config_of(model: Any) -> GRPOConfig:
 
     attributes = vars(model)
     values = {name: now(attributes[name]) for name in field_names() if name in attributes}
+    if model.persistence == 0:
+        values["persistence"] = None
     is_chosen = model.candidates == "auto"
     values["candidates"] = candidates_in(model.chosen_dynamics, model.candidates, model.env is not None)
     if is_chosen and values["candidates"] == "episodes":

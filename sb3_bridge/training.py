@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -15,21 +14,23 @@ from stable_baselines3.common.vec_env import VecEnv
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates as candidate_sets
-from grpo_jax.learning.update import Learner
+from grpo_jax.learning.update import Learner, start_learner
 from grpo_jax.policies.distributions import for_space
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.types import Trajectory
 from sb3_bridge import regime
 from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
 from sb3_bridge.clones.brancher import Brancher
-from sb3_bridge.functions.reward import Reward, original_errors
+from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 from sb3_bridge.policies.arguments import to_action_space
 from sb3_bridge.policies.policy import GRPOPolicy
 from sb3_bridge.rollout.buffer import RolloutView
 from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
 from sb3_bridge.rollout.host import collect_on_host
-from sb3_bridge.settings import config_of
+from sb3_bridge.settings import as_schedule, config_of, jax_device
 from sb3_bridge.update import improve, next_key, record
+
+_NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
 
 
 class Training(OnPolicyAlgorithm):
@@ -79,6 +80,72 @@ class Training(OnPolicyAlgorithm):
         self._world: Any = None  # a learned world from a file, until there is an env to branch for
         self._trajectory: Trajectory | None = None
         self._reference: Any = None
+
+    # Being made -----------------------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, as_schedule(name, value))
+        if name == "learning_rate" and "policy" in vars(self):
+            self._setup_lr_schedule()
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self._reseed(self.seed)
+        self.set_random_seed(self.seed)
+        regime.check_dynamics(self.dynamics)
+        choice = self._choose()
+        self.chosen_dynamics = choice.kind
+        for name, value in regime.defaults(choice.kind, vars(self)).items():
+            setattr(self, name, value)
+        self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            has_critic=self.bootstrap,
+            seed=int(self.key_words[0]),
+            **self.policy_kwargs,
+        )
+        self.policy = self.policy.to(self.device)
+        self.policy.state = jax.device_put(self.policy.state, self._jax_device)
+        if self.reward_function is not None:
+            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
+            self._say(self._reward.description)
+        config = config_of(self)
+        candidate_sets.resolve(config, self.policy.structure.distribution)
+        # Placed explicitly, as an update's result is: otherwise the second update compiles again.
+        learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
+        self.policy.optimizer.state = learner.optimizer
+        if self.env is not None:
+            self._set_alternatives(choice)
+
+    def _reseed(self, seed: int | None) -> None:
+        sequence = np.random.SeedSequence(seed)  # None: the operating system's entropy
+        self.key_words = sequence.generate_state(2, np.uint32)
+        if getattr(self, "policy", None) is not None:
+            self.policy.seed(int(self.key_words[0]))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), *_NOT_SAVED]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is open or compiled is made anew: files of the logger, programs, clones.
+        kept = {name: value for name, value in vars(self).items() if name not in (*_NOT_SAVED, "_logger")}
+        return kept | {"_world": self._learned_world(), "_reference": jax.device_get(self._reference)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(dict.fromkeys(_NOT_SAVED) | state)
+        self._jax_device = jax_device(self.device)
+        self._setup_lr_schedule()
+        if self.reward_function is not None:
+            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
+        if self.env is not None:
+            verbose, self.verbose = self.verbose, 0
+            self._set_alternatives(self._choose())
+            self.verbose = verbose
+
+    def _learned_world(self) -> Any:
+        return self._alternatives.state_dict() if isinstance(self._alternatives, Learned) else self._world
 
     # What kind of run it is -----------------------------------------------------------------------------------------
 
@@ -163,14 +230,11 @@ class Training(OnPolicyAlgorithm):
             self._world = None
         return learned
 
-    def _warn_of_arguments(self, given: dict[str, Any]) -> None:
-        """Warns once of what was ``given`` and has no meaning here."""
+    def _warn_of_arguments(self, given: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Warns once of what was ``given``, is not the default, and has no meaning here."""
         config = config_of(self)
-        parameters = inspect.signature(type(self)).parameters
         meaningless = regime.without_meaning(config, self.policy.structure.distribution)
-        ignored = [
-            name for name in meaningless if (given[name] or None) != (parameters[name].default or None)
-        ]
+        ignored = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
         if ignored:
             branches = config.candidates not in ("episodes", "trajectory")
             what = "branches" if branches else "episodes, nothing is branched"
@@ -211,7 +275,7 @@ class Training(OnPolicyAlgorithm):
         del rollout_buffer, n_rollout_steps  # the trajectory is kept as arrays, of n_steps
         self.policy.set_training_mode(False)
         if (self.rollout_buffer.buffer_size, self.rollout_buffer.n_envs) != (self.n_steps, self.n_envs):
-            self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)  # type: ignore[assignment]
+            self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         callback.on_rollout_start()
         config, simulator = config_of(self), self._find_simulator()
         with original_errors():  # of the user's reward function

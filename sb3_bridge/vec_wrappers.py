@@ -124,11 +124,11 @@ def reached_observation(result: VecStep, needed: np.ndarray, space: spaces.Space
                 if needed[index]:
                     _check_finite(f"the last observation ({name})", array, "at an episode's end")
             elif needed[index]:
-                got = "none" if value is None else f"shape {np.shape(value)}"
+                got = "is missing" if value is None else f"has shape {np.shape(value)}"
                 raise ValueError(
-                    f"Unexpected observation shape: info['terminal_observation'] of environment {index} has {got},"
-                    f" please use {array.shape[1:]} as {name} of {part} has: the VecEnv, or one of its wrappers,"
-                    " must give the episode's last observation in the form of all others"
+                    f"Unexpected observation shape: info['terminal_observation'] of environment {index} {got}, please use"
+                    f" {array.shape[1:]} for {name} of {part}. A VecEnvWrapper that changes observations must change this one"
+                    " too; candidates='episodes' needs it only where a time limit cut the episode"
                 )
     return reached
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
@@ -126,7 +127,7 @@ class RolloutView:
             lambda_returns(
                 arrays.get("learned_reward", arrays["reward"]),
                 self.values,
-                self._valued(arrays["next_observation"]),
+                jnp.asarray(self._valued(arrays["next_observation"])),
                 terminated,
                 terminated | arrays["truncated"],
                 config.gamma,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import (
@@ -92,7 +93,7 @@ def show_step(
     same: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
     same["n_rollout_steps"] = buffer.buffer_size
     if seen is not None:
-        shown["obs_tensor"] = obs_as_tensor(seen, model.policy.device)
+        shown["obs_tensor"] = obs_as_tensor(jax.tree.map(np.array, seen), model.policy.device)
         shown["values"] = None if value is None else to_tensor(value).reshape(-1, 1)
         shown["log_probs"] = to_tensor(log_prob)
     callback.update_locals(same | shown)

@@ -124,7 +124,6 @@ def _replay(
                 env.write_episode(info["episode"])
         with _playing_back(env, returned):
             new_obs, rewards, dones, infos = outermost.step_wait()
-        buffer.advance(index + 1)
         if asks:
             shown = {
                 "n_steps": index,
@@ -146,6 +145,7 @@ def _replay(
         model._last_obs, model._last_episode_starts = new_obs, dones
         if not goes_on:
             return False
+        buffer.advance(index + 1)
         model._update_info_buffer(infos, dones)
     return True
 
