@@ -316,7 +316,7 @@ def train(
     n_iterations = iterations_for(config, total_timesteps)
     if _is_traced(config, env, key, state):
         return _train(config, env, as_key(key), state, n_iterations)
-    result = _train_jitted(config, env, as_key(key), state, n_iterations, jax.config.jax_debug_nans)
+    result = _train_jitted(config, env, as_key(key), state, n_iterations, jax.debug_nans.value)
     check_finite(result.metrics)
     first = {name: values[:SPREAD_ITERATIONS] for name, values in result.metrics.items()}
     warn_without_spread(config, first["frac_zero_std"], first["frac_below_floor"])

@@ -12,7 +12,7 @@ from grpo_jax.types import Batch, Environments, Metrics, Trajectory
 
 def unknown() -> float:
     """What a metric says that is not known: NaN, but 0 under ``jax_debug_nans``, which allows none in an output."""
-    return 0.0 if jax.config.jax_debug_nans else jnp.nan
+    return 0.0 if jax.debug_nans.value else jnp.nan
 
 
 def episode_metrics(environments: Environments, trajectory: Trajectory) -> Metrics:

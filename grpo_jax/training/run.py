@@ -124,7 +124,7 @@ def run(
         state = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
     done = int(np.max(np.asarray(state.iteration)))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
-    lowered = program.lower(*arguments, n_seeds is not None, jax.config.jax_debug_nans)
+    lowered = program.lower(*arguments, n_seeds is not None, jax.debug_nans.value)
     advance = compile_quickly(lowered) if quick_compile else lowered.compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
