@@ -150,7 +150,7 @@ def offset_of(low: jax.Array, high: jax.Array) -> jax.Array:
     of them is exact.
     """
     size = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return jnp.where(jnp.isfinite(size) & (high - low < 1e-3 * size), high, 0.0)
+    return jnp.where(jnp.isfinite(size) & (high - low < 1e-4 * size), high, 0.0)
 
 
 def policy(group: GroupReturns) -> jax.Array:
