@@ -157,8 +157,8 @@ class GRPOConfig:
     max_grad_norm: float = _traced(0.5)
     """Bound on the norm of the actor's gradient, and on that of the critic's; on both together, as in PPO, where episodes
     are compared. [traced]"""
-    spread_floor: float = _traced(1e-5)
-    """Standard deviation of a group's returns (relative to their size, from 1 on) that counts as no spread. [traced]"""
+    spread_floor: float = _traced(1e-6)
+    """Standard deviation of a group's returns, as a share of the largest of them, that counts as no spread. [traced]"""
     optimizer: Optimizer | None = None
     """Makes an optax optimizer from a learning rate, in Python only; None: Adam with eps=1e-5."""
     log_std_init: float = 0.0

@@ -156,6 +156,14 @@ def test_what_the_members_see():
         np.testing.assert_allclose(many, np.tile([1.0, 0.5, *expected], (4, 3, 1)))
 
 
+def test_the_state_of_a_visited_observation_knows_no_time():
+    world = untrained(VECTOR, spaces.Discrete(2), KEY)
+    observation = np.arange(6.0).reshape(3, 2)
+    for state in (world.at(observation), world.at(observation, time=np.arange(3))):
+        np.testing.assert_array_equal(state.observation, observation)
+        np.testing.assert_array_equal(state.uncertainty, np.zeros(3))
+
+
 def test_reset_draws_visited_observations():
     world = scripted()
     observations, states = jax.vmap(world.reset)(split(KEY, 500))
