@@ -60,7 +60,7 @@ def scripted(means=(0.0, 0.0, 0.0), spread=0.0, log_variance=-60.0, end_logit=-6
         spaces.MultiDiscrete((2, 2)),
         spaces.MultiBinary(3),
         spaces.Box(0, 255, (8, 8, 3), "uint8"),
-        spaces.Box(0, 1, (4, 4)),
+        spaces.Box(0, 1, (4, 4, 1)),
         spaces.Box(0, 255, (128,), "uint8"),
         spaces.Dict((("a", VECTOR),)),
     ],
