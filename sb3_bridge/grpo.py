@@ -105,7 +105,7 @@ class GRPO(Training):
       reference: ``"fixed"``, ``"periodic"`` or ``"ema"``.
       reference_interval: iterations between copies of a periodic reference.
       reference_decay: of a moving-average reference.
-      spread_floor: spread of a group that counts as none.
+      spread_floor: spread of a group, as a share of its largest return, that counts as none.
 
     Raises:
       ValueError, TypeError: what is wrong with which argument, and the fix.
@@ -170,7 +170,7 @@ class GRPO(Training):
         reference: Reference = "fixed",
         reference_interval: int = 10,
         reference_decay: float = 0.99,
-        spread_floor: float = 1e-5,
+        spread_floor: float = 1e-6,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         _check_policy(policy)

@@ -74,6 +74,7 @@ class Training(OnPolicyAlgorithm):
         self._n_iterations = 0
         self._n_optimizer_steps = 0
         self._frac_zero_std: list[float] = []
+        self._frac_below_floor: list[float] = []
         self._spread_was_judged = False
         self._reward: Reward | None = None
         self._alternatives: Alternatives | None = None
@@ -350,6 +351,7 @@ class Training(OnPolicyAlgorithm):
             )
         if self._n_iterations <= SPREAD_ITERATIONS:
             self._frac_zero_std.append(float(metrics["frac_zero_std"]))
+            self._frac_below_floor.append(float(metrics["frac_below_floor"]))
             if self._n_iterations == SPREAD_ITERATIONS:
                 self._judge_spread()
         if isinstance(self._alternatives, Clones) and self._alternatives.failure:
@@ -367,7 +369,7 @@ class Training(OnPolicyAlgorithm):
         """Says once that the first groups had nothing to tell, if that is so."""
         if self._frac_zero_std and not self._spread_was_judged:
             self._spread_was_judged = True
-            warn_without_spread(config_of(self), self._frac_zero_std)
+            warn_without_spread(config_of(self), self._frac_zero_std, self._frac_below_floor)
 
     def _reference_policy(self) -> Any:
         """The reference kept so far; at first the policy as it is now, parameters that were loaded included."""

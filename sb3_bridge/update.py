@@ -89,7 +89,7 @@ def record(
     tell("train/clip_range", config.clip_range)
     if config.clip_range_vf is not None:
         tell("train/clip_range_vf", config.clip_range_vf)
-    for name in ("group_spread", "frac_zero_std", "grad_norm", "kl"):
+    for name in ("group_spread", "frac_zero_std", "frac_below_floor", "grad_norm", "kl"):
         if name in metrics:
             tell(f"grpo/{name}", metrics[name])
     if world_metrics is not None:

@@ -256,7 +256,8 @@ def _start(
     dtype = jnp.result_type(float)
     cut = None
     if rules.value is not None:
-        seen = jax.eval_shape(rules.world.reset, keys[0, 0])[0]
+        first = jax.tree.map(lambda leaf: leaf[0], (keys[:, 0], states, actions[:, 0]))
+        seen = jax.eval_shape(rules.world.step, *first).observation  # not every world can be reset
         cut = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape), leaf.dtype), seen)
     return _Progress(
         state=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape[1:])), states),
