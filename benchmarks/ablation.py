@@ -21,9 +21,6 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-# For vmapped programs: XLA's thread pool now and then loses a wake-up in them, and the run never returns.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-
 import jax
 import numpy as np
 import rows
