@@ -35,14 +35,12 @@ from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_f
 
 import grpo_jax
 from sb3_bridge.files.model_zip import (
-    NotPlainError,
-    decode,
-    encode,
     load_zip,
     policy_from_file,
     policy_to_file,
     save_zip,
 )
+from sb3_bridge.files.plain import NotPlainError, decode, encode
 
 PARAMS = {"policy": {"params": {"dense": {"kernel": np.ones((2, 3), np.float32)}}}}
 
@@ -262,11 +260,11 @@ def test_policies_of_ours_are_found_by_name(monkeypatch):
     class MlpPolicy(torch.nn.Module):
         pass
 
-    module = types.ModuleType("sb3_bridge.policies.policy")
+    module = types.ModuleType("sb3_bridge.policies")
     module.MlpPolicy, module.CnnPolicy, module.helper = MlpPolicy, type("Other", (MlpPolicy,), {}), len
-    monkeypatch.setitem(sys.modules, "sb3_bridge.policies.policy", module)
+    monkeypatch.setitem(sys.modules, "sb3_bridge.policies", module)
     form = encode({"policy_class": MlpPolicy})["policy_class"]
-    assert form == {":kind:": "reference", "module": "sb3_bridge.policies.policy", "name": "MlpPolicy"}
+    assert form == {":kind:": "reference", "module": "sb3_bridge.policies", "name": "MlpPolicy"}
     assert decode(form) is MlpPolicy
     with pytest.raises(ValueError, match="helper is not among"):
         decode({**form, "name": "helper"})
