@@ -69,10 +69,8 @@ def decode(form: Any) -> Any:
     Raises:
       Exception: of any type, for a form that :func:`encode` does not write.
     """
-    if isinstance(form, list):
-        return [decode(item) for item in form]
     if not isinstance(form, dict):
-        return form
+        return [decode(item) for item in form] if isinstance(form, list) else form
     fields = {name: decode(part) for name, part in form.items() if name != KIND}
     if KIND not in form:
         return fields
@@ -128,8 +126,7 @@ def _subclass_of(*bases: type) -> Callable[[Any], bool]:
 def _function_of(package: str) -> Callable[[Any], bool]:
     def may_be_named(value: Any) -> bool:
         function = value.func if isinstance(value, functools.partial) else value
-        # Not what the package imported for its own use.
-        is_own = str(function.__module__).split(".")[0] == package
+        is_own = str(function.__module__).split(".")[0] == package  # not imported for the package's own use
         return is_own and callable(function) and not isinstance(function, type)
 
     return may_be_named
@@ -268,31 +265,29 @@ def _closure_fields(closure: types.FunctionType) -> dict[str, Any]:
 
 
 class _Kind(NamedTuple):
-    holds: Callable[[Any], bool]
+    """How values of one class, or those that a function accepts, are taken apart and made again."""
+
+    of: type | Callable[[Any], bool]
     to_fields: Callable[[Any], dict[str, Any]]
     to_value: Callable[..., Any]
 
-
-def _exactly(owner: type, to_fields: Callable[[Any], dict[str, Any]], to_value: Callable[..., Any]) -> _Kind:
-    return _Kind(lambda value: type(value) is owner, to_fields, to_value)
+    def holds(self, value: Any) -> bool:
+        return type(value) is self.of if isinstance(self.of, type) else self.of(value)
 
 
 def _text(owner: type, to_text: Callable[[Any], str] = str) -> _Kind:
-    return _exactly(owner, lambda value: {"text": to_text(value)}, lambda text: owner(str(text)))
+    return _Kind(owner, lambda value: {"text": to_text(value)}, lambda text: owner(str(text)))
 
 
 def _pairs(owner: type) -> _Kind:
-    def to_fields(pairs: Any) -> dict[str, Any]:
-        return {"items": [list(pair) for pair in pairs.items()]}
-
-    return _exactly(owner, to_fields, lambda items: owner(items))
+    return _Kind(owner, lambda x: {"items": [list(pair) for pair in x.items()]}, lambda items: owner(items))
 
 
 def _space(owner: type, to_value: Callable[..., Any], *names: str) -> _Kind:
     def to_fields(space: Any) -> dict[str, Any]:
         return {"seed": space._np_random} | {name: getattr(space, name) for name in names}
 
-    return _exactly(owner, to_fields, to_value)
+    return _Kind(owner, to_fields, to_value)
 
 
 def _schedule(owner: type, *names: str) -> _Kind:
@@ -302,43 +297,46 @@ def _schedule(owner: type, *names: str) -> _Kind:
     return _Kind(holds, lambda schedule: dict(vars(schedule)), owner)
 
 
+def _to_deque(items: list[Any], maxlen: int | None) -> deque:
+    return deque(items, maxlen)
+
+
+def _to_multi_discrete(seed: Any, nvec: np.ndarray, start: np.ndarray) -> spaces.MultiDiscrete:
+    return spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start)
+
+
+def _dict_fields(space: spaces.Dict) -> dict[str, Any]:
+    # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
+    return {"seed": space._np_random, "parts": OrderedDict(space.spaces)}
+
+
+def _is_dummy(value: Any) -> bool:
+    # SB3 stores it in place of the schedule when a policy is saved alone.
+    return value is BasePolicy._dummy_schedule
+
+
 _KINDS: dict[str, _Kind] = {
     "float": _text(float, repr),
-    "tuple": _exactly(tuple, lambda x: {"items": list(x)}, lambda items: tuple(items)),
+    "tuple": _Kind(tuple, lambda x: {"items": list(x)}, lambda items: tuple(items)),
     "dict": _pairs(dict),
     "OrderedDict": _pairs(OrderedDict),
-    "deque": _exactly(
-        deque, lambda x: {"items": list(x), "maxlen": x.maxlen}, lambda items, maxlen: deque(items, maxlen)
-    ),
+    "deque": _Kind(deque, lambda x: {"items": list(x), "maxlen": x.maxlen}, _to_deque),
     "path": _text(type(pathlib.Path())),
     "device": _text(torch.device),
     "dtype": _Kind(lambda value: isinstance(value, np.dtype), _dtype_fields, _to_dtype),
-    "ndarray": _exactly(np.ndarray, _array_fields, _to_array),
+    "ndarray": _Kind(np.ndarray, _array_fields, _to_array),
     "scalar": _Kind(_is_scalar, _array_fields, lambda **fields: _to_array(**fields)[()]),
-    "generator": _exactly(np.random.Generator, _generator_fields, _to_generator),
+    "generator": _Kind(np.random.Generator, _generator_fields, _to_generator),
     "Box": _space(spaces.Box, _to_box, "low", "high", "bounded_below", "bounded_above"),
     "Discrete": _space(spaces.Discrete, _to_discrete, "n", "start"),
-    "MultiDiscrete": _space(
-        spaces.MultiDiscrete,
-        lambda seed, nvec, start: spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start),
-        "nvec",
-        "start",
-    ),
+    "MultiDiscrete": _space(spaces.MultiDiscrete, _to_multi_discrete, "nvec", "start"),
     "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed), "n"),
-    "Dict": _exactly(
-        spaces.Dict,
-        # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
-        lambda x: {"seed": x._np_random, "parts": OrderedDict(x.spaces)},
-        lambda seed, parts: spaces.Dict(parts, seed),
-    ),
+    "Dict": _Kind(spaces.Dict, _dict_fields, lambda seed, parts: spaces.Dict(parts, seed)),
     "FloatSchedule": _schedule(utils.FloatSchedule, "value_schedule"),
     "LinearSchedule": _schedule(utils.LinearSchedule, "start", "end", "end_fraction"),
     "ConstantSchedule": _schedule(utils.ConstantSchedule, "val"),
     "CosineSchedule": _schedule(CosineSchedule, "start"),
     "schedule_closure": _Kind(_is_closure, _closure_fields, lambda schedule: schedule),
-    # SB3 stores it in place of the schedule when a policy is saved alone.
-    "dummy_schedule": _Kind(
-        lambda value: value is BasePolicy._dummy_schedule, lambda _: {}, lambda: BasePolicy._dummy_schedule
-    ),
-    "reference": _Kind(lambda value: trusted_name(value) is not None, _reference_fields, _to_reference),
+    "dummy_schedule": _Kind(_is_dummy, lambda _: {}, lambda: BasePolicy._dummy_schedule),
+    "reference": _Kind(trusted_name, _reference_fields, _to_reference),
 }
