@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from gymnasium import spaces
+from sb3.contract import log_of
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_bridge import GRPO
@@ -151,3 +152,10 @@ def steady(model: GRPO) -> GRPO:
         state[name] = 1e5 * (state[name] + 0.01 * torch.arange(3))
     model.policy.load_state_dict(state)
     return model
+
+
+def updates_of(model: GRPO, *arguments: Any, **settings: Any) -> list[dict[str, Any]]:
+    """Trains, and returns what each update logged, that of the last iteration included."""
+    log_of(model, *arguments, **settings)
+    model.logger.dump(0)
+    return model.logger.output_formats[0].rows[1:]  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from sb3.contract import log_of
 from sb3.sleds import (
     Remote,
     Sled,
@@ -31,6 +30,7 @@ from sb3.sleds import (
     make,
     parameters,
     steady,
+    updates_of,
 )
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor, load_results
@@ -100,7 +100,7 @@ def test_group_returns_are_those_of_copies_stepped_by_hand(reward):
     assert model.chosen_dynamics == "clone" and model.bootstrap == (reward is None)
     film, expected_steps, spreads = Film(), 0, []
     for iteration in range(3):
-        (row,) = log_of(model, 16, film, reset_num_timesteps=False)
+        (row,) = updates_of(model, 16, film, reset_num_timesteps=False)
         returns, n_steps = by_hand(model, film.states, iteration, reward, 5, 2)
         expected_steps += n_steps
         assert model.simulator_steps == expected_steps
@@ -230,13 +230,13 @@ def sleds() -> DummyVecEnv:
 def learned_run(quick_compiles):
     """A trained model, what was logged, and its file and a copy of its environments at half time."""
     model = make(sleds(), **LEARNED)
-    rows = log_of(model, 2 * 128)
+    rows = updates_of(model, 2 * 128)
     file = io.BytesIO()
     model.save(file)
     half = SimpleNamespace(
         file=file.getvalue(), env=copy.deepcopy(model.get_env()), parameters=parameters(model)
     )
-    rows += log_of(model, 2 * 128, reset_num_timesteps=False)
+    rows += updates_of(model, 2 * 128, reset_num_timesteps=False)
     return SimpleNamespace(model=model, rows=rows, half=half)
 
 
@@ -283,7 +283,7 @@ def test_a_learned_world_takes_the_users_reward():
     model = make(sleds(), reward_function=reward, **LEARNED)
     assert model.bootstrap is False
     before = parameters(model)
-    rows = log_of(model, 2 * 128)
+    rows = updates_of(model, 2 * 128)
     assert rows[-1]["grpo/world_used"] == 1 and rows[-1]["grpo/simulator_steps"] > 0
     assert (parameters(model) != before).any()
 

@@ -1,6 +1,8 @@
 """Schedules and attributes that change in training; PPO is the oracle."""
 
+import io
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +10,13 @@ from sb3.contract import LONG_BOX, ROLLOUT, log_of, make, on_both, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
     BaseCallback,
+)
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    LinearSchedule,
+    constant_fn,
+    get_linear_fn,
+    get_schedule_fn,
 )
 
 from sb3_bridge import GRPO
@@ -123,3 +132,46 @@ def test_actions_persist_in_rollouts(kind):
     taken = np.stack(actions)  # [2 * 8, N, 1]
     assert (taken[1:8] == taken[:1]).all()
     assert (taken[9:] != taken[8:-1]).any()
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # SB3's old makers are deprecated
+    RATES = {
+        "number": 0.05,
+        "integer": 1,
+        "NumPy": np.float64(0.05),
+        "function": lambda left: 0.1 * left,
+        "NumPy function": lambda left: np.float32(0.1 * left),
+        "linear": LinearSchedule(0.2, 0.1, 0.5),
+        "old linear": get_linear_fn(0.2, 0.1, 0.5),
+        "old constant": constant_fn(0.05),
+        "old wrapped": get_schedule_fn(0.05),
+    }
+SCHEDULES = ("clip_range", "clip_range_vf", "clip_range_high", "learning_rate")
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_schedules_are_sb3s_however_they_come(rate):
+    """Through the constructor, the arguments of ``load``, and a file."""
+    given = dict.fromkeys(SCHEDULES, RATES[rate])
+    file, with_rates = io.BytesIO(), io.BytesIO()
+    make(GRPO, "host", candidates="episodes").save(file)
+    made = make(GRPO, "host", candidates="episodes", **given)
+    made.save(with_rates)
+    functions = (
+        {} if "function" not in rate else given
+    )  # a function of the user's comes through custom_objects
+    models = [
+        made,
+        GRPO.load(io.BytesIO(file.getvalue()), **given),
+        GRPO.load(io.BytesIO(file.getvalue()), custom_objects=given),
+        GRPO.load(io.BytesIO(with_rates.getvalue()), custom_objects=functions),
+    ]
+    expected = FloatSchedule(given["clip_range"])
+    for model in models:
+        for name in (*SCHEDULES[:3], "lr_schedule"):
+            schedule = getattr(model, name)
+            assert type(schedule) is FloatSchedule, name
+            values = [schedule(left) for left in (1.0, 0.4, 0.0)]
+            assert values == [expected(left) for left in (1.0, 0.4, 0.0)], name
+            assert {type(value) for value in values} == {float}
