@@ -91,6 +91,7 @@ def parameters_of(model):
         f"{owner}/{name}": np.asarray(leaf)
         for owner, entry in model.get_parameters().items()
         for name, leaf in entry.items()
+        if hasattr(leaf, "numpy")
     }
 
 
