@@ -109,7 +109,7 @@ def file_of(model: GRPO) -> io.BytesIO:
 
 def world_of(model: GRPO) -> Any:
     """The learned world in the model's file."""
-    return load_zip(file_of(model))[1]["world"]
+    return load_zip(file_of(model), load_data=False)[1]["world"]
 
 
 def test_a_learned_world_waits_in_a_model_that_has_no_env_yet():
@@ -126,3 +126,21 @@ def test_a_rollout_larger_than_the_replay_is_learned_from_all_the_same(monkeypat
     model = make(dummy(Uncopyable, 2), dynamics="learned", n_steps=16, batch_size=32)
     model.learn(32)
     assert len(world_of(model)["replay"]["data"]["reward"]) == 12
+
+
+def squares(state: Any, action: Any, next_state: Any) -> Any:
+    return 1.0 + next_state[0] ** 2
+
+
+@pytest.mark.parametrize("before", [None, squares], ids=["learned", "given"])
+def test_a_learned_world_is_loaded_with_another_reward(before):
+    """What was seen is kept where the reward is given now; the rewards of a function say nothing of the env's."""
+    model = make(sleds(), reward_function=before, **LEARNED)
+    model.learn(2 * 128)
+    after = squares if before is None else None
+    loaded = GRPO.load(file_of(model), env=sleds(), custom_objects={"reward_function": after})
+    assert loaded.chosen_dynamics == "learned"
+    kept = [len(world_of(one)["replay"]["data"]["reward"]) for one in (model, loaded)]
+    assert kept == [256, 256 if before is None else 0]
+    rows = updates_of(loaded, 3 * 128, reset_num_timesteps=False)
+    assert rows[-1]["grpo/world_used"] == 1

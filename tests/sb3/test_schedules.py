@@ -140,6 +140,9 @@ with warnings.catch_warnings():
         "number": 0.05,
         "integer": 1,
         "NumPy": np.float64(0.05),
+        "NumPy, single": np.float32(0.05),
+        "NumPy, integer": np.int64(1),
+        "array": np.array(0.05),
         "function": lambda left: 0.1 * left,
         "NumPy function": lambda left: np.float32(0.1 * left),
         "linear": LinearSchedule(0.2, 0.1, 0.5),
@@ -167,7 +170,8 @@ def test_schedules_are_sb3s_however_they_come(rate):
         GRPO.load(io.BytesIO(file.getvalue()), custom_objects=given),
         GRPO.load(io.BytesIO(with_rates.getvalue()), custom_objects=functions),
     ]
-    expected = FloatSchedule(given["clip_range"])
+    plain = RATES[rate] if callable(RATES[rate]) else float(RATES[rate])
+    expected = FloatSchedule(plain)
     for model in models:
         for name in (*SCHEDULES[:3], "lr_schedule"):
             schedule = getattr(model, name)
