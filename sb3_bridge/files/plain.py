@@ -338,5 +338,5 @@ _KINDS: dict[str, _Kind] = {
     "CosineSchedule": _schedule(CosineSchedule, "start"),
     "schedule_closure": _Kind(_is_closure, _closure_fields, lambda schedule: schedule),
     "dummy_schedule": _Kind(_is_dummy, lambda _: {}, lambda: BasePolicy._dummy_schedule),
-    "reference": _Kind(trusted_name, _reference_fields, _to_reference),
+    "reference": _Kind(lambda x: trusted_name(x) is not None, _reference_fields, _to_reference),
 }

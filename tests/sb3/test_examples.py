@@ -184,7 +184,8 @@ def test_normalised_environment_and_its_statistics(algorithm, tmp_path):
 
 def test_dict_observations(tmp_path):
     env = SimpleMultiObsEnv(random_start=False)
-    model = GRPO("MultiInputPolicy", env, **SMALL, horizon=4).learn(64)
+    small = {"net_arch": [8], "features_extractor_kwargs": {"cnn_output_dim": 8}}
+    model = GRPO("MultiInputPolicy", env, candidates="episodes", policy_kwargs=small, **SMALL).learn(32)
     observation = model.get_env().reset()
     assert set(observation) == {"vec", "img"}
     action, _ = model.predict(observation, deterministic=True)
