@@ -1,4 +1,4 @@
-"""RL Zoo trains, plays and goes on with GRPO; what it does with its own PPO is the oracle."""
+"""RL Zoo trains, plays and goes on with GRPO, as it does with its own PPO."""
 
 import re
 import sys
@@ -9,7 +9,6 @@ import gymnasium
 import numpy as np
 import pytest
 import yaml
-from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.results_plotter import load_results
 from stable_baselines3.common.vec_env import VecNormalize
@@ -19,7 +18,6 @@ from sb3_bridge import GRPO
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CONF = Path(__file__).parents[2] / "benchmarks" / "hyperparams" / "grpo.yml"
-CLASSES = {"ppo": PPO, "grpo": GRPO}
 POLICY_KWARGS = "dict(net_arch=dict(pi=[64], vf=[64]), activation_fn=nn.ReLU)"
 
 
@@ -30,13 +28,19 @@ def call(function, *arguments):
         function()
 
 
-def train(zoo, algo, folder, n_timesteps, *more):
-    conf = ("--conf-file", CONF) if algo == "grpo" else ()
+def train(zoo, folder, n_timesteps, *more):
     call(
         zoo.train,
-        *("--algo", algo, "--env", "CartPole-v1", "--log-folder", folder, "--n-timesteps", n_timesteps),
+        *("--algo", "grpo", "--env", "CartPole-v1", "--log-folder", folder, "--n-timesteps", n_timesteps),
         *("--eval-freq", 256, "--eval-episodes", 2, "--save-freq", 256, "--seed", 1, "--device", "cpu"),
-        *("--num-threads", 1, *conf, "--hyperparams", "normalize:dict(norm_obs=True,norm_reward=False)"),
+        *(
+            "--num-threads",
+            1,
+            "--conf-file",
+            CONF,
+            "--hyperparams",
+            "normalize:dict(norm_obs=True,norm_reward=False)",
+        ),
         *more,
     )
 
@@ -55,16 +59,16 @@ def zoo():
         yield SimpleNamespace(train=train, enjoy=enjoy)
 
 
-@pytest.fixture(scope="module", params=["ppo", "grpo"])
-def trained(request, zoo, tmp_path_factory):
-    """The algorithm's name, the log folder and the run's folder after 512 steps on CartPole-v1."""
-    logs = tmp_path_factory.mktemp(request.param)
-    train(zoo, request.param, logs, 512, f"policy_kwargs:'{POLICY_KWARGS}'")
-    return request.param, logs, logs / request.param / "CartPole-v1_1"
+@pytest.fixture(scope="module")
+def trained(zoo, tmp_path_factory):
+    """The log folder and the run's folder after 512 steps on CartPole-v1."""
+    logs = tmp_path_factory.mktemp("logs")
+    train(zoo, logs, 512, f"policy_kwargs:'{POLICY_KWARGS}'")
+    return logs, logs / "grpo" / "CartPole-v1_1"
 
 
 def test_a_run_leaves_the_files_of_rl_zoo(trained):
-    _, _, folder = trained
+    _, folder = trained
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     settings = {
         f"CartPole-v1/{name}" for name in ("args.yml", "command.txt", "config.yml", "vecnormalize.pkl")
@@ -78,11 +82,11 @@ def test_a_run_leaves_the_files_of_rl_zoo(trained):
 
 
 def test_settings_reach_the_model(trained):
-    algo, _, folder = trained
+    _, folder = trained
     config = yaml.load((folder / "CartPole-v1" / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
-    own = yaml.safe_load(CONF.read_text())["CartPole-v1"] if algo == "grpo" else {}
+    own = yaml.safe_load(CONF.read_text())["CartPole-v1"]
     assert own.items() <= dict(config).items()
-    model = CLASSES[algo].load(
+    model = GRPO.load(
         folder / "CartPole-v1.zip", custom_objects={"learning_rate": 0.25, "clip_range": 0.5}, device="cpu"
     )
     assert (model.num_timesteps, model.n_envs, model.seed) == (512, 8, 1)
@@ -96,13 +100,13 @@ def test_settings_reach_the_model(trained):
 
 
 def test_checkpoint_plays_in_normalised_environments(trained):
-    algo, _, folder = trained
+    _, folder = trained
     env = VecNormalize.load(str(folder / "CartPole-v1" / "vecnormalize.pkl"), make_vec_env("CartPole-v1", 3))
     env.training = False
     assert env.norm_obs and not env.norm_reward and env.obs_rms.count > 512
     objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
     models = [
-        CLASSES[algo].load(folder / name, custom_objects=objects, device="cpu")
+        GRPO.load(folder / name, custom_objects=objects, device="cpu")
         for name in ("rl_model_512_steps.zip", "CartPole-v1.zip", "rl_model_256_steps.zip")
     ]
     assert [model.num_timesteps for model in models] == [512, 512, 256]
@@ -117,10 +121,10 @@ def test_checkpoint_plays_in_normalised_environments(trained):
 
 @pytest.mark.parametrize("which", [(), ("--load-best",), ("--load-last-checkpoint",), ("--stochastic",)])
 def test_enjoy_plays_the_result(trained, zoo, capsys, which):
-    algo, logs, _ = trained
+    logs, _ = trained
     call(
         zoo.enjoy,
-        *("--algo", algo, "--env", "CartPole-v1", "--folder", logs, "--n-timesteps", 600, "--no-render"),
+        *("--algo", "grpo", "--env", "CartPole-v1", "--folder", logs, "--n-timesteps", 600, "--no-render"),
         *("--device", "cpu", *which),
     )
     out = capsys.readouterr().out
@@ -131,11 +135,11 @@ def test_enjoy_plays_the_result(trained, zoo, capsys, which):
 
 
 def test_training_goes_on(trained, zoo):
-    algo, logs, folder = trained
-    train(zoo, algo, logs, 256, "--trained-agent", folder / "CartPole-v1.zip")
+    logs, folder = trained
+    train(zoo, logs, 256, "--trained-agent", folder / "CartPole-v1.zip")
     second = folder.with_name("CartPole-v1_2")
     before, after = (
-        CLASSES[algo].load(path / "CartPole-v1.zip", custom_objects={"learning_rate": 0.0, "clip_range": 0.2})
+        GRPO.load(path / "CartPole-v1.zip", custom_objects={"learning_rate": 0.0, "clip_range": 0.2})
         for path in (folder, second)
     )
     assert (before.num_timesteps, after.num_timesteps) == (512, 256)

@@ -1,0 +1,342 @@
+"""Plain forms: values as JSON that is read without running code.
+
+In a plain form, an object with the key ``:kind:`` describes a value that JSON does not know.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import importlib
+import math
+import pathlib
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen
+from gymnasium import spaces
+from stable_baselines3.common import utils
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_bridge.gymnax.presets import CosineSchedule
+
+KIND = ":kind:"
+
+
+class NotPlainError(Exception):
+    """A value that :func:`encode` has no plain form for."""
+
+
+def encode(value: Any) -> Any:
+    """The plain form of a value.
+
+    Known are None, booleans, numbers, strings, lists, tuples, dicts, deques; NumPy arrays, scalars, dtypes and PCG64
+    generators, JAX arrays (loaded as NumPy); Gymnasium's Box, Discrete, MultiDiscrete, MultiBinary and Dict spaces with
+    their random states; SB3's schedules (closures of its old makers are loaded as the classes that replaced them); torch
+    devices, paths; and what ``_TRUSTED`` lists, by name. In any nesting. Subclasses of these are not known.
+
+    Raises:
+      NotPlainError: anything else.
+      TypeError: a typed PRNG key.
+    """
+    if is_json(value):
+        return value
+    if type(value) is list:
+        return [encode(item) for item in value]
+    if type(value) is dict and all(_is_plain_key(key) for key in value):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, jax.Array):
+        refuse_key(value, "the value")
+        return encode(np.asarray(value))
+    for name, kind in _KINDS.items():
+        if kind.holds(value):
+            return {KIND: name} | {field: encode(part) for field, part in kind.to_fields(value).items()}
+    raise NotPlainError
+
+
+def decode(form: Any) -> Any:
+    """The value of a plain form; calls nothing but what ``_KINDS`` names.
+
+    Raises:
+      Exception: of any type, for a form that :func:`encode` does not write.
+    """
+    if not isinstance(form, dict):
+        return [decode(item) for item in form] if isinstance(form, list) else form
+    fields = {name: decode(part) for name, part in form.items() if name != KIND}
+    if KIND not in form:
+        return fields
+    if form[KIND] not in _KINDS:
+        raise ValueError(f"unknown kind {form[KIND]!r}")
+    return _KINDS[form[KIND]].to_value(**fields)
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON gives back the very same."""
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is list:
+        return all(is_json(item) for item in value)
+    if type(value) is dict:
+        return all(_is_plain_key(key) and is_json(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, str)
+
+
+def refuse_key(array: Any, where: str) -> None:
+    """Raises a TypeError for a typed PRNG key."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{where} is a typed PRNG key, which no file holds: store jax.random.key_data(key)")
+
+
+def trusted_name(value: Any) -> tuple[str, str] | None:
+    """Module and name under which a file may store a function or class; None: it may not."""
+    if not callable(value):
+        return None
+    for module in filter(sys.modules.__contains__, _TRUSTED):
+        # vars: getattr would ask a module's __getattr__, which warns of deprecated names.
+        members = vars(sys.modules[module])
+        name = getattr(value, "__name__", None)
+        if isinstance(value, functools.partial):  # optax.nadam is one, and has no name of its own
+            name = next((name for name, member in members.items() if member is value), None)
+        if isinstance(name, str) and members.get(name) is value and _TRUSTED[module](value):
+            return module, name
+    return None
+
+
+def _is_plain_key(key: Any) -> bool:
+    # Our own keys begin with a colon: a user's must not be mistaken for one.
+    return type(key) is str and not key.startswith(":")
+
+
+# --- What may be stored by name ---------------------------------------------------------------------------------------
+
+
+def _subclass_of(*bases: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, type) and issubclass(value, bases)
+
+
+def _function_of(package: str) -> Callable[[Any], bool]:
+    def may_be_named(value: Any) -> bool:
+        function = value.func if isinstance(value, functools.partial) else value
+        is_own = str(function.__module__).split(".")[0] == package  # not imported for the package's own use
+        return is_own and callable(function) and not isinstance(function, type)
+
+    return may_be_named
+
+
+_ELEMENTWISE = frozenset(
+    [
+        "abs",
+        "absolute",
+        "arcsinh",
+        "arctan",
+        "cos",
+        "exp",
+        "expm1",
+        "log1p",
+        "sign",
+        "sin",
+        "sinc",
+        "sinh",
+        "sqrt",
+        "square",
+        "tanh",
+    ]
+)
+_TRUSTED: dict[str, Callable[[Any], bool]] = {
+    "sb3_bridge.policies": _subclass_of(torch.nn.Module, linen.Module),
+    "jax.nn": _function_of("jax"),
+    "jax.nn.initializers": _function_of("jax"),
+    # By name: this module has functions that read files, and unpickle them.
+    "jax.numpy": lambda value: isinstance(value, type(jnp.float32)) or value.__name__ in _ELEMENTWISE,
+    "flax.linen": _subclass_of(linen.Module),
+    "optax": _function_of("optax"),
+    "numpy": _subclass_of(np.generic),
+    "torch.nn": _subclass_of(torch.nn.Module),
+    "torch.optim": _subclass_of(torch.optim.Optimizer),
+    "stable_baselines3.common.policies": _subclass_of(torch.nn.Module),
+    "stable_baselines3.common.torch_layers": _subclass_of(torch.nn.Module),
+    "stable_baselines3.common.buffers": _subclass_of(BaseBuffer),
+}
+"""Modules whose functions and classes are stored by name -> which of them. A file can call for nothing else."""
+
+
+def _reference_fields(value: Any) -> dict[str, Any]:
+    return dict(zip(("module", "name"), trusted_name(value) or (), strict=True))
+
+
+def _to_reference(module: str, name: str) -> Any:
+    may_be_looked_up = module in _TRUSTED and not name.startswith("_")
+    value = vars(importlib.import_module(module)).get(name) if may_be_looked_up else None
+    if value is None or not _TRUSTED[module](value):
+        raise ValueError(f"{module}.{name} is not among the functions and classes that a file may name")
+    return value
+
+
+# --- Kinds of values: their fields, and the values made of these ------------------------------------------------------
+
+
+def _dtype_fields(dtype: np.dtype) -> dict[str, Any]:
+    text = dtype.name if dtype.kind == "V" else dtype.str  # the first for bfloat16 and its like
+    with contextlib.suppress(TypeError):
+        if np.dtype(text) == dtype and not dtype.hasobject:
+            return {"text": text}
+    raise NotPlainError
+
+
+def _to_dtype(text: str) -> np.dtype:
+    dtype = np.dtype(str(text))
+    if dtype.hasobject:
+        raise ValueError(f"dtype {text!r} holds Python objects")
+    return dtype
+
+
+def _array_fields(value: Any) -> dict[str, Any]:
+    array = np.asarray(value)
+    content = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": _dtype_fields(array.dtype)["text"], "shape": list(array.shape), "content": content}
+
+
+def _to_array(dtype: str, shape: list[int], content: str) -> np.ndarray:
+    numbers, element = base64.b64decode(content, validate=True), _to_dtype(dtype)
+    if math.prod(shape) * element.itemsize != len(numbers):
+        raise ValueError(f"{len(numbers)} bytes for {element}{shape}")
+    return np.ndarray(tuple(shape), element, numbers).copy()
+
+
+def _is_scalar(value: Any) -> bool:
+    # But strings, which lose zeros at their ends as arrays, and what a user derived from a scalar.
+    kinds = isinstance(value, np.generic) and value.dtype.kind not in "SU"
+    return kinds and type(value) is np.asarray(value).dtype.type
+
+
+def _generator_fields(generator: np.random.Generator) -> dict[str, Any]:
+    if type(generator.bit_generator) is not np.random.PCG64:
+        raise NotPlainError
+    return {"state": dict(generator.bit_generator.state)}
+
+
+def _to_generator(state: dict[str, Any]) -> np.random.Generator:
+    generator = np.random.Generator(np.random.PCG64(0))
+    generator.bit_generator.state = state
+    return generator
+
+
+def _to_box(
+    seed: Any, low: np.ndarray, high: np.ndarray, bounded_below: np.ndarray, bounded_above: np.ndarray
+) -> spaces.Box:
+    space = spaces.Box(low, high, low.shape, low.dtype.type, seed)
+    # The bounds of an integer space do not tell whether it was made without any.
+    space.bounded_below, space.bounded_above = bounded_below, bounded_above
+    return space
+
+
+def _to_discrete(seed: Any, n: np.integer, start: np.integer) -> spaces.Discrete:
+    # Gymnasium 1.1 knows int64 only, and has no argument for it.
+    other = {} if n.dtype == np.int64 else {"dtype": n.dtype.type}
+    return spaces.Discrete(n, seed, start, **other)
+
+
+_CLOSURES: dict[str, type] = {
+    "get_linear_fn.<locals>.func": utils.LinearSchedule,
+    "constant_fn.<locals>.func": utils.ConstantSchedule,
+    "get_schedule_fn.<locals>.<lambda>": utils.FloatSchedule,
+}
+"""Functions that SB3's deprecated makers return, by name -> the class with the same arguments."""
+
+
+def _is_closure(value: Any) -> bool:
+    is_sb3s = isinstance(value, types.FunctionType) and value.__module__ == utils.__name__
+    return is_sb3s and value.__qualname__ in _CLOSURES
+
+
+def _closure_fields(closure: types.FunctionType) -> dict[str, Any]:
+    cells = [cell.cell_contents for cell in closure.__closure__ or ()]
+    arguments = dict(zip(closure.__code__.co_freevars, cells, strict=True))
+    return {"schedule": _CLOSURES[closure.__qualname__](**arguments)}
+
+
+class _Kind(NamedTuple):
+    """How values of one class, or those that a function accepts, are taken apart and made again."""
+
+    of: type | Callable[[Any], bool]
+    to_fields: Callable[[Any], dict[str, Any]]
+    to_value: Callable[..., Any]
+
+    def holds(self, value: Any) -> bool:
+        return type(value) is self.of if isinstance(self.of, type) else self.of(value)
+
+
+def _text(owner: type, to_text: Callable[[Any], str] = str) -> _Kind:
+    return _Kind(owner, lambda value: {"text": to_text(value)}, lambda text: owner(str(text)))
+
+
+def _pairs(owner: type) -> _Kind:
+    return _Kind(owner, lambda x: {"items": [list(pair) for pair in x.items()]}, lambda items: owner(items))
+
+
+def _space(owner: type, to_value: Callable[..., Any], *names: str) -> _Kind:
+    def to_fields(space: Any) -> dict[str, Any]:
+        return {"seed": space._np_random} | {name: getattr(space, name) for name in names}
+
+    return _Kind(owner, to_fields, to_value)
+
+
+def _schedule(owner: type, *names: str) -> _Kind:
+    def holds(value: Any) -> bool:
+        return type(value) is owner and vars(value).keys() == set(names)
+
+    return _Kind(holds, lambda schedule: dict(vars(schedule)), owner)
+
+
+def _to_deque(items: list[Any], maxlen: int | None) -> deque:
+    return deque(items, maxlen)
+
+
+def _to_multi_discrete(seed: Any, nvec: np.ndarray, start: np.ndarray) -> spaces.MultiDiscrete:
+    return spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start)
+
+
+def _dict_fields(space: spaces.Dict) -> dict[str, Any]:
+    # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
+    return {"seed": space._np_random, "parts": OrderedDict(space.spaces)}
+
+
+def _is_dummy(value: Any) -> bool:
+    # SB3 stores it in place of the schedule when a policy is saved alone.
+    return value is BasePolicy._dummy_schedule
+
+
+_KINDS: dict[str, _Kind] = {
+    "float": _text(float, repr),
+    "tuple": _Kind(tuple, lambda x: {"items": list(x)}, lambda items: tuple(items)),
+    "dict": _pairs(dict),
+    "OrderedDict": _pairs(OrderedDict),
+    "deque": _Kind(deque, lambda x: {"items": list(x), "maxlen": x.maxlen}, _to_deque),
+    "path": _text(type(pathlib.Path())),
+    "device": _text(torch.device),
+    "dtype": _Kind(lambda value: isinstance(value, np.dtype), _dtype_fields, _to_dtype),
+    "ndarray": _Kind(np.ndarray, _array_fields, _to_array),
+    "scalar": _Kind(_is_scalar, _array_fields, lambda **fields: _to_array(**fields)[()]),
+    "generator": _Kind(np.random.Generator, _generator_fields, _to_generator),
+    "Box": _space(spaces.Box, _to_box, "low", "high", "bounded_below", "bounded_above"),
+    "Discrete": _space(spaces.Discrete, _to_discrete, "n", "start"),
+    "MultiDiscrete": _space(spaces.MultiDiscrete, _to_multi_discrete, "nvec", "start"),
+    "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed), "n"),
+    "Dict": _Kind(spaces.Dict, _dict_fields, lambda seed, parts: spaces.Dict(parts, seed)),
+    "FloatSchedule": _schedule(utils.FloatSchedule, "value_schedule"),
+    "LinearSchedule": _schedule(utils.LinearSchedule, "start", "end", "end_fraction"),
+    "ConstantSchedule": _schedule(utils.ConstantSchedule, "val"),
+    "CosineSchedule": _schedule(CosineSchedule, "start"),
+    "schedule_closure": _Kind(_is_closure, _closure_fields, lambda schedule: schedule),
+    "dummy_schedule": _Kind(_is_dummy, lambda _: {}, lambda: BasePolicy._dummy_schedule),
+    "reference": _Kind(lambda x: trusted_name(x) is not None, _reference_fields, _to_reference),
+}
