@@ -30,8 +30,9 @@ from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.functions.transition import resolve_transition
-from sb3_bridge.policies import arguments
-from sb3_bridge.policies.policy import GRPOPolicy, functions_of
+from sb3_bridge.policies.compiled import functions_of
+from sb3_bridge.policies.policy import GRPOPolicy
+from sb3_bridge.policies.spaces import to_observation_space
 from sb3_bridge.rollout.host import acting
 
 Name = Literal["auto", "simulator", "clone", "learned"]
@@ -293,7 +294,7 @@ def check_learnable(env: VecEnv, observation_space: spaces.Space) -> None:
       ValueError: a VecNormalize with ``norm_obs``.
     """
     check_unnormalized(env, "'learned'")
-    check_vectors(arguments.to_observation_space(observation_space))
+    check_vectors(to_observation_space(observation_space))
 
 
 def check_unnormalized(env: VecEnv, dynamics: str) -> None:

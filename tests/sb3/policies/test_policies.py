@@ -18,7 +18,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 
 from grpo_jax import spaces as own_spaces
 from grpo_jax.policies.networks import CNN, Combined, Flatten
-from sb3_bridge.policies import arguments
+from sb3_bridge.policies import extractor, layers, optimizer
+from sb3_bridge.policies import spaces as seen_spaces
 from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 VECTOR = spaces.Box(-5, 5, (4,), seed=0)
@@ -468,12 +469,12 @@ def test_the_training_mode():
     ],
 )
 def test_net_arch(given, net_arch, widths):
-    actual = arguments.to_net_arch(given, convolutional=False)
+    actual = layers.to_net_arch(given, convolutional=False)
     assert actual == net_arch
-    assert arguments.widths_of(actual) == widths
+    assert layers.widths_of(actual) == widths
     if not isinstance(given, tuple):
         assert sb3.ActorCriticPolicy(VECTOR, TWO, rate, net_arch=given).net_arch == net_arch
-    assert arguments.to_net_arch(None, convolutional=True) == []
+    assert layers.to_net_arch(None, convolutional=True) == []
 
 
 def test_the_old_form_of_net_arch_warns_as_in_sb3():
@@ -486,25 +487,25 @@ def test_the_old_form_of_net_arch_warns_as_in_sb3():
 @pytest.mark.parametrize("given", [64, [0], [3.5], ["a"], {"qf": [3]}, {"pi": 3}, [3, {"pi": [3]}], [True]])
 def test_what_is_no_net_arch(given):
     with pytest.raises(ValueError, match="net_arch=.* must be a list of layer sizes"):
-        arguments.to_net_arch(given, convolutional=False)
+        layers.to_net_arch(given, convolutional=False)
 
 
-@pytest.mark.parametrize("cls", arguments.TORCH_ACTIVATIONS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", layers.TORCH_ACTIVATIONS, ids=lambda cls: cls.__name__)
 def test_torch_activations_are_the_same_functions(cls):
     x = np.concatenate([np.linspace(-8, 8, 1001), [-30.0, 30.0, 0.0, 3.0, -3.0, 6.0]]).astype(np.float32)
-    activation = arguments.to_activation(cls)
-    function = arguments.ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    activation = layers.to_activation(cls)
+    function = layers.ACTIVATIONS[activation] if isinstance(activation, str) else activation
     np.testing.assert_allclose(function(x), cls()(torch.as_tensor(x)), rtol=2e-5, atol=1e-6)
-    assert hash(arguments.to_activation(cls)) == hash(activation)
+    assert hash(layers.to_activation(cls)) == hash(activation)
 
 
 @pytest.mark.parametrize("given", ["tanh", nn.tanh, jnp.tanh, torch.nn.Tanh])
 def test_one_function_has_one_form(given):
-    assert arguments.to_activation(given) == "tanh"
+    assert layers.to_activation(given) == "tanh"
 
 
 def test_a_function_is_an_activation():
-    assert arguments.to_activation(jax.nn.softplus) is jax.nn.softplus
+    assert layers.to_activation(jax.nn.softplus) is jax.nn.softplus
     assert make(activation_fn=torch.nn.GELU).structure == make(activation_fn=torch.nn.GELU).structure
 
 
@@ -555,12 +556,12 @@ def test_without_arguments_the_library_chooses():
 )
 def test_optimizers(optimizer_class, optimizer_kwargs, expected):
     arguments_of = {"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs}
-    factory = arguments.to_optimizer(**arguments_of)
+    factory = optimizer.to_optimizer(**arguments_of)
     np.testing.assert_allclose(step_of(factory), step_of(expected), rtol=1e-6)
     np.testing.assert_allclose(jax.jit(lambda r: step_of(factory, r))(0.5), step_of(expected), rtol=1e-5)
-    again = arguments.to_optimizer(**arguments_of)
+    again = optimizer.to_optimizer(**arguments_of)
     assert (factory, hash(factory)) == (again, hash(again))
-    assert factory != arguments.to_optimizer(optax.sgd, {"momentum": 0.1})
+    assert factory != optimizer.to_optimizer(optax.sgd, {"momentum": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -587,7 +588,7 @@ def test_the_optimizers_state_goes_from_one_policy_to_another():
     source, target = make(), make()
     assert source.optimizer.param_groups == [{"lr": 3e-4}]
     assert source.optimizer.state_dict() == {}
-    optimizer = optax.adam(1e-3)
+    adam = optax.adam(1e-3)
     for policy in (source, target):
         policy.optimizer.state = optimizer.init(policy.state.params)
     source.optimizer.state = optimizer.update(source.state.params, source.optimizer.state)[1]
@@ -606,7 +607,7 @@ def test_the_optimizers_state_goes_from_one_policy_to_another():
 
 
 def test_what_networks_see():
-    seen = arguments.to_observation_space
+    seen = seen_spaces.to_observation_space
     assert seen(IMAGE) == own_spaces.Box(0, 255, (3, 36, 40), "uint8", channels_first=True)
     assert seen(IMAGE, False) == own_spaces.Box(0, 255, (3, 36, 40), channels_first=True)
     last = spaces.Box(0, 255, (36, 40, 3), np.uint8)
@@ -626,7 +627,7 @@ def test_networks_see_what_sb3s_see(space, normalize_images):
     space = OBSERVATIONS[space]
     observation = batch_of(space, 2)
     expected = sb3.preprocess_obs(torch.as_tensor(observation), space, normalize_images)
-    seen = own_spaces.encode(arguments.to_observation_space(space, normalize_images), observation)
+    seen = own_spaces.encode(seen_spaces.to_observation_space(space, normalize_images), observation)
     if space == IMAGE:
         expected = expected.movedim(1, -1)
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
@@ -659,7 +660,7 @@ def test_the_extractor_that_fits(space, cls, kwargs, extractor):
     given = {"features_extractor_class": None, "features_extractor_kwargs": None, "normalize_images": True}
     given |= {name: value for name, value in kwargs.items() if name in given}
     # A Dict space sorts its entries.
-    assert arguments.to_features_extractor(cls.kind, space, **given) == extractor
+    assert extractor.to_features_extractor(cls.kind, space, **given) == extractor
 
 
 def test_features_of_a_dict_are_as_many_as_sb3s():
@@ -670,7 +671,7 @@ def test_features_of_a_dict_are_as_many_as_sb3s():
 
 def test_small_images_of_a_dict_are_flattened():
     space = spaces.Dict({"map": spaces.Box(0, 255, (1, 2, 2), np.uint8)})
-    assert arguments.to_features_extractor("multi_input", space) == Combined((("map", 3),))
+    assert extractor.to_features_extractor("multi_input", space) == Combined((("map", 3),))
 
 
 @pytest.mark.parametrize("share", [True, False])
