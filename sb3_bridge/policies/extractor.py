@@ -12,6 +12,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 
 from grpo_jax import spaces
 from grpo_jax.policies.networks import CNN, Combined, Flatten
+from sb3_bridge.policies.layers import to_activation
 from sb3_bridge.policies.spaces import is_image, to_observation_space
 
 Kind = Literal["mlp", "cnn", "multi_input"]
@@ -74,7 +75,7 @@ def to_features_extractor(
     if own == "cnn":
         if is_dict or not spaces.is_image(encoded) or not (by_name or is_image(space, normalize_images)):
             raise AssertionError(_no_image(space))
-        return CNN(arguments.get("activation", "relu"), arguments.get("features_dim"))
+        return CNN(to_activation(arguments.get("activation", "relu")), arguments.get("features_dim"))
     if own == "flatten":
         if is_dict:
             raise ValueError(

@@ -385,11 +385,12 @@ def _checked(observation: Any) -> Any:
     return arrays
 
 
-_SB3_POLICIES: dict[Any, type[GRPOPolicy]] = {
+SB3_POLICIES: dict[Any, type[GRPOPolicy]] = {
     sb3.ActorCriticPolicy: MlpPolicy,
     sb3.ActorCriticCnnPolicy: CnnPolicy,
     sb3.MultiInputActorCriticPolicy: MultiInputPolicy,
 }
+"""SB3's classes and those that stand for them here."""
 
 
 def to_policy_class(policy: Any) -> str | type[GRPOPolicy]:
@@ -400,8 +401,8 @@ def to_policy_class(policy: Any) -> str | type[GRPOPolicy]:
     """
     if isinstance(policy, str) or (isinstance(policy, type) and issubclass(policy, GRPOPolicy)):
         return policy
-    if isinstance(policy, type) and policy in _SB3_POLICIES:
-        return _SB3_POLICIES[policy]
+    if isinstance(policy, type) and policy in SB3_POLICIES:
+        return SB3_POLICIES[policy]
     raise TypeError(
         f"policy={policy!r} must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy', SB3's classes of these names, or a class"
         " derived from sb3_bridge.MlpPolicy and its like: a policy of torch cannot run in JAX"
