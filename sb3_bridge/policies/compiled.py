@@ -102,8 +102,9 @@ def check_not_exported() -> None:
     Raises:
       RuntimeError: torch is tracing, compiling or exporting.
     """
-    is_compiling = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or is_compiling:
+    dynamo = torch._C._dynamo.eval_frame  # after a graph break, it alone knows that torch.compile is at work
+    is_compiled = torch.compiler.is_compiling() or dynamo.get_eval_frame_callback() not in (None, False)
+    if is_compiled or torch.jit.is_tracing():
         raise RuntimeError(
             "torch cannot trace, compile or export a GRPO policy, whose networks are JAX's: use model.to_torch(), which"
             " is the same policy in torch"

@@ -376,7 +376,7 @@ def _checked(observation: Any) -> Any:
     arrays = to_arrays(observation)
     for name, leaf in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
         array = np.asarray(leaf)
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             place = np.argwhere(~np.isfinite(array))[0]
             raise ValueError(
                 f"observation{f'[{name!r}]' if name else ''} must be finite: it is {array[tuple(place)]} at index"
