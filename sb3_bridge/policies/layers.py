@@ -79,6 +79,7 @@ TORCH_ACTIVATIONS: dict[type[torch.nn.Module], Activation] = {
     torch.nn.Identity: jax.nn.identity,
 }
 """Classes of torch and the same functions in JAX."""
+TORCH_CLASSES = {ours: theirs for theirs, ours in TORCH_ACTIVATIONS.items()}
 
 
 def to_activation(activation: Any) -> Activation:

@@ -69,6 +69,7 @@ class GRPOPolicy(JaxModel):
     """
 
     kind: ClassVar[Kind] = "mlp"
+    net_arch: Any
 
     def __init__(
         self,
@@ -108,27 +109,7 @@ class GRPOPolicy(JaxModel):
             setattr(self, name, given[name])
         self.dist_kwargs = None  # SB3's arguments of gSDE
 
-        extractor = to_features_extractor(
-            self.kind,
-            observation_space,
-            features_extractor_class,
-            features_extractor_kwargs,
-            normalize_images,
-        )
-        self.net_arch = layers.to_net_arch(net_arch, isinstance(extractor, CNN))
-        widths, critic_widths = layers.widths_of(self.net_arch)
-        self.structure = assemble(
-            to_observation_space(observation_space, normalize_images),
-            to_action_space(action_space),
-            features_extractor=extractor,
-            share_features_extractor=share_features_extractor,
-            widths=widths,
-            critic_widths=critic_widths if has_critic else None,
-            activation=layers.to_activation(activation_fn),
-            log_std_init=float(log_std_init),
-            orthogonal=ortho_init,
-        )
-        self._compiled = functions_of(self.structure)
+        self._assemble()
         self.optimizer = Optimizer(to_optimizer(optimizer_class, optimizer_kwargs), float(lr_schedule(1)))
         self.seed(seed)
         words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
@@ -137,6 +118,30 @@ class GRPOPolicy(JaxModel):
     def seed(self, seed: int | None) -> None:
         """Starts the stream of random numbers that ``predict`` draws from."""
         self._seed, self._generator = seed, np.random.default_rng(seed)
+
+    def _assemble(self) -> None:
+        """Makes the structure that the arguments mean."""
+        extractor = to_features_extractor(
+            self.kind,
+            self.observation_space,
+            self.features_extractor_class,
+            self.features_extractor_kwargs,
+            self.normalize_images,
+        )
+        self.net_arch = layers.to_net_arch(self.net_arch, isinstance(extractor, CNN))
+        widths, critic_widths = layers.widths_of(self.net_arch)
+        self.structure = assemble(
+            to_observation_space(self.observation_space, self.normalize_images),
+            to_action_space(self.action_space),
+            features_extractor=extractor,
+            share_features_extractor=self.share_features_extractor,
+            widths=widths,
+            critic_widths=critic_widths if self.has_critic else None,
+            activation=layers.to_activation(self.activation_fn),
+            log_std_init=float(self.log_std_init),
+            orthogonal=self.ortho_init,
+        )
+        self._compiled = functions_of(self.structure)
 
     @property
     def _functions(self) -> Functions:
@@ -328,19 +333,23 @@ class GRPOPolicy(JaxModel):
 
     def __deepcopy__(self: SelfPolicy, memo: dict[int, Any]) -> SelfPolicy:
         # What is static is shared: a copied jitted function is another function, and its structure another one.
-        static = (self.structure, self.activation_fn, self.features_extractor_kwargs, self.optimizer.factory)
+        static = (self.activation_fn, self.features_extractor_kwargs, self.optimizer.factory)
         memo.update({id(part): part for part in static})
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled functions cannot be pickled (nor can jitted ones that the user passed).
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
+        # Jitted functions cannot be pickled; torch's classes stand for those of the activations.
+        state = {
+            name: value for name, value in self.__dict__.items() if name not in ("_compiled", "structure")
+        }
+        state["activation_fn"] = layers.TORCH_CLASSES.get(self.structure.actor.activation, self.activation_fn)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compiled = functions_of(self.structure)
+        self._assemble()
 
 
 class MlpPolicy(GRPOPolicy):

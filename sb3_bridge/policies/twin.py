@@ -22,7 +22,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from grpo_jax import spaces
 from grpo_jax.policies.networks import CNN, Actor, Combined, Critic, Flatten
 from grpo_jax.policies.policy import Policy
-from sb3_bridge.policies.layers import TORCH_ACTIVATIONS
+from sb3_bridge.policies.layers import TORCH_ACTIVATIONS, TORCH_CLASSES
 from sb3_bridge.policies.policy import SB3_POLICIES, GRPOPolicy
 from sb3_bridge.policies.spaces import is_image, stretch_of
 from sb3_bridge.policies.torch_layers import FeatureMapsCNN, FeatureMapsCombined, TanhGELU
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from sb3_bridge.grpo import GRPO
 
 _TORCH_POLICIES = {ours.kind: theirs for theirs, ours in SB3_POLICIES.items()}
-_ACTIVATIONS: dict[Any, Any] = {ours: theirs for theirs, ours in TORCH_ACTIVATIONS.items()} | {
-    "gelu": TanhGELU
-}
+_ACTIVATIONS: dict[Any, Any] = TORCH_CLASSES | {"gelu": TanhGELU}
 _EXTRACTORS: dict[type, type] = {
     **{kind: kind for kind in (FlattenExtractor, NatureCNN, CombinedExtractor)},
     FeatureMapsCNN: CNN,
