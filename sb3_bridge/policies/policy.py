@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.distributions import Distribution, make_proba_distribution
-from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import ConstantSchedule, is_vectorized_observation
+from stable_baselines3.common.utils import ConstantSchedule
 
 from grpo_jax.policies.networks import CNN
 from grpo_jax.policies.policy import PolicyState, assemble
 from grpo_jax.types import Observation
 from sb3_bridge.policies import layers
-from sb3_bridge.policies.compiled import Functions, check_not_exported, check_process, functions_of
+from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
 from sb3_bridge.policies.model import JaxModel
+from sb3_bridge.policies.observations import to_batch, to_finite_arrays
 from sb3_bridge.policies.optimizer import Optimizer, to_optimizer
 from sb3_bridge.policies.parameters import to_arrays
 from sb3_bridge.policies.spaces import stretch_of, to_action_space, to_observation_space
@@ -175,15 +175,8 @@ class GRPOPolicy(JaxModel):
         """
         if self.training:
             self.set_training_mode(False)
-        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
-            raise ValueError(
-                "You have passed a tuple to the predict() function instead of a Numpy array or a Dict: pass the observation"
-                " alone. You are probably mixing Gym API with SB3 VecEnv API: `obs, info = env.reset()` (Gym) vs"
-                " `obs = vec_env.reset()` (SB3 VecEnv), see"
-                " https://stable-baselines3.readthedocs.io/en/master/guide/vec_envs.html#vecenv-api-vs-gym-api"
-            )
-        batch, is_vectorized = self._to_batch(observation)
-        actions = self._act(_checked(batch), deterministic)
+        batch, is_vectorized = to_batch(observation, self.observation_space)
+        actions = self._act(to_finite_arrays(batch), deterministic)
         return actions if is_vectorized else actions.squeeze(axis=0), state
 
     def _act(self, batch: Observation, deterministic: bool) -> np.ndarray:
@@ -202,28 +195,8 @@ class GRPOPolicy(JaxModel):
             actions = np.clip(actions, space.low, space.high)
         return actions
 
-    def _to_batch(self, observation: Any) -> tuple[Observation, bool]:
-        """Observations ``[N, *shape]`` as SB3 makes them of what a user passes, and whether they had the axis N."""
-        space = self.observation_space
-        if isinstance(observation, dict):
-            assert isinstance(space, gymnasium.spaces.Dict), (
-                f"the observation is a dict, but the observation space is {space}"
-            )
-            batch, is_vectorized = {}, False
-            for name, value in observation.items():
-                part = space.spaces[name]
-                array = maybe_transpose(value, part) if is_image_space(part) else np.array(value)
-                is_vectorized = is_vectorized or is_vectorized_observation(array, part)
-                batch[name] = array.reshape((-1, *_shape(part)))
-            return batch, is_vectorized
-        observation = np.asarray(observation)
-        if observation.ndim >= 3:  # else it is no image
-            observation = maybe_transpose(observation, space)
-        is_vectorized = is_vectorized_observation(observation, space)
-        return observation.reshape((-1, *_shape(space))), is_vectorized
-
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> torch.Tensor:
-        return torch.from_numpy(self._act(_checked(observation), deterministic)).to(self.device)
+        return torch.from_numpy(self._act(to_finite_arrays(observation), deterministic)).to(self.device)
 
     def forward(
         self, obs: PyTorchObs, deterministic: bool = False
@@ -241,7 +214,7 @@ class GRPOPolicy(JaxModel):
         """
         if not self.has_critic:
             raise RuntimeError("this policy has no critic (bootstrap=False): there are no values to predict")
-        return self._to_tensor(self._functions.value(self.state, _checked(obs))[:, None])
+        return self._to_tensor(self._functions.value(self.state, to_finite_arrays(obs))[:, None])
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor
@@ -256,8 +229,8 @@ class GRPOPolicy(JaxModel):
           Values ``[N, 1]`` (None without a critic), log densities ``[N]`` and entropies ``[N]``. Of a Gaussian in the
           environment's units, before actions are clipped.
         """
-        observation = _checked(obs)
-        array = np.asarray(to_arrays(actions)).reshape((-1, *_shape(self.action_space)))
+        observation = to_finite_arrays(obs)
+        array = np.asarray(to_arrays(actions)).reshape((-1, *self.structure.action_space.shape))
         middle, half = stretch_of(self.structure.action_space)
         if isinstance(self.action_space, gymnasium.spaces.Box):
             array = ((array - middle) / half).astype(np.float32)
@@ -269,7 +242,7 @@ class GRPOPolicy(JaxModel):
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients."""
-        parameters = self._to_tensor(self._functions.parameters(self.state, _checked(obs)))
+        parameters = self._to_tensor(self._functions.parameters(self.state, to_finite_arrays(obs)))
         distribution: Any = make_proba_distribution(self.action_space)
         if isinstance(self.action_space, gymnasium.spaces.Box):
             middle, half = (
@@ -366,32 +339,6 @@ class MultiInputPolicy(GRPOPolicy):
     """Dict observations: convolutions on each image, everything else flattened. Arguments: :class:`GRPOPolicy`."""
 
     kind = "multi_input"
-
-
-def _shape(space: gymnasium.Space) -> tuple[int, ...]:
-    shape = space.shape
-    assert shape is not None
-    return shape
-
-
-def _checked(observation: Any) -> Any:
-    """Observations as arrays, dicts of them too.
-
-    Raises:
-      ValueError: NaN or inf.
-      RuntimeError: torch traces or exports.
-    """
-    check_not_exported()
-    arrays = to_arrays(observation)
-    for name, leaf in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
-        array = np.asarray(leaf)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            place = np.argwhere(~np.isfinite(array))[0]
-            raise ValueError(
-                f"observation{f'[{name!r}]' if name else ''} must be finite: it is {array[tuple(place)]} at index"
-                f" {place.tolist()}"
-            )
-    return arrays
 
 
 SB3_POLICIES: dict[Any, type[GRPOPolicy]] = {

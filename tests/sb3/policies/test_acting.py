@@ -128,8 +128,15 @@ def test_errors_are_of_sb3s_types(space, observation):
     cls = fitting(space)
     with pytest.raises(Exception) as expected:  # noqa: PT011
         CLASSES[cls](space, TWO, rate).predict(observation)
-    with pytest.raises(expected.type):
+    with pytest.raises(expected.type) as actual:
         make(space, cls=cls).predict(observation)
+    # Their first words are what people's code looks for.
+    assert str(actual.value)[:25] == str(expected.value)[:25]
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(RuntimeError, match=r"batch of observations is empty: its shape is \[0, 4\]"):
+        make().predict(np.zeros((0, 4), np.float32))
 
 
 def test_gymnasiums_reset_is_told_from_an_observation():
