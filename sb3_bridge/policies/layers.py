@@ -31,7 +31,7 @@ def to_net_arch(net_arch: Any, convolutional: bool) -> NetArch:
             "net_arch=[dict(pi=..., vf=...)] is the form of old SB3 versions, which had shared layers: pass the dict"
             " alone, net_arch=dict(pi=..., vf=...)",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         net_arch = net_arch[0]
     if net_arch is None:

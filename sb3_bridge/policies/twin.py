@@ -38,28 +38,11 @@ _EXTRACTORS: dict[type, type] = {
     FeatureMapsCombined: CombinedExtractor,
 }
 _NETWORKS = ("net_arch", "ortho_init", "log_std_init", "share_features_extractor", "normalize_images")
-"""Arguments that the policies of both have, with one meaning."""
+"""Arguments that the policies of both have."""
 _SETTINGS = (
-    *(
-        "learning_rate",
-        "n_steps",
-        "batch_size",
-        "n_epochs",
-        "gamma",
-        "gae_lambda",
-        "clip_range",
-        "clip_range_vf",
-    ),
-    *(
-        "normalize_advantage",
-        "ent_coef",
-        "vf_coef",
-        "max_grad_norm",
-        "target_kl",
-        "tensorboard_log",
-        "verbose",
-    ),
-)
+    "learning_rate n_steps batch_size n_epochs gamma gae_lambda clip_range clip_range_vf normalize_advantage ent_coef"
+    " vf_coef max_grad_norm target_kl tensorboard_log verbose"
+).split()
 """Arguments that PPO and GRPO have both."""
 
 
@@ -166,7 +149,9 @@ def load_torch(policy: GRPOPolicy, source: ActorCriticPolicy) -> None:
 
 
 def arguments_from(source: BaseAlgorithm | ActorCriticPolicy) -> tuple[dict[str, Any], ActorCriticPolicy]:
-    """Arguments for ``GRPO`` that go on where an algorithm of SB3's, or a policy alone, is; and its policy.
+    """Arguments for a ``GRPO`` that trains on what an algorithm of SB3's (or a policy alone) learned, and the torch policy.
+
+    ``load_torch(model.policy, torch_policy)`` then takes the parameters over; the optimizer starts anew.
 
     Raises:
       TypeError, NotImplementedError: what JAX does not have here, by name.
