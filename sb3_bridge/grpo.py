@@ -65,8 +65,8 @@ from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
-from sb3_bridge.policies.spaces import to_action_space
 from sb3_bridge.policies.policy import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.policies.spaces import to_action_space
 from sb3_bridge.rollout.host import (
     Simulator,
     collect_on_device,

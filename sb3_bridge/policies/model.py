@@ -19,11 +19,13 @@ from sb3_bridge.policies.parameters import HandedOut, flat, replaced, to_arrays,
 
 SelfModel = TypeVar("SelfModel", bound="JaxModel")
 
+# fmt: off
 TORCH_ONLY = (
-    "features_extractor pi_features_extractor vf_features_extractor features_dim mlp_extractor action_net value_net"
-    " action_dist log_std"
-).split()
+    "features_extractor", "pi_features_extractor", "vf_features_extractor", "features_dim", "mlp_extractor",
+    "action_net", "value_net", "action_dist", "log_std",
+)
 """Attributes of SB3's policies that are parts of a torch network, which ours has not."""
+# fmt: on
 
 
 class JaxModel(BasePolicy):

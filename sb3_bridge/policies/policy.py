@@ -30,11 +30,14 @@ from sb3_bridge.policies.spaces import stretch_of, to_action_space, to_observati
 
 SelfPolicy = TypeVar("SelfPolicy", bound="GRPOPolicy")
 
+# fmt: off
 _KEPT = (
-    "net_arch activation_fn ortho_init use_sde log_std_init full_std use_expln features_extractor_class"
-    " features_extractor_kwargs share_features_extractor optimizer_class optimizer_kwargs has_critic"
-).split()
+    "net_arch", "activation_fn", "ortho_init", "use_sde", "log_std_init", "full_std", "use_expln",
+    "features_extractor_class", "features_extractor_kwargs", "share_features_extractor", "optimizer_class",
+    "optimizer_kwargs", "has_critic",
+)
 """Arguments that a policy keeps under their names, and is saved with."""
+# fmt: on
 
 
 class GRPOPolicy(JaxModel):

@@ -39,11 +39,14 @@ _EXTRACTORS: dict[type, type] = {
 }
 _NETWORKS = ("net_arch", "ortho_init", "log_std_init", "share_features_extractor", "normalize_images")
 """Arguments that the policies of both have."""
+# fmt: off
 _SETTINGS = (
-    "learning_rate n_steps batch_size n_epochs gamma gae_lambda clip_range clip_range_vf normalize_advantage ent_coef"
-    " vf_coef max_grad_norm target_kl tensorboard_log verbose"
-).split()
+    "learning_rate", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range",
+    "clip_range_vf", "normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl",
+    "tensorboard_log", "verbose",
+)
 """Arguments that PPO and GRPO have both."""
+# fmt: on
 
 
 def to_torch(policy: GRPOPolicy) -> ActorCriticPolicy:
