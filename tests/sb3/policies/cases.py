@@ -44,7 +44,7 @@ def rate(progress):
 
 
 def make(observation_space=VECTOR, action_space=TWO, cls=MlpPolicy, **arguments):
-    settings = {"net_arch": [8], "seed": 0, **arguments}
+    settings = {"net_arch": [8], "ortho_init": False, "seed": 0, **arguments}
     return cls(observation_space, action_space, rate, **settings)
 
 

@@ -147,7 +147,7 @@ def test_gymnasiums_reset_is_told_from_an_observation():
 
 
 def test_sampled_actions_follow_the_distribution():
-    policy = make(action_space=ACTIONS["Discrete"], ortho_init=False)
+    policy = make(action_space=ACTIONS["Discrete"])
     observation = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
     actions, _ = policy.predict(np.tile(observation, (20_000, 1)))
     probabilities = policy.get_distribution(torch.as_tensor(observation[None])).distribution.probs[0].numpy()
@@ -179,7 +179,7 @@ def test_equal_policies_share_their_programs():
 @pytest.mark.parametrize("name", ACTIONS)
 def test_densities_are_those_of_sb3s_distribution(name):
     space = ACTIONS[name]
-    policy = make(action_space=space, ortho_init=False, log_std_init=-0.5)
+    policy = make(action_space=space, log_std_init=-0.5)
     obs, is_vectorized = policy.obs_to_tensor(batch_of(VECTOR, 5))
     assert is_vectorized
     actions = torch.as_tensor(np.stack([space.sample() for _ in range(5)]))
@@ -202,7 +202,7 @@ def test_densities_are_those_of_sb3s_distribution(name):
 
 @pytest.mark.parametrize("name", ["Box", "matrix"])
 def test_the_mode_is_the_distributions(name):
-    policy = make(action_space=ACTIONS[name], ortho_init=False)
+    policy = make(action_space=ACTIONS[name])
     batch = batch_of(VECTOR, 5) / 10
     obs, _ = policy.obs_to_tensor(batch)
     mean = policy.get_distribution(obs).mode().numpy().reshape(5, *ACTIONS[name].shape)

@@ -68,7 +68,7 @@ OWN_CLASSES = {"channels last", "small image", "maps by name", "Dict of maps"}
 def pair(request):
     """A policy with all parameters away from 0, and its twin."""
     space, actions, cls, kwargs = CASES[request.param]
-    policy = make(space, actions, cls, ortho_init=False, **kwargs)
+    policy = make(space, actions, cls, **kwargs)
     noise = np.random.default_rng(0).normal(0, 0.1, policy.parameters_to_vector().shape)
     policy.load_from_vector(policy.parameters_to_vector() + noise.astype(np.float32))
     return policy, twin.to_torch(policy), request.param
@@ -119,7 +119,7 @@ def test_the_way_back(pair):
 
 @pytest.mark.parametrize("cls", TORCH_ACTIVATIONS, ids=lambda cls: cls.__name__)
 def test_activations_are_the_same(cls):
-    policy = make(activation_fn=cls, ortho_init=False)
+    policy = make(activation_fn=cls)
     torch_policy = twin.to_torch(policy)
     assert torch_policy.activation_fn is cls
     assert_equal_answers(policy, torch_policy)
@@ -153,7 +153,7 @@ class Chosen(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")  # of torch's tracers, about checks of shapes
 def test_what_is_exported_knows_other_observations(name):
     space, actions, cls, kwargs = CASES[name]
-    policy = make(space, actions, cls, ortho_init=False, **kwargs)
+    policy = make(space, actions, cls, **kwargs)
     module = Chosen(twin.to_torch(policy))
     first, other = (policy.obs_to_tensor(batch_of(space, 2))[0] for _ in range(2))
     with torch.no_grad():
