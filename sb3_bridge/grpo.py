@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
@@ -23,7 +24,9 @@ from sb3_bridge.files.model_zip import File, load_zip, save_zip
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
-from sb3_bridge.policies.policy import CnnPolicy, GRPOPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.policies import twin
+from sb3_bridge.policies.compiled import check_process
+from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy, to_policy_class
 from sb3_bridge.settings import jax_device
 from sb3_bridge.training import Training
 
@@ -119,7 +122,7 @@ class GRPO(Training):
 
     def __init__(
         self,
-        policy: str | type[GRPOPolicy],
+        policy: str | type[BasePolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int | None = None,
@@ -173,7 +176,7 @@ class GRPO(Training):
         spread_floor: float = 1e-6,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        _check_policy(policy)
+        given["policy"] = to_policy_class(policy)
         if isinstance(env, str) and env.startswith(f"{NAMESPACE}/"):
             given["env"] = GymnaxVecEnv(env.removeprefix(f"{NAMESPACE}/"), render_mode="rgb_array")
         of_base = inspect.signature(OnPolicyAlgorithm).parameters
@@ -229,6 +232,7 @@ class GRPO(Training):
           FloatingPointError: losses, gradients or group returns were NaN or inf.
           ValueError: no env; an env that gives NaN or inf; ``total_timesteps`` below 0 (0 only sets up), or no integer.
         """
+        check_process()
         if self.env is None:
             raise ValueError("learn() needs an environment: set_env(env), or load(path, env=env)")
         if isinstance(total_timesteps, bool) or not (0 <= total_timesteps == int(total_timesteps)):
@@ -240,6 +244,45 @@ class GRPO(Training):
         )
         self._judge_spread()
         return self
+
+    # Torch ----------------------------------------------------------------------------------------------------------
+
+    def to_torch(self) -> ActorCriticPolicy:
+        """SB3's policy with equal actions, values and log-probabilities, for export and deployment."""
+        return twin.to_torch(self.policy)
+
+    def to_sb3(self) -> PPO:
+        """A ``PPO`` with the same policy and, where both have them, settings; it predicts, saves, loads and trains."""
+        return twin.to_sb3(self)
+
+    @classmethod
+    def from_torch(
+        cls: type[SelfGRPO],
+        source: PPO | ActorCriticPolicy,
+        env: GymEnv | str | None = None,
+        **overrides: Any,
+    ) -> SelfGRPO:
+        """A model that goes on from a policy of SB3's.
+
+        Args:
+          source: ``PPO`` (whose settings are taken over too), or its policy.
+          env: to train in; None: that of ``source``.
+          **overrides: arguments of the class.
+
+        Raises:
+          TypeError, ValueError: a policy that ours cannot equal (gSDE, extractors or activations of one's own), by name.
+        """
+        arguments, torch_policy = twin.arguments_from(source)
+        policy_kwargs = arguments["policy_kwargs"] | (overrides.pop("policy_kwargs", None) or {})
+        env = arguments.pop("env", None) if env is None else env
+        if env is None:
+            raise ValueError("from_torch() needs an environment: pass env")
+        model = cls(**{**arguments, "env": env, "policy_kwargs": policy_kwargs, **overrides})
+        twin.load_torch(model.policy, torch_policy)
+        model.policy.state = jax.device_put(model.policy.state, model._jax_device)
+        return model
+
+    # State ----------------------------------------------------------------------------------------------------------
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seeds the environments, the model's own key, and (as SB3 does) Python, NumPy and torch; None: nothing."""
@@ -343,12 +386,3 @@ class GRPO(Training):
 
 def _arrays(state_dict: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in state_dict.items()}
-
-
-def _check_policy(policy: Any) -> None:
-    if isinstance(policy, str) or (isinstance(policy, type) and issubclass(policy, GRPOPolicy)):
-        return
-    raise TypeError(
-        f"policy={policy!r} must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a class derived from"
-        " sb3_bridge.MlpPolicy and its like: a policy of torch cannot run in JAX"
-    )

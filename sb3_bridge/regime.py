@@ -16,7 +16,7 @@ from grpo_jax.worlds.learned import check_vectors
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import Functions
-from sb3_bridge.policies import arguments
+from sb3_bridge.policies.spaces import to_observation_space
 
 Name = Literal["auto", "simulator", "clone", "learned"]
 Dynamics = Name | Callable[[Any, Any], Any] | Functions
@@ -122,7 +122,7 @@ def check_learnable(env: VecEnv, observation_space: spaces.Space) -> None:
       ValueError: a VecNormalize with ``norm_obs``.
     """
     check_unnormalized(env, "'learned'")
-    check_vectors(arguments.to_observation_space(observation_space))
+    check_vectors(to_observation_space(observation_space))
 
 
 def check_unnormalized(env: VecEnv, dynamics: str) -> None:

@@ -22,8 +22,8 @@ from sb3_bridge import regime
 from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
-from sb3_bridge.policies.arguments import to_action_space
 from sb3_bridge.policies.policy import GRPOPolicy
+from sb3_bridge.policies.spaces import to_action_space
 from sb3_bridge.rollout.buffer import RolloutView
 from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
 from sb3_bridge.rollout.host import collect_on_host

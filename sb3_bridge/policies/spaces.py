@@ -1,0 +1,95 @@
+"""Gymnasium's spaces as the networks of ``grpo_jax`` see them."""
+
+from __future__ import annotations
+
+import copy
+
+import gymnasium
+import numpy as np
+from stable_baselines3.common.preprocessing import check_for_nested_spaces, is_image_space
+
+from grpo_jax import spaces
+
+_FLAT = (
+    gymnasium.spaces.Box,
+    gymnasium.spaces.Discrete,
+    gymnasium.spaces.MultiDiscrete,
+    gymnasium.spaces.MultiBinary,
+)
+
+
+def to_observation_space(space: gymnasium.Space, normalize_images: bool = True) -> spaces.Space:
+    """The space as the networks see it, with SB3's view of what an image is.
+
+    Images (uint8 from 0 to 255 in three dimensions, where they are normalised) are divided by 255; the smallest of their
+    dimensions is the channels', first or last. Nothing else is divided.
+
+    Raises:
+      NotImplementedError: nested, or of a kind that SB3 has no policy for.
+      AssertionError: an axis of length 0, as in SB3.
+    """
+    check_for_nested_spaces(space)
+    if isinstance(space, gymnasium.spaces.Dict):
+        entries = space.spaces.items()
+        return spaces.Dict(
+            tuple((name, to_observation_space(part, normalize_images)) for name, part in entries)
+        )
+    _check_size(space, "observation_space")
+    if isinstance(space, gymnasium.spaces.Box):
+        # Only uint8 is divided by 255 in grpo_jax, and here only images are.
+        divided = normalize_images and is_image_space(space)
+        channels_first = is_image(space, normalize_images) and int(np.argmin(space.shape)) == 0
+        dtype = "uint8" if divided else "float32"
+        return spaces.Box(space.low, space.high, space.shape, dtype, channels_first)
+    if isinstance(space, gymnasium.spaces.MultiBinary) and len(space.shape) != 1:
+        return spaces.Box(np.float32(0), np.float32(1), space.shape)  # type: ignore[arg-type]
+    return spaces.from_gymnasium(_without_subclass(space), "observation_space")
+
+
+def to_action_space(space: gymnasium.Space) -> spaces.ActionSpace:
+    """The space of a policy's actions.
+
+    Raises:
+      NotImplementedError: ``Dict``, ``Tuple`` and their like.
+      AssertionError: ``MultiBinary`` of more than one dimension, as in SB3, or an axis of length 0.
+    """
+    if isinstance(space, gymnasium.spaces.MultiBinary) and len(space.shape) != 1:
+        raise AssertionError(f"action_space={space} must be one-dimensional: flatten it")
+    if isinstance(space, gymnasium.spaces.Dict):
+        raise NotImplementedError(f"action_space={space}: use Box, Discrete, MultiDiscrete or MultiBinary")
+    _check_size(space, "action_space")
+    action_space = spaces.from_gymnasium(_without_subclass(space), "action_space")
+    assert not isinstance(action_space, spaces.Dict)
+    return action_space
+
+
+def is_image(space: gymnasium.Space, normalize_images: bool) -> bool:
+    """Whether SB3 takes a space for an image; without normalising, every Box of three dimensions is one."""
+    return is_image_space(space, normalized_image=not normalize_images)
+
+
+def stretch_of(space: spaces.ActionSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Where 0 and 1 of a policy's own units lie in the environment's: ``[*A]`` middle and half width, float32.
+
+    A Gaussian acts on [-1, 1], stretched to the bounds of a Box; where a bound is missing, nothing is stretched.
+    """
+    if not isinstance(space, spaces.Box) or not space.is_bounded:
+        return np.zeros(space.shape, np.float32), np.ones(space.shape, np.float32)
+    half = (space.high - space.low) / 2
+    return (space.high + space.low) / 2, np.where(half > 0, half, np.float32(1))
+
+
+def _check_size(space: gymnasium.Space, name: str) -> None:
+    if 0 in (space.shape or ()):
+        raise AssertionError(
+            f"{name}={space} has an axis of length 0: there is nothing to see or to do, drop it"
+        )
+
+
+def _without_subclass(space: gymnasium.Space) -> gymnasium.Space:
+    """A space of a user's class as the one of Gymnasium's that it derives from."""
+    for kind in _FLAT:
+        if isinstance(space, kind) and type(space) is not kind:
+            space = copy.copy(space)
+            space.__class__ = kind
+    return space
