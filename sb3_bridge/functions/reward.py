@@ -33,7 +33,7 @@ class Reward(UserFunction):
 
     parameter: ClassVar[str] = "reward_function"
     argument_names: ClassVar[tuple[str, ...]] = ("state", "action", "next_state")
-    owed: ClassVar[str] = (
+    returns: ClassVar[str] = (
         "one reward for a transition ([] or [1]), or N rewards for a batch of N ([N] or [N, 1])"
     )
 
@@ -86,10 +86,8 @@ def resolve_reward(
     function: Callable[[Any, Any, Any], Any],
     observation_space: gymnasium.Space,
     action_space: gymnasium.Space,
-    *,
-    samples: tuple[Any, Any, Any] | None = None,
 ) -> Reward:
-    """Finds out, by trying, what kind of reward function this is; see ``trying.resolve``.
+    """Finds out, by trying, what kind of reward function this is; see ``detect.resolve``.
 
     Args:
       function: ``(state, action, next_state) -> reward``; a pure function of one transition (``[*shape]`` to
@@ -97,8 +95,6 @@ def resolve_reward(
         get integer actions as int64; torch gets floats as float32, on the CPU.
       observation_space: of one environment.
       action_space: of one environment.
-      samples: ``(states, actions, next_states)`` of real transitions to try with, ``[M, *shape]`` each; None
-        draws them from the spaces.
 
     Returns:
       The function in its form.
@@ -108,4 +104,4 @@ def resolve_reward(
       ValueError: it returns wrong shapes, NaN or inf, or rewards that depend on more than their transition.
     """
     spaces = (observation_space, action_space, observation_space)
-    return resolve(Reward(function, "jax", takes_batch=False), spaces, samples)
+    return resolve(Reward(function, "jax", takes_batch=False), spaces)

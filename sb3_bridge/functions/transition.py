@@ -28,7 +28,7 @@ class Transition(UserFunction):
     A ``next_state`` with NaN or inf is an error that shows state and action. Inside ``jit`` that holds for NumPy
     and torch only, and for finite arguments. Branches step on behind an end until all of them have ended, so it
     must be finite there too. JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message;
-    see ``host.original_errors``.
+    see ``host_call.original_errors``.
 
     Attributes:
       function: the user's ``(state, action) -> next_state`` or ``-> (next_state, terminated)``, a pure function.
@@ -44,7 +44,7 @@ class Transition(UserFunction):
 
     parameter: ClassVar[str] = "dynamics"
     argument_names: ClassVar[tuple[str, ...]] = ("state", "action")
-    owed: ClassVar[str] = (
+    returns: ClassVar[str] = (
         "next_state or (next_state, terminated): of a transition an observation and a boolean ([] or [1]), or of a"
         " batch of N its observations and N booleans ([N] or [N, 1])"
     )
@@ -110,10 +110,8 @@ def resolve_transition(
     function: Callable[[Any, Any], Any],
     observation_space: gymnasium.Space,
     action_space: gymnasium.Space,
-    *,
-    samples: tuple[Any, Any] | None = None,
 ) -> Transition:
-    """Finds out, by trying, what kind of transition function this is; see ``trying.resolve``.
+    """Finds out, by trying, what kind of transition function this is; see ``detect.resolve``.
 
     Args:
       function: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``; a pure function of one
@@ -121,8 +119,6 @@ def resolve_transition(
         float32, on the CPU. Of integers ``next_state`` must be integers, and ``terminated`` must be booleans.
       observation_space: of one environment.
       action_space: of one environment.
-      samples: ``(states, actions)`` of real transitions to try with, ``[M, *shape]`` each; None draws them from
-        the spaces.
 
     Returns:
       The function in its form.
@@ -134,7 +130,7 @@ def resolve_transition(
     """
     space = from_gymnasium(observation_space, "observation_space")
     untried = Transition(function, "jax", takes_batch=False, tells_end=False, observation_space=space)
-    return resolve(untried, (observation_space, action_space), samples)
+    return resolve(untried, (observation_space, action_space))
 
 
 def _dtype(space: Space) -> np.dtype:

@@ -1,22 +1,22 @@
-"""A user's function of transitions in a known form: JAX, NumPy or torch, per sample or batched.
+"""A user's function of transitions in a known form: JAX, NumPy or torch, for one transition or for a batch.
 
-The JAX form is traced like any other code; NumPy and torch run on the host. Which form it is ``trying`` finds out.
+A function of JAX is traced like any other code; NumPy and torch run on the host. Which form it is ``detect`` finds out.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sb3_bridge.functions import host_call as host
+from sb3_bridge.functions import host_call
+from sb3_bridge.functions.programs import OwnedJit, borrow
 
 Framework = Literal["jax", "numpy", "torch"]
 Arguments = tuple[Any, ...]  # of a user's function; each an array, or a dict of arrays
@@ -31,15 +31,16 @@ _KINDS: dict[str, tuple[str, str, tuple[type, ...]]] = {
     "u": ("integer", "biu", (int,)),
     "b": ("boolean", "b", (bool,)),
 }
+_GUARD_EVERY = 64
 
 
 class Unfit(ValueError):
-    """The function returned, but not what its form owes."""
+    """The function returned, but not what its form must return."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One array that a user's function owes for each sample.
+    """One array that a user's function must return for each sample.
 
     Attributes:
       name: what errors call it; empty for the only output of a function.
@@ -61,28 +62,36 @@ class UserFunction(abc.ABC):
       function: the user's; pure, of one transition or of a batch of them, row by row.
       framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
       takes_batch: whether arguments and results are ``[N, *shape]`` instead of ``[*shape]``.
+      fits_one: whether a function that is called for batches also takes one transition, with equal results; now and
+        then one row of a batch is compared with that.
     """
 
     function: Callable[..., Any]
     framework: Framework
     takes_batch: bool
+    fits_one: bool = field(default=False, kw_only=True, compare=False)
 
     parameter: ClassVar[str]  # what the user passes it as
     argument_names: ClassVar[tuple[str, ...]]
-    owed: ClassVar[str]  # what it must return, for errors
+    returns: ClassVar[str]  # what it must return, for errors
 
     @property
     @abc.abstractmethod
     def outputs(self) -> tuple[Output, ...]:
-        """What it owes for each sample."""
+        """What it must return for each sample."""
 
     @abc.abstractmethod
     def parts(self, result: Any) -> tuple[Any, ...]:
-        """What the user returned, told apart into one part for each output; raises ``Unfit``."""
+        """What the user returned, as one part for each output; raises ``Unfit``."""
 
     def attempt(self, arguments: Arguments) -> tuple[Self, list[np.ndarray]]:
         """The form, completed by what shows only when it is tried, and its results; see ``evaluate``."""
         return self, evaluate(self, arguments)
+
+    @property
+    def borrowed(self) -> Self:
+        """The same with the function held weakly: the form for programs of an :class:`OwnedJit`."""
+        return replace(self, function=borrow(self.function))
 
     @property
     def description(self) -> str:
@@ -101,13 +110,13 @@ class UserFunction(abc.ABC):
         """
         arguments = jax.tree.map(jnp.asarray, arguments)
         if self.framework != "jax":
-            return host.call(self, arguments)
+            return host_call.call(self, arguments)
         if not self.takes_batch:
-            return _trace(self, arguments, ())
-        return [leaf[0] for leaf in _trace(self, jax.tree.map(lambda leaf: leaf[None], arguments), (1,))]
+            return traced(self, arguments, ())
+        return [leaf[0] for leaf in traced(self, jax.tree.map(lambda leaf: leaf[None], arguments), (1,))]
 
     def on_host(self, arguments: Arguments) -> list[np.ndarray]:
-        """Every output ``[N, *shape]`` of N >= 1 samples, for ``host.call``.
+        """Every output ``[N, *shape]`` of N >= 1 samples, for ``host_call``.
 
         Raises:
           ValueError: wrong structure, shape or kind of number; or NaN or inf where the arguments have none.
@@ -129,7 +138,7 @@ def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
       Exception: whatever the function raises.
     """
     if form.framework == "jax":
-        return [np.asarray(leaf) for leaf in _evaluate_traced(form, *arguments)]
+        return [np.asarray(leaf) for leaf in _evaluate_traced.of(form)(form.borrowed, *arguments)]
     n_samples, outputs = length(arguments), form.outputs
     arguments = tuple(
         jax.tree.map(lambda leaf: leaf.astype(np.int64) if leaf.dtype.kind == "i" else leaf, argument)
@@ -145,9 +154,9 @@ def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
             return [_fitted(part, output, (n_samples,)).astype(output.dtype) for part, output in parts]
         # Filled row by row: a list of parts for each sample would keep the garbage collector busy.
         results = [np.empty((n_samples, *output.shape), output.dtype) for output in outputs]
-        owed = tuple(zip(results, outputs, strict=True))
+        places = tuple(zip(results, outputs, strict=True))
         for i, row in enumerate(zip(*map(_rows, arguments), strict=True)):
-            for part, (result, output) in zip(form.parts(form.function(*row)), owed, strict=True):
+            for part, (result, output) in zip(form.parts(form.function(*row)), places, strict=True):
                 result[i] = _fitted(part, output) if output.shape else _fitted_number(part, output)
         return results
 
@@ -156,11 +165,11 @@ def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
     """``evaluate`` whose errors show the transition that they are due to.
 
     Raises:
-      ValueError: wrong structure, shape or kind of number.
+      ValueError: wrong structure, shape or kind of number; or another result in a batch than alone.
       RuntimeError: the function raised.
     """
     try:
-        return evaluate(form, arguments)
+        results = evaluate(form, arguments)
     except Exception as error:
         kind, verb = (ValueError, "") if isinstance(error, Unfit) else (RuntimeError, "raised ")
         said, place = first_line(error), f"a batch of states {shapes(arguments[0])}"
@@ -171,6 +180,63 @@ def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
                 said, place = first_line(same), shown(form, arguments, row)
                 break
         raise kind(f"{form.parameter} {verb}{said} for {place}") from error
+    if form.fits_one:
+        _compare_a_row(form, results, arguments)
+    return results
+
+
+def _compare_a_row(form: UserFunction, results: list[np.ndarray], arguments: Arguments) -> None:
+    """Compares one row with the function of that transition alone: at the calls 1, 2, 4, ..., and every 64th."""
+    calls = vars(form)["_calls"] = vars(form).get("_calls", 0) + 1
+    if calls & (calls - 1) and calls % _GUARD_EVERY:
+        return
+    row = calls * 2654435761 % 2**32 * length(arguments) >> 32
+    one = take(arguments, slice(row, row + 1))
+    if _finite_rows(jax.tree.leaves(one)).all():
+        alone = guarded(replace(form, takes_batch=False, fits_one=False), one)
+        check_agreement(form, alone, take(results, slice(row, row + 1)), one)
+
+
+def check_agreement(
+    form: UserFunction,
+    alone: list[np.ndarray],
+    together: list[np.ndarray],
+    arguments: Arguments,
+    origin: str = "",
+) -> None:
+    """Refuses a function whose result for a transition depends on the rest of a batch.
+
+    Args:
+      form: what was evaluated.
+      alone: its outputs ``[N, *shape]`` for one transition at a time.
+      together: the same for a batch.
+      arguments: of the N samples.
+      origin: where the arguments are from.
+
+    Raises:
+      ValueError: shows the first transition that differs by more than rounding.
+    """
+    for output, one, many in zip(form.outputs, alone, together, strict=True):
+        differs = differ(one, many, 1e-3)
+        if differs.any():
+            row = int(np.argmax(differs))
+            raise ValueError(
+                f"{form.parameter} ({FRAMEWORKS[form.framework]}) gives {named(output, many[row])} for a transition"
+                f" in a batch and {named(output, one[row])} for the same transition alone: it must depend on nothing"
+                f" else than {shown(form, arguments, row)}{origin}; not on the rest of a batch, nor on random numbers"
+            )
+
+
+def differ(one: np.ndarray, many: np.ndarray, tolerance: float) -> np.ndarray:
+    """Which of N samples differ by more than a part of their size, and a tenth of it of the largest; bool ``[N]``."""
+    if one.dtype.kind == "f":
+        finite = np.where(np.isfinite(one), np.abs(one), 0.0)
+        allowed = tolerance * np.abs(many) + 0.1 * tolerance * np.maximum(1.0, np.max(finite, axis=0))
+        differs = ~((np.abs(one - many) <= allowed) | np.isclose(one, many, 0.0, 0.0, equal_nan=True))
+    else:
+        # Rounding may take pixels one apart; all other integers are categories.
+        differs = np.abs(one.astype(int) - many) > (one.dtype.kind == "u")
+    return differs.reshape(len(one), -1).any(axis=1)
 
 
 def check_finite(
@@ -205,16 +271,19 @@ def check_finite(
         )
 
 
-def _trace(form: UserFunction, arguments: Arguments, lead: tuple[int, ...]) -> list[jax.Array]:
+def traced(form: UserFunction, arguments: Arguments, lead: tuple[int, ...]) -> list[jax.Array]:
+    """The outputs of a function of JAX, ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch."""
     parts = zip(form.parts(form.function(*arguments)), form.outputs, strict=True)
     return [_fitted(part, output, lead, jnp.asarray).astype(output.dtype) for part, output in parts]
 
 
-@functools.partial(jax.jit, static_argnames="form")
-def _evaluate_traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
+def _traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
     if form.takes_batch:
-        return _trace(form, arguments, (length(arguments),))
-    return jax.vmap(lambda *one: _trace(form, one, ()))(*arguments)
+        return traced(form, arguments, (length(arguments),))
+    return jax.vmap(lambda *one: traced(form, one, ()))(*arguments)
+
+
+_evaluate_traced = OwnedJit(_traced, static_argnames="form")
 
 
 @contextlib.contextmanager
