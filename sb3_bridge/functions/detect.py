@@ -14,19 +14,13 @@ import numpy as np
 from gymnasium.vector.utils import batch_space
 
 from sb3_bridge.functions.indices import find_out_of_range
+from sb3_bridge.functions.results import Arguments, Unfit, differ, first_line, length, shapes, take
 from sb3_bridge.functions.user_function import (
     FRAMEWORKS,
-    Arguments,
-    Unfit,
     UserFunction,
     check_agreement,
     check_finite,
-    differ,
     evaluate,
-    first_line,
-    length,
-    shapes,
-    take,
     traced,
 )
 
@@ -69,7 +63,10 @@ def resolve(untried: F, spaces: Spaces) -> F:
         hash(function)
     except TypeError:  # e.g. an instance of a dataclass; its bound method hashes by identity
         untried = dataclasses.replace(untried, function=function.__call__)
-    arguments = _arguments_to_try(untried, spaces)
+    n = _SMALLEST_BATCH  # that no observation or action has an axis of
+    while n in {size for leaf in jax.tree.leaves(_draw_all(untried, spaces, 1)) for size in leaf.shape[1:]}:
+        n += 1
+    arguments = _draw_all(untried, spaces, n)
     tried: dict[str, list[str]] = {}
     unfit: list[Exception] = []
     raised: list[Exception] = []
@@ -192,36 +189,30 @@ def _quiet() -> Any:
 # What to try with.
 
 
-def _arguments_to_try(form: UserFunction, spaces: Spaces) -> Arguments:
-    """Arguments ``[N, *shape]``; no observation or action has an axis of that N."""
-    n = _SMALLEST_BATCH
-    while n in {size for leaf in jax.tree.leaves(_draw_all(form, spaces, 1)) for size in leaf.shape[1:]}:
-        n += 1
-    return _draw_all(form, spaces, n)
-
-
 def _draw_all(form: UserFunction, spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:
-    return tuple(_draw(form, space, n, 10 * seed + index, scale) for index, space in enumerate(spaces))
+    """Arguments ``[n, *shape]``, drawn with generators of their own: the spaces' are the user's."""
+    rng = np.random.default_rng(seed)
+    return tuple(_draw(form, space, n, rng, scale) for space in spaces)
 
 
-def _draw(form: UserFunction, space: gymnasium.Space, n: int, seed: int, scale: float) -> Any:
+def _draw(form: UserFunction, space: gymnasium.Space, n: int, rng: np.random.Generator, scale: float) -> Any:
     """``[n, *space.shape]`` in the space's dtype: uniform, or standard normal where a bound is missing."""
     if isinstance(space, gymnasium.spaces.Dict):
-        return {name: _draw(form, part, n, seed, scale) for name, part in space.spaces.items()}
-    if isinstance(space, gymnasium.spaces.Box):
-        is_real = np.dtype(space.dtype).kind == "f"
-        most = np.inf if is_real else _UNBOUNDED
-        low = np.where(space.low < -_UNBOUNDED, -most, space.low).astype(space.dtype)
-        high = np.where(space.high > _UNBOUNDED, most, space.high).astype(space.dtype)
-        batch = batch_space(gymnasium.spaces.Box(low, high, dtype=space.dtype.type), n)  # type: ignore[union-attr]
-        batch.seed(seed)
-        values = batch.sample()
-        return np.clip(values * scale, low, high).astype(space.dtype) if is_real else values
+        return {name: _draw(form, part, n, rng, scale) for name, part in space.spaces.items()}
     kinds = (gymnasium.spaces.Discrete, gymnasium.spaces.MultiDiscrete, gymnasium.spaces.MultiBinary)
-    if not isinstance(space, kinds):
+    if not isinstance(space, (gymnasium.spaces.Box, *kinds)):
         raise TypeError(
             f"{form.parameter} cannot be tried on {space}: use Box, Discrete, MultiDiscrete, MultiBinary, Dict"
         )
+    is_real = space.dtype is not None and space.dtype.kind == "f"
+    if isinstance(space, gymnasium.spaces.Box):
+        most = np.inf if is_real else _UNBOUNDED
+        low, high = (
+            np.where(np.abs(bound) > _UNBOUNDED, np.sign(bound) * most, bound).astype(space.dtype)
+            for bound in (space.low, space.high)
+        )
+        space = gymnasium.spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[arg-type, union-attr]
     batch = batch_space(space, n)
-    batch.seed(seed)
-    return batch.sample()
+    batch.seed(int(rng.integers(2**31)))
+    values = batch.sample()
+    return np.clip(values * scale, low, high).astype(space.dtype) if is_real else values

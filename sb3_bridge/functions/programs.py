@@ -32,7 +32,9 @@ class Borrowed:
     def __call__(self, *arguments: Any) -> Any:
         owner = self.owner()
         if owner is None:
-            raise RuntimeError("a user's function was deleted before a program that calls it: keep a reference")
+            raise RuntimeError(
+                "a user's function was deleted before a program that calls it: keep a reference"
+            )
         return owner(*arguments) if self._method is None else self._method(owner, *arguments)
 
     def __hash__(self) -> int:

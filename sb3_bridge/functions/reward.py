@@ -13,7 +13,8 @@ import numpy as np
 
 from sb3_bridge.functions.detect import resolve
 from sb3_bridge.functions.host_call import original_errors as original_errors
-from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, length
+from sb3_bridge.functions.results import Output, length
+from sb3_bridge.functions.user_function import UserFunction, check_finite, guarded
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from grpo_jax.noise import KEY_WORDS, bits_to_keys, draw_bits
 from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import World
 from grpo_jax.worlds.pictures import Renderer
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
 
 RENDER_FPS = 30
@@ -63,7 +64,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
             self._words = words
         elif self._words is None:
             self._words = self.np_random.integers(2**32, size=KEY_WORDS, dtype=np.uint32)
-        self._words, observation, self._state = _reset(self.world, self._words)
+        self._words, observation, self._state = _reset.of(owner_of(self.world))(self.world, self._words)
         self._is_over = False
         return to_numpy(self.observation_space, observation), {}
 
@@ -81,7 +82,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
                 "step() was called behind the end of an episode: call reset() first"
             )
         action = to_world_actions(self.action_space, action)
-        self._words, step = _step(self.world, self._words, self._state, action)
+        self._words, step = _step.of(owner_of(self.world))(self.world, self._words, self._state, action)
         self._state = step.state
         terminated, truncated = bool(step.terminated), bool(step.truncated)
         self._is_over = terminated or truncated
@@ -165,13 +166,21 @@ def next_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     return drawn[0], bits_to_keys(drawn[1])
 
 
-@jax.jit
-def _reset(world: World, words: jax.Array) -> tuple[jax.Array, Observation, PyTree]:
+def owner_of(world: World) -> World | None:
+    """For ``OwnedJit.of``: the world, if functions of the user are part of it; else its programs are everybody's."""
+    parts = vars(world).values()
+    is_own = any(callable(part) or (isinstance(part, World) and owner_of(part) is not None) for part in parts)
+    return world if is_own else None
+
+
+def _start(world: World, words: jax.Array) -> tuple[jax.Array, Observation, PyTree]:
     words, key = next_key(words)
     return words, *world.reset(key)
 
 
-@jax.jit
-def _step(world: World, words: jax.Array, state: PyTree, action: jax.Array) -> tuple[jax.Array, Step]:
+def _advance(world: World, words: jax.Array, state: PyTree, action: jax.Array) -> tuple[jax.Array, Step]:
     words, key = next_key(words)
     return words, world.step(key, state, action)
+
+
+_reset, _step = OwnedJit(_start), OwnedJit(_advance)

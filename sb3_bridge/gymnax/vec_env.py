@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from grpo_jax.noise import KEY_WORDS
 from grpo_jax.training.rollout import Environments, start, step_environments
 from grpo_jax.types import Observation
 from grpo_jax.worlds.base import World
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.gymnax.env import (
     RENDER_FPS,
     Renderer,
@@ -26,6 +26,7 @@ from sb3_bridge.gymnax.env import (
     check_render_mode,
     make_world,
     next_key,
+    owner_of,
     seed_words,
 )
 from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
@@ -67,6 +68,7 @@ class GymnaxVecEnv(VecEnv):
             raise ValueError(f"n_envs={n_envs!r} must be an integer of at least 1")
         check_render_mode(render_mode)
         self.world: World = make_world(env)
+        self.program_owner = owner_of(self.world)
         self.spec = gymnasium.registry.get(f"gymnax/{env}") if isinstance(env, str) else None
         self.render_mode = render_mode
         self._attributes: list[dict[str, Any]] = [{} for _ in range(n_envs)]
@@ -173,7 +175,7 @@ class GymnaxVecEnv(VecEnv):
         for index, seed in enumerate(self._seeds):
             if seed is not None:
                 words[index] = seed_words(seed)
-        self._words, environments = _reset(self.world, words)
+        self._words, environments = _reset.of(self.program_owner)(self.world, words)
         self._environments, self._pending = environments, None
         self._actions = None
         self.reset_infos = [{} for _ in range(self.num_envs)]
@@ -204,7 +206,7 @@ class GymnaxVecEnv(VecEnv):
         if self._actions is None:
             raise RuntimeError("step_wait() was called without actions: call step_async(actions) first")
         actions, self._actions = self._actions, None
-        self._words, environments, reward, ended, cut, final = _step(
+        self._words, environments, reward, ended, cut, final = _step.of(self.program_owner)(
             self.world, self._words, self._started("step() was called"), actions
         )
         self._environments = environments
@@ -337,14 +339,12 @@ class GymnaxVecEnv(VecEnv):
         return np.random.default_rng().integers(2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32)
 
 
-@jax.jit
-def _reset(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
+def _start(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
     words, keys = jax.vmap(next_key)(words)
     return words, start(world, keys)
 
 
-@functools.partial(jax.jit, donate_argnames=("words", "environments"))
-def _step(
+def _advance(
     world: World, words: jax.Array, environments: Environments, actions: jax.Array
 ) -> tuple[jax.Array, Environments, jax.Array, jax.Array, jax.Array, Observation]:
     """One step of all environments, those whose episode ends start over.
@@ -365,3 +365,7 @@ def _step(
     ended = step.terminated | step.truncated
     words = jnp.where(ended[:, None], fresh_words, words)
     return words, environments, step.reward, ended, step.truncated & ~step.terminated, step.observation
+
+
+_reset = OwnedJit(_start)
+_step = OwnedJit(_advance, donate_argnames=("words", "environments"))
