@@ -21,7 +21,35 @@ from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
 RENDER_FPS = 30
 
 
-class GymnaxEnv(gymnasium.Env[Any, Any]):
+class OfOneWorld:
+    """Pickling and copying of what steps a world: a copy stands where the original does, and goes its own way.
+
+    The world of an id is made again where the copy is unpickled; a deep copy shares it: worlds are immutable, and name
+    the compiled programs. Renderers and files stay with the original.
+    """
+
+    _env_id: str | None
+    world: World
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "_renderer": None}
+        if self._env_id is not None:
+            del state["world"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._env_id is not None:
+            self.world = make_world(self._env_id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.world)] = self.world
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return clone
+
+
+class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
     """A world that is stepped one transition at a time.
 
     Time limits are the world's own and come as truncations: do not add a ``TimeLimit``. For speed prefer
@@ -40,7 +68,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
 
     def __init__(self, env: Any, render_mode: str | None = None):
         check_render_mode(render_mode)
-        self.world = make_world(env)
+        self._env_id, self.world = env if isinstance(env, str) else None, make_world(env)
         self.observation_space = to_gymnasium(self.world.observation_space)
         self.action_space = to_gymnasium(self.world.action_space)
         self.render_mode = render_mode
@@ -72,15 +100,13 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
         """One step.
 
         Raises:
-          gymnasium.error.ResetNeeded: before the first reset, or behind the end of an episode.
+          gymnasium.error.ResetNeeded: before the first reset, or after the end of an episode.
           ValueError, TypeError: an action of the wrong shape, dtype or range.
         """
         if self._state is None:
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first")
         if self._is_over:
-            raise gymnasium.error.ResetNeeded(
-                "step() was called behind the end of an episode: call reset() first"
-            )
+            raise gymnasium.error.ResetNeeded("step() was called after an episode ended: call reset() first")
         action = to_world_actions(self.action_space, action)
         self._words, step = _step.of(owner_of(self.world))(self.world, self._words, self._state, action)
         self._state = step.state
@@ -104,24 +130,13 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
             self._renderer.close()
             self._renderer = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GymnaxEnv:
-        # The world is immutable and names the compiled programs: a copy of it would compile them again.
-        memo[id(self.world)] = self.world
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        for name, value in vars(self).items():
-            setattr(clone, name, None if name == "_renderer" else copy.deepcopy(value, memo))
-        return clone
+
+_make_once = functools.lru_cache(maxsize=128)(grpo_jax.make)
 
 
 def make_world(env: Any) -> World:
     """``grpo_jax.make``, which is run once for an id: worlds are immutable, and checking one takes a while."""
-    return _world_of_id(env) if isinstance(env, str) else grpo_jax.make(env)
-
-
-@functools.lru_cache(maxsize=128)
-def _world_of_id(env_id: str) -> World:
-    return grpo_jax.make(env_id)
+    return _make_once(env) if isinstance(env, str) else grpo_jax.make(env)
 
 
 def check_render_mode(render_mode: str | None) -> None:

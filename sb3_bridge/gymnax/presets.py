@@ -10,43 +10,10 @@ from stable_baselines3.common.utils import LinearSchedule
 
 import grpo_jax
 from grpo_jax import spaces
-from grpo_jax.config import Decay, GRPOConfig
+from grpo_jax.config import Decay, GRPOConfig, field_names
 from grpo_jax.policies.networks import CNN
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
-
-DIRECT = (
-    "n_steps",
-    "n_epochs",
-    "batch_size",
-    "candidates",
-    "group_size",
-    "max_enumerated",
-    "horizon",
-    "branch_every",
-    "n_rollouts",
-    "backup",
-    "bootstrap",
-    "branch_past_truncation",
-    "common_random_numbers",
-    "baseline",
-    "advantage_scale",
-    "surrogate",
-    "kl_estimator",
-    "reference",
-    "reference_interval",
-    "gamma",
-    "gae_lambda",
-    "dual_clip",
-    "vf_coef",
-    "clip_range_vf",
-    "kl_coef",
-    "reference_decay",
-    "target_kl",
-    "max_grad_norm",
-    "spread_floor",
-)
-"""Fields that are arguments of the same name and meaning."""
 
 DECAYING = {
     "learning_rate": "learning_rate_decay",
@@ -76,7 +43,7 @@ MISSING = (
     "tpo_temperature",
     "optimizer",
 )
-"""Fields that the SB3 object has no argument for: only their defaults can be had."""
+"""Fields that the SB3 object has no argument for: only their defaults can be had. All others are its arguments."""
 
 
 class CosineSchedule:
@@ -143,7 +110,8 @@ def arguments_of(config: GRPOConfig, observation_space: spaces.Space) -> dict[st
                 f"{name}={getattr(config, name)!r} has no counterpart in sb3_bridge.GRPO: use grpo_jax.train, or"
                 f" {name}={getattr(default, name)!r}"
             )
-    given = {name: getattr(config, name) for name in DIRECT}
+    elsewhere = {"n_envs", *DECAYING, *DECAYING.values(), *POLICY, *MISSING}
+    given = {name: getattr(config, name) for name in field_names() if name not in elsewhere}
     for name, decay in DECAYING.items():
         given[name] = _schedule(name, getattr(config, name), getattr(config, decay))
     policy, policy_kwargs = _policy(config, observation_space)

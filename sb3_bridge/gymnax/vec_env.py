@@ -21,6 +21,7 @@ from grpo_jax.worlds.base import World
 from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.gymnax.env import (
     RENDER_FPS,
+    OfOneWorld,
     Renderer,
     check_options,
     check_render_mode,
@@ -32,7 +33,7 @@ from sb3_bridge.gymnax.env import (
 from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
 
 
-class GymnaxVecEnv(VecEnv):
+class GymnaxVecEnv(OfOneWorld, VecEnv):
     """N gymnax environments with SB3's interface and, on top, SB3's ``Monitor``.
 
     It behaves as ``make_vec_env("gymnax/<id>", n_envs, seed)`` does, the same seeds give the same episodes, in one
@@ -67,8 +68,7 @@ class GymnaxVecEnv(VecEnv):
         if isinstance(n_envs, bool) or not isinstance(n_envs, int | np.integer) or n_envs < 1:
             raise ValueError(f"n_envs={n_envs!r} must be an integer of at least 1")
         check_render_mode(render_mode)
-        self.world: World = make_world(env)
-        self.program_owner = owner_of(self.world)
+        self._env_id, self.world = env if isinstance(env, str) else None, make_world(env)
         self.spec = gymnasium.registry.get(f"gymnax/{env}") if isinstance(env, str) else None
         self.render_mode = render_mode
         self._attributes: list[dict[str, Any]] = [{} for _ in range(n_envs)]
@@ -93,36 +93,18 @@ class GymnaxVecEnv(VecEnv):
             self.seed(seed)
 
     @property
-    def environments(self) -> Environments:
-        """Where the environments stand, on the device: every leaf ``[n_envs, ...]``.
+    def program_owner(self) -> World | None:
+        """For ``OwnedJit.of``: what the compiled programs of the world live as long as; None: as the process."""
+        return owner_of(self.world)
 
-        For training that steps the same environments on the device: read it, go on from there with
-        ``self.world``, and write back what comes out; ``step`` then continues from that. Both directions copy,
-        because ``step`` donates its own buffers.
+    @property
+    def environments(self) -> Environments:
+        """Where the environments stand, on the device: a copy, every leaf ``[n_envs, ...]``; see :meth:`move_to`.
 
         Raises:
           RuntimeError: before the first reset.
-          ValueError: written with another structure, shape or dtype.
         """
         return jax.tree.map(jnp.copy, self._started("environments was read"))
-
-    @environments.setter
-    def environments(self, environments: Environments) -> None:
-        like = self._started("environments was written")
-        given: Any = jax.tree.structure(environments)
-        if given != jax.tree.structure(like):
-            raise ValueError(
-                f"environments has the structure {given}, this world's is {jax.tree.structure(like)}"
-            )
-        for (path, leaf), expected in zip(
-            jax.tree_util.tree_flatten_with_path(environments)[0], jax.tree.leaves(like), strict=True
-        ):
-            if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
-                raise ValueError(
-                    f"environments{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, expected"
-                    f" {expected.dtype}{list(expected.shape)} for n_envs={self.num_envs}"
-                )
-        self._environments = jax.tree.map(jnp.copy, environments)
 
     @property
     def writes_episodes(self) -> bool:
@@ -143,7 +125,10 @@ class GymnaxVecEnv(VecEnv):
         return self._started("lend() was called")
 
     def move_to(self, where: Callable[[], Environments]) -> None:
-        """Puts the environments where ``where()`` says, which is asked only once somebody wants to know."""
+        """Puts the environments where ``where()`` says, which is asked only once somebody wants to know.
+
+        ``step`` donates what it was given: copy what is to be used again.
+        """
         self._pending = where
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -235,6 +220,11 @@ class GymnaxVecEnv(VecEnv):
             }
             self.reset_infos[index] = {}
             self.write_episode(infos[index]["episode"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pending is not None:
+            self._started("")
+        return {**super().__getstate__(), "_results": None}
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """Pictures uint8 ``[height, width, 3]`` of all environments.
