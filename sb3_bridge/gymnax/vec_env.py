@@ -132,31 +132,20 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         self._pending = where
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        """Seeds environment ``i`` with ``seed + i``, from the next reset on; None: with random numbers of NumPy.
-
-        Returns:
-          The seeds.
-
-        Raises:
-          ValueError: not a seed.
-        """
+        """Seeds environment ``i`` with ``seed + i``, from the next reset on; None: with random numbers of NumPy."""
         if seed is not None:
-            seed_words(seed)
-            seed = int(seed)
-        return super().seed(seed)
+            seed_words(seed)  # raises if it is none
+        return super().seed(None if seed is None else int(seed))
 
     def reset(self) -> VecEnvObs:
-        """Starts all episodes anew; without a new seed the streams of random numbers go on.
-
-        Returns:
-          Observations ``[n_envs, ...]``, a dict of them for a Dict space.
-
-        Raises:
-          ValueError: :meth:`set_options` gave some, for which gymnax has no use.
-        """
+        """Starts all episodes anew; without a new seed the streams of random numbers go on."""
         for options in self._options:
             check_options(options)
-        words = self._fresh_words() if self._words is None else np.array(self._words)
+        if self._words is None:
+            self._words = np.random.default_rng().integers(
+                2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32
+            )
+        words = np.array(self._words)
         for index, seed in enumerate(self._seeds):
             if seed is not None:
                 words[index] = seed_words(seed)
@@ -169,25 +158,12 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         return to_numpy(self.observation_space, environments.observation)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes the actions ``[n_envs, ...]``.
-
-        Raises:
-          RuntimeError: before the first reset.
-          ValueError, TypeError: actions of the wrong shape, dtype or range.
-        """
+        """Takes the actions ``[n_envs, ...]``; raises where shape, dtype or range are wrong."""
         self._started("step() was called")
         self._actions = to_world_actions(self.action_space, actions, (self.num_envs,))
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Steps.
-
-        Returns:
-          Observations ``[n_envs, ...]`` (the first of the next episode where one ended), rewards float32
-          ``[n_envs]``, dones bool ``[n_envs]``, infos.
-
-        Raises:
-          RuntimeError: without :meth:`step_async` before.
-        """
+        """Steps; observations are the first of the next episode where one ended, rewards are float32 ``[n_envs]``."""
         if self._actions is None:
             raise RuntimeError("step_wait() was called without actions: call step_async(actions) first")
         actions, self._actions = self._actions, None
@@ -227,12 +203,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         return {**super().__getstate__(), "_results": None}
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Pictures uint8 ``[height, width, 3]`` of all environments.
-
-        Raises:
-          NotImplementedError: gymnax has no picture of this world.
-          RuntimeError: before the first reset, or without ``render_mode="rgb_array"``.
-        """
+        """Pictures uint8 ``[height, width, 3]`` of all environments; see :class:`Renderer` for errors."""
         return self._images(range(self.num_envs))
 
     def _images(self, indices: Sequence[int]) -> list[np.ndarray]:
@@ -254,11 +225,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
             self._renderer = None
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """What each environment has under this name: what :meth:`set_attr` put there, else an attribute of this object.
-
-        Raises:
-          AttributeError: nothing has that name.
-        """
+        """What :meth:`set_attr` put there for each environment, else an attribute of this object."""
         chosen = self._indices(indices)
         if attr_name.startswith("_"):
             raise AttributeError(f"attr_name={attr_name!r} is private")
@@ -268,12 +235,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         ]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Notes a value for :meth:`get_attr`. There are no environment objects which it could change.
-
-        Raises:
-          AttributeError: the name is an attribute that all environments share, so that setting it would only seem
-            to work.
-        """
+        """Notes a value for :meth:`get_attr`, since there are no environment objects; raises for what all share."""
         chosen = self._indices(indices)
         if attr_name in vars(self) or hasattr(type(self), attr_name):
             raise AttributeError(
@@ -286,11 +248,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list:
-        """Calls ``render``, or a function that :meth:`set_attr` put there.
-
-        Raises:
-          AttributeError: anything else: there are no environment objects which could have methods.
-        """
+        """Calls ``render``, or a function that :meth:`set_attr` put there; there are no other methods."""
         chosen = self._indices(indices)
         if method_name == "render":
             return self._images(chosen)
@@ -304,11 +262,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """True for SB3's ``Monitor``, False for everything else.
-
-        What callers want to know by asking for ``Monitor`` is whether ``info["episode"]`` has the true returns
-        and lengths. It does: ``evaluate_policy`` may use them, and need not warn.
-        """
+        """True for SB3's ``Monitor`` alone: ``info["episode"]`` has the true returns and lengths, as its does."""
         return [wrapper_class is Monitor for _ in self._indices(indices)]
 
     def _indices(self, indices: VecEnvIndices) -> list[int]:
@@ -320,13 +274,11 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
 
     def _started(self, what: str) -> Environments:
         if self._pending is not None:
-            self._environments, self._pending = self._pending(), None
+            where, self._pending = self._pending, None
+            self._environments = where()
         if self._environments is None:
             raise RuntimeError(f"{what} before reset(): call reset() first")
         return self._environments
-
-    def _fresh_words(self) -> np.ndarray:
-        return np.random.default_rng().integers(2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32)
 
 
 def _start(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
@@ -337,17 +289,11 @@ def _start(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
 def _advance(
     world: World, words: jax.Array, environments: Environments, actions: jax.Array
 ) -> tuple[jax.Array, Environments, jax.Array, jax.Array, jax.Array, Observation]:
-    """One step of all environments, those whose episode ends start over.
-
-    Args:
-      world: what is stepped.
-      words: uint32 ``[N, 2]``, one stream of random numbers for each environment.
-      environments: where they stand.
-      actions: ``[N, ...]``.
+    """One step of all environments ``[N]``, those whose episode ends start over.
 
     Returns:
-      words, environments, reward ``[N]``, ended bool ``[N]``, cut bool ``[N]`` (ended by the time limit alone), and
-      the observations reached, before any reset.
+      Streams of random numbers uint32 ``[N, 2]``, environments, reward, ended, cut (by the time limit alone), and the
+      observations reached, before any reset.
     """
     words, keys = jax.vmap(next_key)(words)
     fresh_words, reset_keys = jax.vmap(next_key)(words)
