@@ -113,6 +113,8 @@ def _settle(fitting: Fitting, spaces: Spaces, arguments: Arguments) -> Any:
     # the end, as in `next_state[..., 2]`. Where the two disagree, neither is known to be meant.
     form, alone = fitting[False not in fitting]
     check_finite(form, alone, arguments, origin=_ORIGIN)
+    if form.framework == "jax":
+        _check_indices(form, arguments)
     if True in fitting:
         batched, together = fitting[True]
         if False not in fitting:
@@ -126,8 +128,6 @@ def _settle(fitting: Fitting, spaces: Spaces, arguments: Arguments) -> Any:
         # Of JAX a batch of single transitions is one call anyway.
         if False in fitting and form.framework != "jax" and _always_agree(form, batched, spaces):
             form = dataclasses.replace(batched, fits_one=True)
-    if form.framework == "jax":
-        _check_indices(form, arguments)
     return form
 
 
@@ -174,7 +174,7 @@ def _check_indices(form: UserFunction, arguments: Arguments) -> None:
         if found:
             raise ValueError(
                 f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
-                " without an error. Correct the index; if it is meant, write x.at[index].get(mode='clip')"
+                " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
             )
 
 

@@ -16,8 +16,9 @@ _FILLS = (0, 77)
 def find_out_of_range(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:
     """The first index out of range whose value changes the result, in words; None where there is none.
 
-    Only plain indexing is looked at: negative indices and a ``mode`` that the user chose are right, and so is an element
-    that ``jnp.where`` replaces afterwards. Bodies of loops are not looked into.
+    Only plain indexing is looked at: negative indices and ``jnp.take`` with a ``mode`` are right, and so is an element
+    that ``jnp.where`` replaces afterwards. (``x.at[i].get(mode="clip")`` is traced as ``x[i]`` where i is a traced number.)
+    Bodies of loops are not looked into.
 
     Args:
       function: traceable.
