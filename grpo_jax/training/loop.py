@@ -1,4 +1,4 @@
-"""The loop: one iteration is rollout, groups, update; a run is many iterations in one program."""
+"""The loop: an iteration collects, compares and improves; a run is many iterations in one program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from grpo_jax.config import GRPOConfig, scheduled
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages
 from grpo_jax.groups.branch import Branches
+from grpo_jax.groups.compare import (
+    branched,
+    compare_branches,
+    compare_episodes,
+    compare_trajectories,
+    follow,
+    propose,
+)
 from grpo_jax.learning.losses import mean_over
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, make_policy
-from grpo_jax.training import batches
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.rollout import Environments, Trajectory, rollout, start
-from grpo_jax.types import Batch, Counter, Group, Metrics, Params
+from grpo_jax.training.rollout import rollout, start
+from grpo_jax.types import Batch, Counter, Environments, Group, Metrics, Params, Trajectory
 from grpo_jax.worlds.base import World
 
 
@@ -67,6 +74,20 @@ class TrainState(struct.PyTreeNode):
         return self.learner.policy.params
 
 
+class Comparison(NamedTuple):
+    """What ``compare`` found.
+
+    Attributes:
+      batch: what the update learns from, ``[n_steps * n_envs, ...]``.
+      advantages: of its groups.
+      simulator_steps: world steps that this took.
+    """
+
+    batch: Batch
+    advantages: Advantages
+    simulator_steps: Counter
+
+
 class Result(NamedTuple):
     """What ``train`` returns: the last state, and metrics with a leading axis ``[n_iterations]``."""
 
@@ -104,7 +125,7 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
 def iteration(
     config: GRPOConfig, env: World, state: TrainState, n_iterations: int | jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Rollout, groups, update: the whole algorithm once; ``collect``, then ``learn``.
+    """The whole algorithm once: ``collect``, ``compare``, ``improve``.
 
     Args:
       config: the settings.
@@ -117,7 +138,8 @@ def iteration(
     """
     progress = state.iteration / n_iterations
     state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap, progress=progress)
-    state, metrics = learn(config, env, state, trajectory, progress)
+    comparison = compare(config, env, state, trajectory, progress)
+    state, metrics = improve(config, state, comparison, progress)
     return state, metrics | _episode_metrics(state.environments, trajectory)
 
 
@@ -129,7 +151,7 @@ def collect(
     keep_next_observation: bool,
     progress: jax.Array | float = 0.0,
 ) -> tuple[TrainState, Trajectory]:
-    """The first half of an iteration: the policy acts.
+    """The first part of an iteration: the policy acts.
 
     Args:
       config: the settings.
@@ -158,53 +180,72 @@ def collect(
     return state.replace(environments=environments), trajectory
 
 
-def learn(
+def compare(
     config: GRPOConfig,
     env: World | None,
     state: TrainState,
     trajectory: Trajectory,
-    progress: jax.Array | float,
+    progress: jax.Array | float = 0.0,
     evaluated: tuple[Group, Branches] | None = None,
-) -> tuple[TrainState, Metrics]:
-    """The second half of an iteration: groups, then the update.
+) -> Comparison:
+    """The second part of an iteration: what was done is compared with what else could have been done.
 
     Args:
       config: the settings.
       env: the world that is branched in; None where nothing is, or was already.
       state: the state whose policy acted.
       trajectory: what it did, ``[n_steps, n_envs]``.
-      progress: share of the run that is done, in [0, 1], for decaying rates.
+      progress: share of the run that is done, in [0, 1], for a decaying persistence.
       evaluated: candidates and their group returns, where they were followed elsewhere (on the host).
 
     Returns:
-      The state afterwards, and scalar metrics.
+      A ``Comparison``.
+
+    Raises:
+      ValueError: candidates that are branched, but neither ``env`` nor ``evaluated``.
     """
     policy, learner = state.policy, state.learner
     if trajectory.distribution is None:
         distribution = policy.parameters(learner.policy, trajectory.observation, trajectory.action_mask)
         trajectory = trajectory.replace(distribution=distribution)
-    keys = iteration_keys(state.key)
-    simulator_steps = counter.zero()
     if config.candidates == "trajectory":
-        batch, advantages = batches.compare_trajectories(config, policy, trajectory)
-    elif config.candidates == "episodes":
-        batch, advantages = batches.compare_episodes(config, policy, learner.policy, trajectory)
-    else:
-        wanted = batches.branched(config, state.iteration)
-        if evaluated is None:
-            assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
-            candidate_key, branch_key = split(keys.groups, 2)
-            group = batches.propose(config, policy, trajectory, candidate_key)
-            persistence = _persistence(config, learner, progress)
-            branches = batches.follow(
-                config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
+        return Comparison(*compare_trajectories(config, policy, trajectory), counter.zero())
+    if config.candidates == "episodes":
+        return Comparison(*compare_episodes(config, policy, learner.policy, trajectory), counter.zero())
+    wanted = branched(config, state.iteration)
+    if evaluated is None:
+        if env is None:
+            raise ValueError(
+                f"candidates={config.candidates!r} needs a world to branch in: env=None has none"
             )
-        else:
-            group, branches = evaluated
-        simulator_steps = branches.simulator_steps
-        batch, advantages = batches.compare(
-            config, policy, learner.policy, trajectory, group, branches, wanted
+        candidate_key, branch_key = split(iteration_keys(state.key).groups, 2)
+        group = propose(config, policy, trajectory, candidate_key)
+        persistence = _persistence(config, learner, progress)
+        branches = follow(
+            config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
         )
+    else:
+        group, branches = evaluated
+    batch, advantages = compare_branches(config, policy, learner.policy, trajectory, group, branches, wanted)
+    return Comparison(batch, advantages, branches.simulator_steps)
+
+
+def improve(
+    config: GRPOConfig, state: TrainState, comparison: Comparison, progress: jax.Array | float = 0.0
+) -> tuple[TrainState, Metrics]:
+    """The third part of an iteration: the policy (and its critic) learn.
+
+    Args:
+      config: the settings.
+      state: the state whose policy acted.
+      comparison: of what it did.
+      progress: share of the run that is done, in [0, 1], for decaying rates.
+
+    Returns:
+      The state afterwards, and scalar metrics.
+    """
+    batch, advantages, simulator_steps = comparison
+    policy, learner, keys = state.policy, state.learner, iteration_keys(state.key)
     if learner.reference is not None:
         reference = policy.parameters(learner.reference, batch.observation, batch.action_mask)
         batch = batch.replace(reference=reference)

@@ -147,8 +147,9 @@ class LearnedWorld(World):
     observation_space: Space = struct.field(pytree_node=False)
     action_space: ActionSpace = struct.field(pytree_node=False)
 
-    def at(self, observation: Observation) -> LearnedState:
-        """The state of an observation: ``[..., D]`` -> leaves ``[..., *]``."""
+    def at(self, observation: Observation, time: jax.Array | None = None) -> LearnedState:
+        """The state of an observation: ``[..., D]`` -> leaves ``[..., *]``; its disagreement starts at 0."""
+        del time  # there is no clock
         observation = jnp.asarray(observation, self.starts.dtype)
         return LearnedState(observation, jnp.zeros(observation.shape[:-1], observation.dtype))
 

@@ -7,36 +7,16 @@ import numpy as np
 import pytest
 
 from grpo_jax.groups.advantage import group_advantages
-from grpo_jax.groups.trajectory import (
-    ends_within,
-    episode_advantages,
-    first_episode,
-    returns_to_go,
-    trajectory_advantages,
-)
+from grpo_jax.groups.trajectory import episode_advantages, trajectory_advantages
 
 # Two groups of two: lengths 3 (not ended), 2; and 1, 3.
 ENDED = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 1]], bool)
 ALIVE = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1]], bool)
 # What is paid behind an end is garbage.
 REWARDS = np.array([[1.0, 2.0, 5.0, 0.0], [2.0, 6.0, np.nan, 2.0], [4.0, 9e9, np.inf, 8.0]])
-# gamma 0.5
-TO_GO = np.array([[3.0, 5.0, 5.0, 3.0], [4.0, 6.0, 0.0, 6.0], [4.0, 0.0, 0.0, 8.0]])
 
 jitted = jax.jit(trajectory_advantages, static_argnames=("group_size", "form", "baseline", "scale"))
 run = functools.partial(jitted, REWARDS, ALIVE, group_size=2, gamma=0.5)
-
-
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
-def test_episodes_and_returns(wrap):
-    np.testing.assert_array_equal(wrap(first_episode)(ENDED), ALIVE)
-    np.testing.assert_allclose(wrap(returns_to_go)(REWARDS, ALIVE, 0.5), TO_GO)
-
-
-def test_only_the_first_episode_counts():
-    ended = np.array([[True], [False], [True], [False]])
-    np.testing.assert_array_equal(first_episode(ended)[:, 0], [True, False, False, False])
-    assert np.all(first_episode(np.zeros((4, 1), bool)))
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -155,8 +135,3 @@ def test_one_return_that_is_not_finite_silences_its_group_and_is_told():
     np.testing.assert_array_equal(result.finite, [0, 1, 0, 1, 1, 0])
     np.testing.assert_array_equal(result.active, [0, 1, 0, 1, 0, 0])
     assert np.all(np.isfinite(result.advantage))
-
-
-def test_which_episodes_end_within_a_rollout():
-    ended = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
-    np.testing.assert_array_equal(ends_within(ended), [[1, 1, 0], [1, 0, 0], [0, 0, 0]])

@@ -295,14 +295,18 @@ def test_a_policy_learns_from_groups_in_the_learned_world():
     environments = trajectories[0].environments
     environments = environments.replace(state=model.world.at(environments.observation))
     trajectory = trajectories[0].replace(environments=environments)
-    learn = jax.jit(loop.learn)
-    after, metrics = learn(config, model.world, state, trajectory, 0.0)
+
+    @jax.jit
+    def learn(config, world, state, trajectory):
+        return loop.improve(config, state, loop.compare(config, world, state, trajectory))
+
+    after, metrics = learn(config, model.world, state, trajectory)
     assert float(metrics["frac_zero_std"]) < 0.1 and float(metrics["group_spread"]) > 0.05
     assert float(metrics["nonfinite_groups"]) == 0.0
     assert 256 * 2 * 4 < float(metrics["simulator_steps"]) <= 256 * 2 * 16
     # A model that was trained further is another argument of the same program.
     further, _ = learned.fit(model, KEY)
-    learn(config, further.world, after, trajectory, 0.0)
+    learn(config, further.world, after, trajectory)
     assert learn._cache_size() == 1
 
 
