@@ -35,7 +35,6 @@ POLICY = (
 """Fields that make the policy: its name and ``policy_kwargs``."""
 
 MISSING = (
-    "trajectory_form",
     "max_branches",
     "normalize_observations",
     "sapo_temperature",
