@@ -49,8 +49,8 @@ class Environments(struct.PyTreeNode):
       observation: of these states.
       episode_return: of the running episode, undiscounted, in the task's own reward.
       episode_length: of the running episode, int32.
-      last_return: of the last finished episode; NaN before the first.
-      last_length: of the last finished episode; NaN before the first.
+      last_return: of the last finished episode; 0 before the first.
+      last_length: of the last finished episode; 0 before the first, and only then.
     """
 
     state: PyTree

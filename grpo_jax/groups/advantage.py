@@ -111,8 +111,8 @@ def group_advantages(
 
     group = GroupReturns(returns, weights, count, mean, variance, offset, active, executed)
     advantage = BASELINES[baseline](group)
-    divisor = SCALES[scale](spread, variance, active)
-    advantage = advantage / (divisor[:, None] if jnp.ndim(divisor) else divisor)
+    divisor = jnp.asarray(SCALES[scale](spread, variance, active), advantage.dtype)
+    advantage = advantage / (divisor[:, None] if divisor.ndim else divisor)
     advantage = jnp.where(usable & active[:, None], advantage, 0.0)
     return Advantages(advantage, active, spread, finite, comparable & differs & ~above)
 
@@ -150,7 +150,7 @@ def offset_of(low: jax.Array, high: jax.Array) -> jax.Array:
     of them is exact.
     """
     size = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return jnp.where(jnp.isfinite(size) & (high - low < 1e-3 * size), high, 0.0)
+    return jnp.where(jnp.isfinite(size) & (high - low < 1e-4 * size), high, 0.0)
 
 
 def policy(group: GroupReturns) -> jax.Array:

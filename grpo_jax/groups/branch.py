@@ -8,6 +8,7 @@ independent ones do not (temporally extended exploration, arXiv:2006.01782; acti
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -235,8 +236,8 @@ def _run_chunk(
         progress, _ = _advance(rules, progress, key_words[0])
     total = progress.total
     if rules.value is not None:
-        valued = add_reward(total, progress.discount, rules.value(_in_rows(progress.cut)))
-        total = jnp.where(progress.open_end, valued, total)
+        value = rules.value(_in_rows(progress.cut))
+        total = add_reward(total, progress.discount, value, functools.partial(_where, progress.open_end))
     return back_up(total, rules.backup, axis=1).T, progress.n_steps
 
 
@@ -284,7 +285,7 @@ def _advance(rules: _Rules, progress: _Progress, key_words: jax.Array) -> tuple[
     progress = progress.replace(
         state=step.state,
         # What a world pays or does after an end never counts, not even NaN.
-        total=jnp.where(alive, add_reward(progress.total, progress.discount, step.reward), progress.total),
+        total=add_reward(progress.total, progress.discount, step.reward, functools.partial(_where, alive)),
         discount=jnp.where(alive, progress.discount * rules.gamma, progress.discount),
         cut=cut,
         open_end=jnp.where(alive, open_end(step.terminated), progress.open_end),
@@ -323,6 +324,10 @@ def _in_rows(observation: Observation) -> Observation:
         return with_layout_constraint(leaf, Layout(major_to_minor=tuple(range(leaf.ndim))))
 
     return jax.tree.map(in_rows, observation)
+
+
+def _where(counts: jax.Array, earned: jax.Array) -> jax.Array:
+    return jnp.where(counts, earned, 0.0)
 
 
 def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:

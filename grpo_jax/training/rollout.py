@@ -27,14 +27,13 @@ def start(world: World, keys: jax.Array) -> Environments:
     """Resets one environment for each key ``[N]``; equal keys give equal states."""
     observation, state = jax.vmap(world.reset)(keys)
     n_envs, dtype = keys.shape[0], jnp.result_type(float)
-    unknown = jnp.full(n_envs, jnp.nan, dtype)
     return Environments(
         state=state,
         observation=observation,
         episode_return=jnp.zeros(n_envs, dtype),
         episode_length=jnp.zeros(n_envs, jnp.int32),
-        last_return=unknown,
-        last_length=unknown,
+        last_return=jnp.zeros(n_envs, dtype),
+        last_length=jnp.zeros(n_envs, dtype),
     )
 
 

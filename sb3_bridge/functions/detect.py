@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import warnings
@@ -75,7 +74,8 @@ def resolve(untried: F, spaces: Spaces) -> F:
         for takes_batch in (False, True):
             form = dataclasses.replace(untried, framework=framework, takes_batch=takes_batch)
             try:
-                with _quiet():
+                # What a form that is not the function's own warns of would only confuse.
+                with warnings.catch_warnings(action="ignore"):
                     fitting[takes_batch] = form.attempt(arguments)
             except Exception as error:
                 (unfit if isinstance(error, Unfit) else raised).append(error)
@@ -145,7 +145,7 @@ def _always_agree(form: UserFunction, batched: UserFunction, spaces: Spaces) -> 
     rng = np.random.default_rng(0)
     largest = _LARGEST_BATCH
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             for seed, scale in enumerate(_SCALES, 1):
                 arguments = _draw_all(form, spaces, largest, seed, scale)
                 alone = evaluate(form, arguments)
@@ -176,14 +176,6 @@ def _check_indices(form: UserFunction, arguments: Arguments) -> None:
                 f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
                 " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """What a form that is not the function's own warns of would only confuse."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 # What to try with.

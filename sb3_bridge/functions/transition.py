@@ -24,18 +24,14 @@ class _TellsEnd(Unfit):
 
 @dataclass(frozen=True)
 class Transition(UserFunction):
-    """A transition function in a known form; equal for equal functions, so that it can be static under ``jit``.
+    """A transition function in a known form: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``.
 
     A ``next_state`` with NaN or inf is an error that shows state and action. Inside ``jit`` that holds for NumPy
-    and torch only, and for finite arguments. Branches step on behind an end until all of them have ended, so it
+    and torch only, and for finite arguments. Branches step on after an end until all of them have ended, so it
     must be finite there too. JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message;
     see ``host_call.original_errors``.
 
     Attributes:
-      function: the user's ``(state, action) -> next_state`` or ``-> (next_state, terminated)``, a pure function.
-      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
-      takes_batch: arguments and ``next_state`` are ``[N, *shape]`` and ``terminated`` is ``[N]`` or ``[N, 1]``,
-        instead of ``[*shape]`` and ``[]`` or ``[1]``.
       tells_end: whether it returns ``(next_state, terminated)``.
       observation_space: of ``state`` and ``next_state``.
     """
@@ -86,13 +82,7 @@ class Transition(UserFunction):
             return dataclasses.replace(self, tells_end=True).attempt(arguments)
 
     def __call__(self, state: Any, action: Any) -> Any:
-        """Where one action leads, traceable under ``jit`` and ``vmap``.
-
-        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
-
-        Args:
-          state: ``[*shape]``, a dict of such arrays for ``Dict`` observations.
-          action: ``[*shape]`` in the environment's units.
+        """Where one action leads, traceable; see ``of_one``.
 
         Returns:
           ``next_state`` like ``state``, or ``(next_state, terminated)`` with bool ``[]``. Real numbers are JAX's
@@ -112,7 +102,7 @@ def resolve_transition(
     observation_space: gymnasium.Space,
     action_space: gymnasium.Space,
 ) -> Transition:
-    """Finds out, by trying, what kind of transition function this is; see ``detect.resolve``.
+    """Finds out, by trying, what kind of transition function this is; see ``detect.resolve`` for errors.
 
     Args:
       function: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``; a pure function of one
@@ -121,12 +111,7 @@ def resolve_transition(
       observation_space: of one environment.
       action_space: of one environment.
 
-    Returns:
-      The function in its form.
-
     Raises:
-      TypeError: not callable, or it raises in every form (each one's error is listed).
-      ValueError: it returns wrong shapes, NaN or inf, or what depends on more than state and action.
       NotImplementedError: observations that no world can have.
     """
     space = from_gymnasium(observation_space, "observation_space")

@@ -185,18 +185,7 @@ def check_agreement(
     arguments: Arguments,
     origin: str = "",
 ) -> None:
-    """Refuses a function whose result for a transition depends on the rest of a batch.
-
-    Args:
-      form: what was evaluated.
-      alone: its outputs ``[N, *shape]`` for one transition at a time.
-      together: the same for a batch.
-      arguments: of the N samples.
-      origin: where the arguments are from.
-
-    Raises:
-      ValueError: shows the first transition that differs by more than rounding.
-    """
+    """Raises ValueError where outputs ``[N, *shape]`` of transitions alone and together differ by more than rounding."""
     for output, one, many in zip(form.outputs, alone, together, strict=True):
         differs = differ(one, many, 1e-3)
         if differs.any():
@@ -216,17 +205,9 @@ def check_finite(
     finite_arguments_only: bool = False,
     origin: str = "",
 ) -> None:
-    """Refuses NaN and inf, and shows the first transition that has them.
+    """Raises ValueError for outputs ``[N, *shape]`` that are NaN or inf, and shows the first transition that has them.
 
-    Args:
-      form: what was evaluated.
-      results: its outputs, ``[N, *shape]`` each.
-      arguments: of N samples.
-      finite_arguments_only: whether results of arguments that are not finite themselves may be anything.
-      origin: where the arguments are from.
-
-    Raises:
-      ValueError: shows the arguments.
+    With ``finite_arguments_only`` results of arguments that are not finite themselves may be anything.
     """
     passes = finite_rows(results)
     if finite_arguments_only and not passes.all():

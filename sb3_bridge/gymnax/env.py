@@ -80,11 +80,7 @@ class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode; ``seed=None`` goes on with the present stream of random numbers.
-
-        Raises:
-          ValueError: options were given, for which gymnax has no use, or seed is not one.
-        """
+        """Starts an episode; ``seed=None`` goes on with the present stream of random numbers."""
         check_options(options)
         words = None if seed is None else seed_words(seed)
         super().reset(seed=seed)
@@ -97,12 +93,7 @@ class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
         return to_numpy(self.observation_space, observation), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step.
-
-        Raises:
-          gymnasium.error.ResetNeeded: before the first reset, or after the end of an episode.
-          ValueError, TypeError: an action of the wrong shape, dtype or range.
-        """
+        """One step; raises for an action of the wrong shape, dtype or range, and where a reset is needed."""
         if self._state is None:
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first")
         if self._is_over:
@@ -158,25 +149,15 @@ def check_options(options: dict[str, Any] | None) -> None:
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """The words of a seed's PRNG key, uint32 ``[2]``; as ``jax.random.key(seed)``, for up to 64 bits.
-
-    Raises:
-      ValueError: not an integer from 0 to 2**64 - 1.
-    """
+    """The words of a seed's PRNG key, uint32 ``[2]``; as ``jax.random.key(seed)``, for up to 64 bits."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= int(seed) < 2**64:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1, or None")
     return np.array([int(seed) >> 32, int(seed) & 0xFFFFFFFF], np.uint32)
 
 
 def next_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Goes one step along an environment's stream of random numbers.
-
-    Args:
-      words: uint32 ``[2]``. Words and not a typed key: those take jit's slow path at every call.
-
-    Returns:
-      The words to go on with, and a typed key to consume.
-    """
+    """Goes along a stream of random numbers: from words uint32 ``[2]`` to the next words and a typed key to consume."""
+    # Words and not a typed key, which takes jit's slow path at every call.
     drawn = draw_bits(bits_to_keys(words), (2, KEY_WORDS))
     return drawn[0], bits_to_keys(drawn[1])
 

@@ -1,5 +1,7 @@
 """The definition of a branch's return, for JAX's arrays and NumPy's alike, against a rollout in plain Python."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,10 +44,11 @@ def test_a_return_is_that_of_plain_python(xp, past_truncation):
     total, discount, alive = xp.zeros(3), xp.ones(3), xp.ones(3, bool)
     is_open = xp.zeros(3, bool)
     for k in range(3):
-        total = xp.where(alive, add_reward(total, discount, xp.array(rewards[:, k])), total)
+        keep = functools.partial(lambda alive, earned: xp.where(alive, earned, 0.0), alive)
+        total = add_reward(total, discount, xp.array(rewards[:, k]), keep)
         discount = xp.where(alive, discount * 0.5, discount)
         is_open = xp.where(alive, open_end(xp.array(terminated[:, k])), is_open)
         alive = alive & ~ends(xp.array(terminated[:, k]), xp.array(truncated[:, k]), past_truncation)
-    total = xp.where(is_open, add_reward(total, discount, values), total)
+    total = add_reward(total, discount, values, lambda earned: xp.where(is_open, earned, 0.0))
     cut = 8 + 0.5 * values if not past_truncation else 8 + 8 + 8 + 0.125 * values
     assert_array(total, [1 + 1 + 1 + 0.125 * values, cut, 64 + 64], xp)

@@ -135,3 +135,30 @@ def test_one_return_that_is_not_finite_silences_its_group_and_is_told():
     np.testing.assert_array_equal(result.finite, [0, 1, 0, 1, 1, 0])
     np.testing.assert_array_equal(result.active, [0, 1, 0, 1, 0, 0])
     assert np.all(np.isfinite(result.advantage))
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_thousands_of_steps_beside_a_large_constant(scale):
+    """Half of 4096 steps earn 0.25 more: advantages are -1/8 and 1/8, whatever all of them earn; equal ones have none."""
+    returns = np.arange(4096) % 2 / 4
+    valid, group = np.ones(4096, bool), np.zeros(4096, int)
+    expected = (np.arange(4096) % 2 - 0.5) * (0.25 if scale == "none" else 2.0)
+    for constant in (0.0, 2.0**14):
+        result = episode_jitted(returns + constant, valid, group, scale=scale)
+        np.testing.assert_allclose(result.advantage[:, 0], expected, rtol=1e-5)
+    equal = episode_jitted(np.full(4096, 0.1), valid, group, scale=scale)
+    assert not np.any(equal.active) and not np.any(equal.below_floor)
+
+
+def test_differences_of_large_numbers_are_judged_by_their_size():
+    """What a critic of 1e4 leaves over is rounding up to 1e-2, however it compares with itself."""
+    rng = np.random.default_rng(0)
+    returns, valid, group = 1e-3 * rng.normal(size=64), np.ones(64, bool), np.zeros(64, int)
+    alone = episode_jitted(returns, valid, group)
+    assert np.all(alone.active) and not np.any(alone.below_floor)
+    result = episode_jitted(returns, valid, group, magnitude=np.full(64, 1e4))
+    assert not np.any(result.active)
+    lower = episode_jitted(
+        returns + 0.5 * (np.arange(64) % 2), valid, group, magnitude=np.full(64, 1e4), spread_floor=1e-4
+    )
+    assert not np.any(lower.active) and np.all(lower.below_floor)

@@ -89,7 +89,9 @@ def test_total_timesteps_are_rounded_up_and_counted(cartpole):
     assert 2 * 64 <= grpo_jax.count(result.state.simulator_steps) <= 2 * 64 * TINY.horizon
 
 
-@pytest.mark.parametrize("total", [0, -5, 1.5, True])
+@pytest.mark.parametrize(
+    "total", [0, -5, 1.5, True, np.bool_(True), np.nan, np.inf, "64", None], ids=lambda total: repr(total)
+)
 def test_total_timesteps_must_be_a_positive_integer(cartpole, total):
     with pytest.raises(ValueError, match="total_timesteps"):
         grpo_jax.train(TINY, cartpole, jax.random.key(0), total)
@@ -236,6 +238,25 @@ def test_what_is_no_world_or_no_config_is_refused(cartpole):
         grpo_jax.init(TINY, "CartPole-v1", jax.random.key(0))
     with pytest.raises(TypeError, match="must be a GRPOConfig"):
         grpo_jax.init({"n_envs": 4}, cartpole, jax.random.key(0))
+
+
+def test_swapped_arguments_are_named(cartpole):
+    for function in (grpo_jax.train, grpo_jax.run):
+        with pytest.raises(TypeError, match="config and env are swapped"):
+            function(cartpole, TINY, jax.random.key(0), 64)
+        with pytest.raises(TypeError, match="env='CartPole-v1' must be a World"):
+            function(TINY, "CartPole-v1", jax.random.key(0), 64)
+    with pytest.raises(TypeError, match="config and env are swapped"):
+        grpo_jax.init(cartpole, TINY, jax.random.key(0))
+    with pytest.raises(TypeError, match="state=.*World and env=TrainState must be a TrainState and a World"):
+        grpo_jax.evaluate(cartpole, grpo_jax.init(TINY, cartpole, jax.random.key(0)), jax.random.key(0))
+
+
+def test_branching_needs_a_world(cartpole):
+    state = grpo_jax.init(TINY, cartpole, jax.random.key(0))
+    _, trajectory = loop.collect(TINY, cartpole, state, keep_next_observation=False)
+    with pytest.raises(ValueError, match="candidates='auto' needs a world to branch in"):
+        loop.compare(TINY, None, state, trajectory)
 
 
 def test_an_iteration_collects_compares_and_improves(cartpole):

@@ -164,7 +164,8 @@ def test_transitions_that_fit_both_forms():
     assert not resolve_transition(around, box(4), TWO).takes_batch
 
 
-def test_a_row_is_compared_while_it_runs():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_row_is_compared_while_it_runs(compiled):
     """What no try can find: the two forms part ways later."""
     late = []
 
@@ -172,13 +173,14 @@ def test_a_row_is_compared_while_it_runs():
         return np.abs(next_state[..., 0]) + (np.ndim(next_state) > 1) * len(late)
 
     reward = resolve_reward(function, box(4), TWO)
-    states = np.full((8, 4), 0.5, np.float32)
+    run = jax.jit(jax.vmap(reward)) if compiled else reward.batch
+    arguments = np.full((8, 4), 0.5, np.float32), np.zeros(8, int), np.full((8, 4), 0.5, np.float32)
     for _ in range(3):
-        reward.batch(states, np.zeros(8, int), states)
+        np.testing.assert_array_equal(run(*arguments), np.full(8, 0.5))
     late.append(1)
     said = r"reward_function \(NumPy\) gives 1.5 for a transition in a batch and 0.5 for the same transition alone"
-    with pytest.raises(ValueError, match=said):
-        collections.deque((reward.batch(states, np.zeros(8, int), states) for _ in range(64)), 0)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=said):
+        collections.deque((jax.block_until_ready(run(*arguments)) for _ in range(64)), 0)
 
 
 @pytest.mark.parametrize(

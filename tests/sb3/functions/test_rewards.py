@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from hypothesis import given
-from hypothesis import strategies as st
 
 import grpo_jax
 from grpo_jax.worlds.base import RewardOverride
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CARTPOLE = gymnasium.make("CartPole-v1")
 BOX = CARTPOLE.observation_space
@@ -100,9 +100,10 @@ def test_descriptions():
     assert RESOLVED["plain"].description == "reward_function: JAX, one transition at a time"
 
 
-@given(n=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), name=st.sampled_from(list(FORMS)))
-def test_every_form_agrees_with_a_loop(n, seed, name):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_agrees_with_a_loop(n, name):
+    rng = np.random.default_rng(n)
     states, next_states = rng.standard_normal((2, n, 4)).astype(np.float32)
     actions = rng.integers(2, size=n)
     reward = RESOLVED[name]
@@ -345,9 +346,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("n_seeds", "names"), [(None, ("numpy", "numpy batched", "torch batched")), (2, ("torch batched",))]
-)
+@pytest.mark.parametrize(("n_seeds", "names"), [(None, ("numpy", "torch batched")), (2, ("torch batched",))])
 def test_training_is_the_same_with_every_form(n_seeds, names):
     config = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, horizon=8, n_epochs=1, batch_size=16)
     results = {}

@@ -14,6 +14,7 @@ from grpo_jax.config import field_names, scheduled
 from grpo_jax.policies.networks import CNN
 from sb3_bridge import GRPO, CnnPolicy, GymnaxVecEnv, MlpPolicy
 from sb3_bridge.gymnax import presets
+from sb3_bridge.settings import config_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -61,7 +62,7 @@ def test_a_model_has_its_presets_settings(env_id, recwarn):
     assert model.chosen_dynamics == "simulator" and not recwarn.list
     for remaining in (1.0, 0.7, 0.2, 0.0):
         model._current_progress_remaining = remaining
-        assert_same(model._config(), of_the_algorithm(config, remaining))
+        assert_same(config_of(model), of_the_algorithm(config, remaining))
     ours = grpo_jax.make_policy(config, world.observation_space, world.action_space)
     theirs = model.policy.structure
     for part in ("actor", "critic", "features_extractor", "share_features_extractor", "distribution"):
@@ -73,7 +74,7 @@ def test_rates_decay_with_the_remaining_progress(remaining):
     arguments = presets.arguments_of(DECAYING, grpo_jax.make("CartPole-v1").observation_space)
     model = GRPO(env=GymnaxVecEnv("CartPole-v1", n_envs=DECAYING.n_envs), **arguments)
     model._current_progress_remaining = remaining
-    assert_same(model._config(), of_the_algorithm(DECAYING, remaining))
+    assert_same(config_of(model), of_the_algorithm(DECAYING, remaining))
 
 
 def test_two_iterations_are_those_of_grpo_jax():
@@ -134,7 +135,7 @@ def test_an_id_without_a_preset_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", presets.MISSING)
 def test_what_the_sb3_object_cannot_have_is_refused(name):
-    other = {"trajectory_form": "process", "max_branches": 8, "normalize_observations": True}.get(name, 0.5)
+    other = {"max_branches": 8, "normalize_observations": True}.get(name, 0.5)
     config = GRPOConfig().replace(**{name: (lambda rate: None) if name == "optimizer" else other})
     with pytest.raises(ValueError, match=f"{name}=.* has no counterpart"):
         presets.arguments_of(config, grpo_jax.make("CartPole-v1").observation_space)
