@@ -202,6 +202,22 @@ def test_ambiguous_forms_are_refused():
         resolve_reward(lambda s, a, n: np.abs(n) / np.abs(n).sum(), box(1), TWO)
 
 
+def test_results_are_copies():
+    kept = np.zeros(2, np.float32)
+
+    def function(state, action, next_state):
+        if np.shape(next_state) != (2, 4):
+            return np.abs(next_state[:, 0])
+        kept[:] = next_state[:, 0]
+        return kept
+
+    reward = resolve_reward(function, BOX, TWO)
+    states = np.ones((2, 4), np.float32)
+    first = reward.batch(states, np.zeros(2, int), states)
+    reward.batch(states, np.zeros(2, int), 2 * states)
+    np.testing.assert_array_equal(first, [1.0, 1.0])
+
+
 # Callables, and what is refused.
 
 
