@@ -22,7 +22,7 @@ $(READY): pyproject.toml requirements.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m sb3_bridge.demo --out $(DEMO)
+	$(BIN)/python examples/cartpole_sb3.py --out $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q

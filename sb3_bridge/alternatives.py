@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -24,8 +25,10 @@ from grpo_jax.training import loop
 from grpo_jax.types import Group, Metrics, PyTree, Trajectory
 from grpo_jax.worlds.base import RewardOverride, World
 from grpo_jax.worlds.function import FunctionWorld
+from grpo_jax.worlds.learned import LearnedWorld
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.functions.transition import resolve_transition
 from sb3_bridge.policies.compiled import functions_of
@@ -45,11 +48,13 @@ class Followed(NamedTuple):
       world: to follow them in, by the program that updates the policy.
       branches: the candidates and their returns, where they were followed already.
       n_steps: environment steps that this took.
+      owners: the user's functions that are part of the world, and by whose life its programs are bounded.
     """
 
     world: World | None = None
     branches: tuple[Group, Branches] | None = None
     n_steps: int = 0
+    owners: tuple[Any, ...] = ()
 
 
 class Alternatives(Protocol):
@@ -233,9 +238,10 @@ class Learned:
             structure.observation_space,
             structure.action_space,
             bits_to_keys(jnp.asarray(words)),
-            reward_function=reward,
+            reward_function=None if reward is None else _given,
             capacity=CAPACITY,
         )
+        self._reward = reward
         self.metrics: Metrics = {}
 
     def follow(
@@ -243,10 +249,14 @@ class Learned:
     ) -> Followed:
         """Learns from a rollout; the world, if it predicted that rollout well enough beforehand."""
         horizon = min(config.horizon, MEASURED_HORIZON)
-        self._model, metrics = _observe(self._model, policy.structure, trajectory, horizon)
+        reward = None if self._reward is None else self._reward.borrowed
+        observe = _observe.of(self._reward)
+        self._model, metrics = observe(self._model, policy.structure, trajectory, horizon, reward)
         self._model, _ = models.fit(self._model, bits_to_keys(jnp.asarray(words)))
         self.metrics = jax.device_get(metrics)
-        return Followed(self._model.world if models.usable(self.metrics) else None)
+        if not models.usable(self.metrics):
+            return Followed()
+        return Followed(_judged(self._model.world, reward), owners=(self._reward,))
 
     def state_dict(self) -> PyTree:
         """All that was learned and seen, as nested dicts of arrays."""
@@ -299,7 +309,7 @@ class Function:
         structure = policy.structure
         transition = resolve_transition(function, policy.observation_space, policy.action_space)
         inner = FunctionWorld(
-            transition=transition,
+            transition=transition.borrowed,
             initial_state=_never,
             terminated=None,
             max_steps=np.iinfo(np.int32).max,
@@ -307,14 +317,15 @@ class Function:
             action_space=structure.action_space,
         )
         self.description = f"your transition function ({transition.form})"
-        self._world = RewardOverride(inner, reward)
+        self._world = RewardOverride(inner, reward.borrowed)
+        self._owners = (transition, reward)
 
     def follow(
         self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
     ) -> Followed:
         """The user's world, which knows all it ever will."""
         del config, policy, trajectory, words
-        return Followed(self._world)
+        return Followed(self._world, owners=self._owners)
 
 
 def _never(key: jax.Array) -> Any:
@@ -335,13 +346,24 @@ def _propose(
     return group, policy.to_world(group.action)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def _observe(
-    model: models.Model, policy: Policy, trajectory: Trajectory, horizon: int
+def _given(state: Any, action: Any, next_state: Any) -> Any:
+    """In place of the user's function while a world is fitted: one program for all of them."""
+    raise NotImplementedError("a world that is fitted is not asked for rewards")
+
+
+def _judged(world: LearnedWorld, reward: Reward | None) -> LearnedWorld:
+    return world if reward is None else dataclasses.replace(world, reward_function=reward)
+
+
+def _remember(
+    model: models.Model, policy: Policy, trajectory: Trajectory, horizon: int, reward: Reward | None
 ) -> tuple[models.Model, Metrics]:
     transitions = models.transitions_of(policy, trajectory)
-    metrics = models.measure(model.world, transitions, horizon)
+    metrics = models.measure(_judged(model.world, reward), transitions, horizon)
     # Of a rollout that is larger than the replay, its end.
     most = model.replay.capacity // transitions.reward.shape[1]
     recent = jax.tree.map(lambda leaf: leaf[-most:], transitions)
     return model.replace(replay=models.remember(model.replay, recent)), metrics
+
+
+_observe = OwnedJit(_remember, static_argnums=(1, 3, 4))

@@ -310,7 +310,8 @@ class Training(OnPolicyAlgorithm):
         followed = Followed()
         with original_errors():
             if simulator is not None:
-                followed = Followed(override(simulator.env.world, self._reward))
+                world = override(simulator.env.world, self._reward)
+                followed = Followed(world, owners=(simulator.env.program_owner, self._reward))
             elif self._alternatives is not None and config.candidates != "episodes":
                 followed = self._alternatives.follow(config, self.policy, trajectory, self.key_words)
                 if followed.world is None and followed.branches is None:
@@ -318,7 +319,7 @@ class Training(OnPolicyAlgorithm):
             if simulator is None:  # what the reward function saw is of no more use
                 environments = trajectory.environments.replace(state=None)
                 trajectory = trajectory.replace(environments=environments)
-            state, metrics = improve(
+            state, metrics = improve.of(*followed.owners)(
                 config,
                 followed.world,
                 self.policy.structure,

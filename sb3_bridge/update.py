@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -16,11 +15,11 @@ from grpo_jax.policies.policy import Policy
 from grpo_jax.training import loop
 from grpo_jax.types import Group, Metrics, Trajectory
 from grpo_jax.worlds.base import World
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.rollout.device import train_state
 
 
-@functools.partial(jax.jit, static_argnames="policy")
-def improve(
+def _improve(
     config: GRPOConfig,
     world: World | None,
     policy: Policy,
@@ -52,6 +51,10 @@ def improve(
     comparison = loop.compare(config, world, state, trajectory, evaluated=branches)
     state, metrics = loop.improve(config, state, comparison)
     return state.replace(key=jax.random.key_data(state.key)), metrics
+
+
+improve = OwnedJit(_improve, static_argnames="policy")
+"""``improve.of(*owners)`` is the program of an update; its owners are the user's functions that are part of the world."""
 
 
 @jax.jit

@@ -3,63 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any, TypeVar
 
 import gymnasium
 import jax
 import numpy as np
+from gymnasium.vector.utils import batch_space
 
+from sb3_bridge.functions.indices import find_out_of_range
+from sb3_bridge.functions.results import Arguments, Unfit, differ, first_line, length, shapes, take
 from sb3_bridge.functions.user_function import (
     FRAMEWORKS,
-    Arguments,
-    Unfit,
     UserFunction,
+    check_agreement,
     check_finite,
     evaluate,
-    first_line,
-    length,
-    named,
-    shapes,
-    shown,
-    take,
+    traced,
 )
 
 F = TypeVar("F", bound=UserFunction)
 Fitting = dict[bool, tuple[F, list[np.ndarray]]]  # by takes_batch: forms whose shapes fit, and their results
+Spaces = tuple[gymnasium.Space, ...]
 
 _UNBOUNDED = 1e6  # bounds beyond it tell nothing about usual values; their squares may overflow
 _SMALLEST_BATCH = 7
+_LARGEST_BATCH = 64  # of those in which a function is compared with itself for one transition
+_SCALES = (1.0, 0.03, 30.0)
+_ORIGIN = " (drawn from the spaces)"
 
 
-def resolve(untried: F, spaces: tuple[gymnasium.Space, ...], samples: tuple[Any, ...] | None = None) -> F:
+def resolve(untried: F, spaces: Spaces) -> F:
     """Tries every form of a user's function and keeps the one that works.
 
     JAX first, then NumPy, then torch; what works as JAX runs on the device. A NumPy function fails to be traced,
-    as do Python branches on values; torch functions refuse arrays of the other two.
+    as do Python branches on values; torch functions refuse arrays of the other two. A function of NumPy or torch that
+    takes one transition and a batch is called for batches if the results are equal, else it is refused.
 
     Args:
       untried: the function in any form.
       spaces: of its arguments.
-      samples: real arguments to try with, ``[M, *shape]`` each; None draws them from the spaces.
 
     Returns:
       The function in its own form.
 
     Raises:
-      TypeError: not callable, or it raises in every form (each one's error is listed).
-      ValueError: it returns something else than it owes, NaN or inf, or what depends on more than its sample.
+      TypeError: not callable, it takes other arguments, or it raises in every form (each one's error is listed).
+      ValueError: it returns something else than it must, NaN or inf, or what depends on more than its sample; or a
+        function of JAX has an index out of range.
     """
     signature = f"{untried.parameter}({', '.join(untried.argument_names)})"
     function: Any = untried.function
     if not callable(function):
         raise TypeError(f"{untried.parameter}={function!r} must be callable: {signature}")
+    _check_arity(function, untried.argument_names, signature)
     try:
         hash(function)
     except TypeError:  # e.g. an instance of a dataclass; its bound method hashes by identity
         untried = dataclasses.replace(untried, function=function.__call__)
-    arguments, origin = _arguments_to_try(untried, spaces, samples)
-    tried: list[str] = []
+    n = _SMALLEST_BATCH  # that no observation or action has an axis of
+    while n in {size for leaf in jax.tree.leaves(_draw_all(untried, spaces, 1)) for size in leaf.shape[1:]}:
+        n += 1
+    arguments = _draw_all(untried, spaces, n)
+    tried: dict[str, list[str]] = {}
     unfit: list[Exception] = []
     raised: list[Exception] = []
     for framework in FRAMEWORKS:
@@ -68,49 +75,59 @@ def resolve(untried: F, spaces: tuple[gymnasium.Space, ...], samples: tuple[Any,
             form = dataclasses.replace(untried, framework=framework, takes_batch=takes_batch)
             try:
                 # What a form that is not the function's own warns of would only confuse.
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with warnings.catch_warnings(action="ignore"):
                     fitting[takes_batch] = form.attempt(arguments)
             except Exception as error:
                 (unfit if isinstance(error, Unfit) else raised).append(error)
-                tried.append(f"{form.form}: {first_line(error)}")
+                tried.setdefault(first_line(error), []).append(form.form)
         if fitting:
-            return _settle(fitting, arguments, origin)
-    forms = "\n  ".join(tried)
+            return _settle(fitting, spaces, arguments)
+    all_alike = len(tried) == 1
+    lines = (f"{'every form' if all_alike else '; '.join(forms)}: {line}" for line, forms in tried.items())
+    forms = "\n  ".join(lines)
     if unfit:
-        raise ValueError(f"{signature} must return {untried.owed}. Tried:\n  {forms}") from unfit[0]
+        raise ValueError(f"{signature} must return {untried.returns}. Tried:\n  {forms}") from unfit[0]
     raise TypeError(
         f"{signature} raises in every form that was tried, with states {shapes(arguments[0])} and actions"
         f" {shapes(arguments[1])} in a batch:\n  {forms}"
     ) from raised[0]
 
 
-def _settle(fitting: Fitting, arguments: Arguments, origin: str) -> Any:
+def _check_arity(function: Any, names: tuple[str, ...], signature: str) -> None:
+    """Raises TypeError where a function cannot be called with so many arguments."""
+    try:
+        given = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        given.bind(*names)
+    except TypeError as error:
+        raise TypeError(
+            f"{signature} is called with {len(names)} arguments, but yours is {given}: {error}"
+        ) from None
+
+
+def _settle(fitting: Fitting, spaces: Spaces, arguments: Arguments) -> Any:
     """Chooses between the forms whose shapes fit, and checks their results."""
     # Both fit for element-wise functions of scalars (Discrete, Box of one number) and for indices that count from
-    # the end, as in `next_state[..., 2]`. Per sample is preferred: nothing in it can depend on the rest of a batch.
-    # Where the two disagree, neither is known to be meant.
+    # the end, as in `next_state[..., 2]`. Where the two disagree, neither is known to be meant.
     form, alone = fitting[False not in fitting]
-    check_finite(form, alone, arguments, origin=origin)
-    if True not in fitting:
-        return form
-    _, together = fitting[True]
-    if False not in fitting:
-        try:
-            alone = _one_by_one(form, arguments)
-        except Exception as error:
-            raise ValueError(
-                f"{form.parameter} ({form.form}) fails for a batch of one transition: {first_line(error)}"
-            ) from error
-    for output, one, many in zip(form.outputs, alone, together, strict=True):
-        differs = _differ(one, many)
-        if differs.any():
-            row = int(np.argmax(differs))
-            raise ValueError(
-                f"{form.parameter} ({form.form.split(',')[0]}) gives {named(output, many[row])} for a transition in"
-                f" a batch and {named(output, one[row])} for the same transition alone: it must depend on nothing"
-                f" else than {shown(form, arguments, row)}{origin}; not on the rest of a batch, nor on random numbers"
-            )
+    check_finite(form, alone, arguments, origin=_ORIGIN)
+    if form.framework == "jax":
+        _check_indices(form, arguments)
+    if True in fitting:
+        batched, together = fitting[True]
+        if False not in fitting:
+            try:
+                alone = _one_by_one(form, arguments)
+            except Exception as error:
+                raise ValueError(
+                    f"{form.parameter} ({form.form}) fails for a batch of one transition: {first_line(error)}"
+                ) from error
+        check_agreement(form, alone, together, arguments, _ORIGIN)
+        # Of JAX a batch of single transitions is one call anyway.
+        if False in fitting and form.framework != "jax" and _always_agree(form, batched, spaces):
+            form = dataclasses.replace(batched, fits_one=True)
     return form
 
 
@@ -119,63 +136,75 @@ def _one_by_one(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
     return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
-def _differ(one: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """Which of N samples differ by more than the order of sums explains; bool ``[N]``."""
-    if one.dtype.kind == "f":
-        scale = np.maximum(1.0, np.max(np.abs(one), axis=0))
-        differs = ~(np.abs(one - many) <= 1e-3 * np.abs(many) + 1e-4 * scale)
-    else:
-        # Rounding may take pixels one apart; all other integers are categories.
-        differs = np.abs(one.astype(int) - many) > (one.dtype.kind == "u")
-    return differs.reshape(len(one), -1).any(axis=1)
+def _always_agree(form: UserFunction, batched: UserFunction, spaces: Spaces) -> bool:
+    """Whether batches of every size and order give what single transitions give, up to rounding.
+
+    The sizes are small ones and those of the arguments' own axes. Values of other scales are tried too: a limit for a
+    whole batch may lie beyond what the spaces' usual values reach.
+    """
+    rng = np.random.default_rng(0)
+    largest = _LARGEST_BATCH
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            for seed, scale in enumerate(_SCALES, 1):
+                arguments = _draw_all(form, spaces, largest, seed, scale)
+                alone = evaluate(form, arguments)
+                axes = {n for leaf in jax.tree.leaves(arguments) for n in leaf.shape[1:] if 0 < n <= largest}
+                batches = [rng.integers(largest, size=n) for n in sorted({1, 2, 3, *axes})]
+                for rows in (*batches, rng.permutation(largest), np.zeros(5, int)):
+                    together = evaluate(batched, take(arguments, rows))
+                    for one, many in zip(alone, together, strict=True):
+                        if differ(one[rows], many, 1e-5).any():
+                            return False
+    except Exception:
+        return False
+    return True
+
+
+def _check_indices(form: UserFunction, arguments: Arguments) -> None:
+    """Raises ValueError where the function reads an array beyond its end: JAX would give the nearest element."""
+    n = length(arguments)
+    samples = [arguments] if form.takes_batch else [take(arguments, i) for i in range(n)]
+    lead = (n,) if form.takes_batch else ()
+    for sample in samples:
+        try:
+            found = find_out_of_range(lambda *given: traced(form, given, lead), sample)
+        except Exception:  # JAX's own data structures may change; the function itself was tried already
+            return
+        if found:
+            raise ValueError(
+                f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
+                " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
+            )
 
 
 # What to try with.
 
 
-def _arguments_to_try(
-    form: UserFunction, spaces: tuple[gymnasium.Space, ...], samples: tuple[Any, ...] | None
-) -> tuple[Arguments, str]:
-    """Arguments ``[N, *shape]``, and where they are from; no observation or action has an axis of that N."""
-    rng = np.random.default_rng(0)  # the spaces' own generators are the user's
-    drawn = tuple(_draw(form, rng, space, 1) for space in spaces)
-    names = ", ".join(f"{name}s" for name in form.argument_names)
-    if samples is not None:
-        if not isinstance(samples, tuple) or len(samples) != len(spaces):
-            raise ValueError(f"samples={samples!r} must be None or a tuple ({names})")
-        samples = jax.tree.map(np.asarray, samples)
-        expected, got = (jax.tree.map(lambda leaf: leaf.shape[1:], tree) for tree in (drawn, samples))
-        if expected != got:
-            raise ValueError(
-                f"samples ({names}) have shapes {got} behind their first axis, but the spaces say {expected}"
-            )
-    n_samples = 0 if samples is None else length(samples, "samples")
-    n = max(n_samples, _SMALLEST_BATCH)
-    while n in {size for leaf in jax.tree.leaves(drawn) for size in leaf.shape[1:]}:
-        n += 1
-    if samples is None or n_samples == 0:
-        return tuple(_draw(form, rng, space, n) for space in spaces), " (drawn from the spaces)"
-    return take(samples, np.arange(n) % n_samples), ""
+def _draw_all(form: UserFunction, spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:
+    """Arguments ``[n, *shape]``, drawn with generators of their own: the spaces' are the user's."""
+    rng = np.random.default_rng(seed)
+    return tuple(_draw(form, space, n, rng, scale) for space in spaces)
 
 
-def _draw(form: UserFunction, rng: np.random.Generator, space: gymnasium.Space, n: int) -> Any:
+def _draw(form: UserFunction, space: gymnasium.Space, n: int, rng: np.random.Generator, scale: float) -> Any:
     """``[n, *space.shape]`` in the space's dtype: uniform, or standard normal where a bound is missing."""
     if isinstance(space, gymnasium.spaces.Dict):
-        return {name: _draw(form, rng, part, n) for name, part in space.spaces.items()}
-    if isinstance(space, gymnasium.spaces.Discrete):
-        return int(space.start) + rng.integers(int(space.n), size=n)
-    if isinstance(space, gymnasium.spaces.MultiDiscrete):
-        return rng.integers(space.start, space.start + space.nvec, (n, *space.shape)).astype(space.dtype)
-    if isinstance(space, gymnasium.spaces.MultiBinary):
-        return rng.integers(0, 2, (n, *space.shape)).astype(space.dtype)
-    if not isinstance(space, gymnasium.spaces.Box):
+        return {name: _draw(form, part, n, rng, scale) for name, part in space.spaces.items()}
+    kinds = (gymnasium.spaces.Discrete, gymnasium.spaces.MultiDiscrete, gymnasium.spaces.MultiBinary)
+    if not isinstance(space, (gymnasium.spaces.Box, *kinds)):
         raise TypeError(
             f"{form.parameter} cannot be tried on {space}: use Box, Discrete, MultiDiscrete, MultiBinary, Dict"
         )
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    bounded = (low > -_UNBOUNDED) & (high < _UNBOUNDED)
-    low, high = np.clip(low, -_UNBOUNDED, _UNBOUNDED), np.clip(high, -_UNBOUNDED, _UNBOUNDED)
-    shape = (n, *space.shape)
-    normal = np.clip(np.clip(0.0, low, high) + rng.standard_normal(shape), low, high)
-    values = np.where(bounded, low + (high - low) * rng.random(shape), normal)
-    return (values if np.dtype(space.dtype).kind == "f" else np.round(values)).astype(space.dtype)
+    is_real = space.dtype is not None and space.dtype.kind == "f"
+    if isinstance(space, gymnasium.spaces.Box):
+        most = np.inf if is_real else _UNBOUNDED
+        low, high = (
+            np.where(np.abs(bound) > _UNBOUNDED, np.sign(bound) * most, bound).astype(space.dtype)
+            for bound in (space.low, space.high)
+        )
+        space = gymnasium.spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[arg-type, union-attr]
+    batch = batch_space(space, n)
+    batch.seed(int(rng.integers(2**31)))
+    values = batch.sample()
+    return np.clip(values * scale, low, high).astype(space.dtype) if is_real else values

@@ -12,8 +12,8 @@ import collections
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +22,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
-class HostFunction(Protocol):
-    """What can be called; hashable, and equal for equal functions, so that it can be static under ``jit``."""
-
-    @property
-    def outputs(self) -> Sequence[Any]:
-        """``shape`` and ``dtype`` of what it returns for one sample."""
-
-    def on_host(self, arguments: Any) -> list[np.ndarray]:
-        """The outputs ``[N, *shape]`` of arguments ``[N, *shape]``, N >= 1; must not write into them."""
-
-
-def call(function: HostFunction, arguments: Any) -> list[jax.Array]:
+def call(function: Any, arguments: Any) -> list[jax.Array]:
     """The outputs ``[*shape]`` of one sample, traceable under ``jit`` and ``vmap``.
 
     However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
 
     Args:
-      function: what runs on the host.
+      function: hashable; its ``outputs`` have ``shape`` and ``dtype`` for one sample, and ``on_host`` gives them
+        ``[N, *shape]`` for arguments ``[N, *shape]``, into which it must not write.
       arguments: a tree of arrays.
     """
     leaves, structure = jax.tree.flatten(arguments)
@@ -62,7 +52,7 @@ _last_error: collections.deque[Exception] = collections.deque(maxlen=1)
 
 
 def _run(
-    *leaves: np.ndarray, function: HostFunction, structure: Any, batch_rank: int, results: Any
+    *leaves: np.ndarray, function: Any, structure: Any, batch_rank: int, results: Any
 ) -> tuple[np.ndarray, ...]:
     """What XLA calls; ``results`` are the shapes and dtypes that it wants."""
     n_samples = math.prod(leaves[0].shape[:batch_rank])
@@ -85,11 +75,16 @@ def _run(
 
 _call = Primitive("host_call")
 _call.multiple_results = True
-_call.def_impl(jax.jit(_call.bind, static_argnames=("function", "structure", "batch_rank")))
+
+
+@_call.def_impl
+def _call_at_once(*leaves: Any, **params: Any) -> list[jax.Array]:
+    results = _result_shapes(*leaves, **params)
+    return list(map(jnp.asarray, _run(*map(np.asarray, leaves), results=results, **params)))
 
 
 @_call.def_abstract_eval
-def _result_shapes(*leaves: Any, function: HostFunction, batch_rank: int, **_: Any) -> list[Any]:
+def _result_shapes(*leaves: Any, function: Any, batch_rank: int, **_: Any) -> list[Any]:
     batch_shape = leaves[0].shape[:batch_rank]
     return [jax.core.ShapedArray((*batch_shape, *output.shape), output.dtype) for output in function.outputs]
 

@@ -13,27 +13,22 @@ import numpy as np
 
 from sb3_bridge.functions.detect import resolve
 from sb3_bridge.functions.host_call import original_errors as original_errors
-from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, length
+from sb3_bridge.functions.results import Output, length
+from sb3_bridge.functions.user_function import UserFunction, check_finite, guarded
 
 
 @dataclass(frozen=True)
 class Reward(UserFunction):
-    """A reward function in a known form; equal for equal functions, so that it can be static under ``jit``.
+    """A reward function in a known form: ``[]`` or ``[1]`` for one transition, ``[N]`` or ``[N, 1]`` for a batch.
 
     A reward that is NaN or inf is an error that shows the transition. Inside ``jit`` that holds for NumPy and
-    torch only, and for finite states: what a world does behind an end may be anything, and counts for nothing.
+    torch only, and for finite states: what a world gives after an end counts for nothing.
     JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message; see ``original_errors``.
-
-    Attributes:
-      function: the user's ``(state, action, next_state) -> reward``, a pure function.
-      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
-      takes_batch: arguments ``[N, *shape]`` and result ``[N]`` or ``[N, 1]``, instead of ``[*shape]`` and ``[]``
-        or ``[1]``.
     """
 
     parameter: ClassVar[str] = "reward_function"
     argument_names: ClassVar[tuple[str, ...]] = ("state", "action", "next_state")
-    owed: ClassVar[str] = (
+    returns: ClassVar[str] = (
         "one reward for a transition ([] or [1]), or N rewards for a batch of N ([N] or [N, 1])"
     )
 
@@ -45,18 +40,7 @@ class Reward(UserFunction):
         return (result,)
 
     def __call__(self, state: Any, action: Any, next_state: Any) -> jax.Array:
-        """The reward of one transition, traceable under ``jit`` and ``vmap``.
-
-        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
-
-        Args:
-          state: ``[*shape]``, a dict of such arrays for ``Dict`` observations.
-          action: ``[*shape]`` in the environment's units.
-          next_state: like ``state``.
-
-        Returns:
-          ``[]``, JAX's default float.
-        """
+        """The reward of one transition, traceable: ``[]`` in JAX's default float; see :meth:`batch` and ``of_one``."""
         return self.of_one(state, action, next_state)[0]
 
     def batch(self, states: Any, actions: Any, next_states: Any) -> np.ndarray:
@@ -86,10 +70,8 @@ def resolve_reward(
     function: Callable[[Any, Any, Any], Any],
     observation_space: gymnasium.Space,
     action_space: gymnasium.Space,
-    *,
-    samples: tuple[Any, Any, Any] | None = None,
 ) -> Reward:
-    """Finds out, by trying, what kind of reward function this is; see ``trying.resolve``.
+    """Finds out, by trying, what kind of reward function this is; see ``detect.resolve`` for errors.
 
     Args:
       function: ``(state, action, next_state) -> reward``; a pure function of one transition (``[*shape]`` to
@@ -97,15 +79,6 @@ def resolve_reward(
         get integer actions as int64; torch gets floats as float32, on the CPU.
       observation_space: of one environment.
       action_space: of one environment.
-      samples: ``(states, actions, next_states)`` of real transitions to try with, ``[M, *shape]`` each; None
-        draws them from the spaces.
-
-    Returns:
-      The function in its form.
-
-    Raises:
-      TypeError: not callable, or it raises in every form (each one's error is listed).
-      ValueError: it returns wrong shapes, NaN or inf, or rewards that depend on more than their transition.
     """
     spaces = (observation_space, action_space, observation_space)
-    return resolve(Reward(function, "jax", takes_batch=False), spaces, samples)
+    return resolve(Reward(function, "jax", takes_batch=False), spaces)

@@ -14,7 +14,8 @@ import numpy as np
 
 from grpo_jax.spaces import Box, Dict, Space, from_gymnasium
 from sb3_bridge.functions.detect import resolve
-from sb3_bridge.functions.user_function import Arguments, Output, Unfit, UserFunction
+from sb3_bridge.functions.results import Arguments, Output, Unfit
+from sb3_bridge.functions.user_function import UserFunction
 
 
 class _TellsEnd(Unfit):
@@ -23,18 +24,14 @@ class _TellsEnd(Unfit):
 
 @dataclass(frozen=True)
 class Transition(UserFunction):
-    """A transition function in a known form; equal for equal functions, so that it can be static under ``jit``.
+    """A transition function in a known form: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``.
 
     A ``next_state`` with NaN or inf is an error that shows state and action. Inside ``jit`` that holds for NumPy
-    and torch only, and for finite arguments. Branches step on behind an end until all of them have ended, so it
+    and torch only, and for finite arguments. Branches step on after an end until all of them have ended, so it
     must be finite there too. JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message;
-    see ``host.original_errors``.
+    see ``host_call.original_errors``.
 
     Attributes:
-      function: the user's ``(state, action) -> next_state`` or ``-> (next_state, terminated)``, a pure function.
-      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
-      takes_batch: arguments and ``next_state`` are ``[N, *shape]`` and ``terminated`` is ``[N]`` or ``[N, 1]``,
-        instead of ``[*shape]`` and ``[]`` or ``[1]``.
       tells_end: whether it returns ``(next_state, terminated)``.
       observation_space: of ``state`` and ``next_state``.
     """
@@ -44,7 +41,7 @@ class Transition(UserFunction):
 
     parameter: ClassVar[str] = "dynamics"
     argument_names: ClassVar[tuple[str, ...]] = ("state", "action")
-    owed: ClassVar[str] = (
+    returns: ClassVar[str] = (
         "next_state or (next_state, terminated): of a transition an observation and a boolean ([] or [1]), or of a"
         " batch of N its observations and N booleans ([N] or [N, 1])"
     )
@@ -85,13 +82,7 @@ class Transition(UserFunction):
             return dataclasses.replace(self, tells_end=True).attempt(arguments)
 
     def __call__(self, state: Any, action: Any) -> Any:
-        """Where one action leads, traceable under ``jit`` and ``vmap``.
-
-        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
-
-        Args:
-          state: ``[*shape]``, a dict of such arrays for ``Dict`` observations.
-          action: ``[*shape]`` in the environment's units.
+        """Where one action leads, traceable; see ``of_one``.
 
         Returns:
           ``next_state`` like ``state``, or ``(next_state, terminated)`` with bool ``[]``. Real numbers are JAX's
@@ -110,10 +101,8 @@ def resolve_transition(
     function: Callable[[Any, Any], Any],
     observation_space: gymnasium.Space,
     action_space: gymnasium.Space,
-    *,
-    samples: tuple[Any, Any] | None = None,
 ) -> Transition:
-    """Finds out, by trying, what kind of transition function this is; see ``trying.resolve``.
+    """Finds out, by trying, what kind of transition function this is; see ``detect.resolve`` for errors.
 
     Args:
       function: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``; a pure function of one
@@ -121,20 +110,13 @@ def resolve_transition(
         float32, on the CPU. Of integers ``next_state`` must be integers, and ``terminated`` must be booleans.
       observation_space: of one environment.
       action_space: of one environment.
-      samples: ``(states, actions)`` of real transitions to try with, ``[M, *shape]`` each; None draws them from
-        the spaces.
-
-    Returns:
-      The function in its form.
 
     Raises:
-      TypeError: not callable, or it raises in every form (each one's error is listed).
-      ValueError: it returns wrong shapes, NaN or inf, or what depends on more than state and action.
       NotImplementedError: observations that no world can have.
     """
     space = from_gymnasium(observation_space, "observation_space")
     untried = Transition(function, "jax", takes_batch=False, tells_end=False, observation_space=space)
-    return resolve(untried, (observation_space, action_space), samples)
+    return resolve(untried, (observation_space, action_space))
 
 
 def _dtype(space: Space) -> np.dtype:

@@ -1,56 +1,38 @@
-"""A user's function of transitions in a known form: JAX, NumPy or torch, per sample or batched.
+"""A user's function of transitions in a known form: JAX, NumPy or torch, for one transition or for a batch.
 
-The JAX form is traced like any other code; NumPy and torch run on the host. Which form it is ``trying`` finds out.
+A function of JAX is traced like any other code; NumPy and torch run on the host. Which form it is ``detect`` finds out.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sb3_bridge.functions import host_call as host
+from sb3_bridge.functions import host_call
+from sb3_bridge.functions.programs import OwnedJit, borrow
+from sb3_bridge.functions.results import (
+    Arguments,
+    Output,
+    Unfit,
+    differ,
+    finite_rows,
+    first_line,
+    length,
+    shapes,
+    shown,
+    take,
+)
 
 Framework = Literal["jax", "numpy", "torch"]
-Arguments = tuple[Any, ...]  # of a user's function; each an array, or a dict of arrays
-
 FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "numpy": "NumPy", "torch": "torch"}
-_ARRAYS = (np.ndarray, np.generic, jax.Array, float, int, list)
-
-# Of the kinds of dtypes: what they are called, which kinds may be cast to them, and which Python numbers.
-_KINDS: dict[str, tuple[str, str, tuple[type, ...]]] = {
-    "f": ("real number", "biuf", (float, int)),
-    "i": ("integer", "biu", (int,)),
-    "u": ("integer", "biu", (int,)),
-    "b": ("boolean", "b", (bool,)),
-}
-
-
-class Unfit(ValueError):
-    """The function returned, but not what its form owes."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """One array that a user's function owes for each sample.
-
-    Attributes:
-      name: what errors call it; empty for the only output of a function.
-      shape: of one sample. A number ``[]`` may also come as ``[1]``.
-      dtype: what the array is cast to. Real numbers take all but complex ones, integers take no real numbers, and
-        booleans take only booleans.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
+_GUARD_EVERY = 64
 
 
 @dataclass(frozen=True)
@@ -61,28 +43,36 @@ class UserFunction(abc.ABC):
       function: the user's; pure, of one transition or of a batch of them, row by row.
       framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
       takes_batch: whether arguments and results are ``[N, *shape]`` instead of ``[*shape]``.
+      fits_one: whether a function that is called for batches also takes one transition, with equal results; now and
+        then one row of a batch is compared with that.
     """
 
     function: Callable[..., Any]
     framework: Framework
     takes_batch: bool
+    fits_one: bool = field(default=False, kw_only=True, compare=False)
 
     parameter: ClassVar[str]  # what the user passes it as
     argument_names: ClassVar[tuple[str, ...]]
-    owed: ClassVar[str]  # what it must return, for errors
+    returns: ClassVar[str]  # what it must return, for errors
 
     @property
     @abc.abstractmethod
     def outputs(self) -> tuple[Output, ...]:
-        """What it owes for each sample."""
+        """What it must return for each sample."""
 
     @abc.abstractmethod
     def parts(self, result: Any) -> tuple[Any, ...]:
-        """What the user returned, told apart into one part for each output; raises ``Unfit``."""
+        """What the user returned, as one part for each output; raises ``Unfit``."""
 
     def attempt(self, arguments: Arguments) -> tuple[Self, list[np.ndarray]]:
         """The form, completed by what shows only when it is tried, and its results; see ``evaluate``."""
         return self, evaluate(self, arguments)
+
+    @property
+    def borrowed(self) -> Self:
+        """The same with the function held weakly: the form for programs of an :class:`OwnedJit`."""
+        return replace(self, function=borrow(self.function))
 
     @property
     def description(self) -> str:
@@ -101,13 +91,13 @@ class UserFunction(abc.ABC):
         """
         arguments = jax.tree.map(jnp.asarray, arguments)
         if self.framework != "jax":
-            return host.call(self, arguments)
+            return host_call.call(self, arguments)
         if not self.takes_batch:
-            return _trace(self, arguments, ())
-        return [leaf[0] for leaf in _trace(self, jax.tree.map(lambda leaf: leaf[None], arguments), (1,))]
+            return traced(self, arguments, ())
+        return [leaf[0] for leaf in traced(self, jax.tree.map(lambda leaf: leaf[None], arguments), (1,))]
 
     def on_host(self, arguments: Arguments) -> list[np.ndarray]:
-        """Every output ``[N, *shape]`` of N >= 1 samples, for ``host.call``.
+        """Every output ``[N, *shape]`` of N >= 1 samples, for ``host_call``.
 
         Raises:
           ValueError: wrong structure, shape or kind of number; or NaN or inf where the arguments have none.
@@ -129,7 +119,7 @@ def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
       Exception: whatever the function raises.
     """
     if form.framework == "jax":
-        return [np.asarray(leaf) for leaf in _evaluate_traced(form, *arguments)]
+        return [np.asarray(leaf) for leaf in _evaluate_traced.of(form)(form.borrowed, *arguments)]
     n_samples, outputs = length(arguments), form.outputs
     arguments = tuple(
         jax.tree.map(lambda leaf: leaf.astype(np.int64) if leaf.dtype.kind == "i" else leaf, argument)
@@ -142,13 +132,13 @@ def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
     with _host_context(form.framework):
         if form.takes_batch:
             parts = zip(form.parts(form.function(*arguments)), outputs, strict=True)
-            return [_fitted(part, output, (n_samples,)).astype(output.dtype) for part, output in parts]
+            return [output.fit(part, (n_samples,)).astype(output.dtype) for part, output in parts]
         # Filled row by row: a list of parts for each sample would keep the garbage collector busy.
         results = [np.empty((n_samples, *output.shape), output.dtype) for output in outputs]
-        owed = tuple(zip(results, outputs, strict=True))
+        places = tuple(zip(results, outputs, strict=True))
         for i, row in enumerate(zip(*map(_rows, arguments), strict=True)):
-            for part, (result, output) in zip(form.parts(form.function(*row)), owed, strict=True):
-                result[i] = _fitted(part, output) if output.shape else _fitted_number(part, output)
+            for part, (result, output) in zip(form.parts(form.function(*row)), places, strict=True):
+                result[i] = output.fit(part)
         return results
 
 
@@ -156,11 +146,11 @@ def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
     """``evaluate`` whose errors show the transition that they are due to.
 
     Raises:
-      ValueError: wrong structure, shape or kind of number.
+      ValueError: wrong structure, shape or kind of number; or another result in a batch than alone.
       RuntimeError: the function raised.
     """
     try:
-        return evaluate(form, arguments)
+        results = evaluate(form, arguments)
     except Exception as error:
         kind, verb = (ValueError, "") if isinstance(error, Unfit) else (RuntimeError, "raised ")
         said, place = first_line(error), f"a batch of states {shapes(arguments[0])}"
@@ -168,9 +158,43 @@ def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
             try:
                 evaluate(form, take(arguments, slice(row, row + 1)))
             except Exception as same:
-                said, place = first_line(same), shown(form, arguments, row)
+                said, place = first_line(same), shown(form.argument_names, arguments, row)
                 break
         raise kind(f"{form.parameter} {verb}{said} for {place}") from error
+    if form.fits_one:
+        _compare_a_row(form, results, arguments)
+    return results
+
+
+def _compare_a_row(form: UserFunction, results: list[np.ndarray], arguments: Arguments) -> None:
+    """Compares one row with the function of that transition alone: at the calls 1, 2, 4, ..., and every 64th."""
+    calls = vars(form)["_calls"] = vars(form).get("_calls", 0) + 1
+    if calls & (calls - 1) and calls % _GUARD_EVERY:
+        return
+    row = calls * 2654435761 % 2**32 * length(arguments) >> 32
+    one = take(arguments, slice(row, row + 1))
+    if finite_rows(jax.tree.leaves(one)).all():
+        alone = guarded(replace(form, takes_batch=False, fits_one=False), one)
+        check_agreement(form, alone, take(results, slice(row, row + 1)), one)
+
+
+def check_agreement(
+    form: UserFunction,
+    alone: list[np.ndarray],
+    together: list[np.ndarray],
+    arguments: Arguments,
+    origin: str = "",
+) -> None:
+    """Raises ValueError where outputs ``[N, *shape]`` of transitions alone and together differ by more than rounding."""
+    for output, one, many in zip(form.outputs, alone, together, strict=True):
+        differs = differ(one, many, 1e-3)
+        if differs.any():
+            row = int(np.argmax(differs))
+            raise ValueError(
+                f"{form.parameter} ({FRAMEWORKS[form.framework]}) gives {output.shown(many[row])} for a transition"
+                f" in a batch and {output.shown(one[row])} for the same transition alone: it must depend on nothing"
+                f" else than {shown(form.argument_names, arguments, row)}{origin}; not on the rest of a batch, nor on random numbers"
+            )
 
 
 def check_finite(
@@ -181,40 +205,35 @@ def check_finite(
     finite_arguments_only: bool = False,
     origin: str = "",
 ) -> None:
-    """Refuses NaN and inf, and shows the first transition that has them.
+    """Raises ValueError for outputs ``[N, *shape]`` that are NaN or inf, and shows the first transition that has them.
 
-    Args:
-      form: what was evaluated.
-      results: its outputs, ``[N, *shape]`` each.
-      arguments: of N samples.
-      finite_arguments_only: whether results of arguments that are not finite themselves may be anything.
-      origin: where the arguments are from.
-
-    Raises:
-      ValueError: shows the arguments.
+    With ``finite_arguments_only`` results of arguments that are not finite themselves may be anything.
     """
-    passes = _finite_rows(results)
+    passes = finite_rows(results)
     if finite_arguments_only and not passes.all():
-        passes |= ~_finite_rows(jax.tree.leaves(arguments))
+        passes |= ~finite_rows(jax.tree.leaves(arguments))
     if not passes.all():
         row = int(np.argmin(passes))
         wrong = next(i for i, result in enumerate(results) if not np.isfinite(result[row]).all())
         raise ValueError(
-            f"{form.parameter} returned {named(form.outputs[wrong], results[wrong][row])} for"
-            f" {shown(form, arguments, row)}{origin}; it must be finite: guard divisions, logarithms and roots"
+            f"{form.parameter} returned {form.outputs[wrong].shown(results[wrong][row])} for"
+            f" {shown(form.argument_names, arguments, row)}{origin}; it must be finite: guard divisions, logarithms and roots"
         )
 
 
-def _trace(form: UserFunction, arguments: Arguments, lead: tuple[int, ...]) -> list[jax.Array]:
+def traced(form: UserFunction, arguments: Arguments, lead: tuple[int, ...]) -> list[jax.Array]:
+    """The outputs of a function of JAX, ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch."""
     parts = zip(form.parts(form.function(*arguments)), form.outputs, strict=True)
-    return [_fitted(part, output, lead, jnp.asarray).astype(output.dtype) for part, output in parts]
+    return [output.fit(part, lead, jnp.asarray).astype(output.dtype) for part, output in parts]
 
 
-@functools.partial(jax.jit, static_argnames="form")
-def _evaluate_traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
+def _traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
     if form.takes_batch:
-        return _trace(form, arguments, (length(arguments),))
-    return jax.vmap(lambda *one: _trace(form, one, ()))(*arguments)
+        return traced(form, arguments, (length(arguments),))
+    return jax.vmap(lambda *one: traced(form, one, ()))(*arguments)
+
+
+_evaluate_traced = OwnedJit(_traced, static_argnames="form")
 
 
 @contextlib.contextmanager
@@ -253,104 +272,3 @@ def _rows(tree: Any) -> Any:
     if isinstance(tree, dict):
         return (dict(zip(tree, row, strict=True)) for row in zip(*map(_rows, tree.values()), strict=True))
     return tree
-
-
-def _fitted(
-    part: Any, output: Output, lead: tuple[int, ...] = (), asarray: Callable[[Any], Any] = np.asarray
-) -> Any:
-    """What a user returned as an array ``[*lead, *shape]``, not cast yet; ``lead`` is ``(N,)`` for a batch."""
-    noun, kinds, _ = _KINDS[output.dtype.kind]
-    if hasattr(part, "detach"):
-        part = part.detach().cpu()
-        part = (part.double() if part.is_floating_point() else part).numpy()  # NumPy knows no bfloat16
-    array = asarray(part) if isinstance(part, _ARRAYS) else None
-    if array is None or array.dtype.kind not in kinds:
-        got = type(part).__name__ if array is None else f"{array.dtype} numbers"
-        raise Unfit(f"returned {_of(output)}{got}, expected one array of {noun}s")
-    shape = (*lead, *output.shape)
-    # A batch of one may have lost its axis to a `squeeze()`.
-    fits = array.shape == shape or (lead == (1,) and array.shape == output.shape)
-    if not (fits or (output.shape == () and array.shape == (*lead, 1))):
-        raise _wrong_shape(array.shape, output, lead)
-    return array.reshape(shape)
-
-
-def _fitted_number(part: Any, output: Output) -> Any:
-    """The same for one number; the loop over samples is slow enough, so no array is made of it."""
-    if not hasattr(part, "item"):
-        part = _fitted(part, output)
-    if tuple(part.shape) not in ((), (1,)):
-        raise _wrong_shape(part.shape, output, ())
-    value = part.item()
-    noun, _, types = _KINDS[output.dtype.kind]
-    if not isinstance(value, types):
-        raise Unfit(f"returned {_of(output)}{type(value).__name__}, expected one {noun}")
-    return value
-
-
-def _wrong_shape(shape: Any, output: Output, lead: tuple[int, ...]) -> Unfit:
-    sizes = [*("N" for _ in lead), *map(str, output.shape)]
-    expected = f"[{', '.join(sizes)}]" + ("" if output.shape else f" or [{', '.join([*sizes, '1'])}]")
-    n = f" with N={lead[0]}" if lead else ""
-    return Unfit(f"returned {_of(output)}shape {list(shape)}, expected {expected}{n}")
-
-
-def _finite_rows(leaves: list[np.ndarray]) -> np.ndarray:
-    return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves], axis=0)
-
-
-# Arguments, and how errors show them.
-
-
-def length(arguments: Any, name: str = "transitions") -> int:
-    """N of arrays ``[N, ...]``.
-
-    Raises:
-      ValueError: they differ in it, or have no axis.
-    """
-    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(arguments)}
-    if len(lengths) != 1 or lengths == {()}:
-        raise ValueError(f"{name} must be arrays [N, ...] of one N, got shapes {shapes(arguments)}")
-    return lengths.pop()[0]
-
-
-def take(tree: Any, index: Any) -> Any:
-    """Rows of every array."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def shapes(tree: Any) -> str:
-    """Shapes of arrays as text."""
-    if isinstance(tree, dict):
-        return "{" + ", ".join(f"{name!r}: {shapes(part)}" for name, part in tree.items()) + "}"
-    if isinstance(tree, tuple):
-        return ", ".join(map(shapes, tree))
-    return str(list(np.shape(tree)))
-
-
-def shown(form: UserFunction, arguments: Arguments, row: int) -> str:
-    """One sample's arguments as text."""
-    parts = zip(form.argument_names, take(arguments, row), strict=True)
-    return ", ".join(f"{name}={_text(part)}" for name, part in parts)
-
-
-def named(output: Output, value: Any) -> str:
-    """One sample's output as text."""
-    return f"{output.name}={_text(value)}" if output.name else _text(value)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line; of ``Unfit`` only the message."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if isinstance(error, Unfit) else f"{type(error).__name__}: {line}"
-
-
-def _of(output: Output) -> str:
-    return f"{output.name} of " if output.name else ""
-
-
-def _text(tree: Any) -> str:
-    if isinstance(tree, dict):
-        return "{" + ", ".join(f"{name!r}: {_text(part)}" for name, part in tree.items()) + "}"
-    text = np.array2string(np.asarray(tree), precision=6, separator=", ", threshold=64, edgeitems=2)
-    return " ".join(text.split())

@@ -15,12 +15,41 @@ from grpo_jax.noise import KEY_WORDS, bits_to_keys, draw_bits
 from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import World
 from grpo_jax.worlds.pictures import Renderer
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
 
 RENDER_FPS = 30
 
 
-class GymnaxEnv(gymnasium.Env[Any, Any]):
+class OfOneWorld:
+    """Pickling and copying of what steps a world: a copy stands where the original does, and goes its own way.
+
+    The world of an id is made again where the copy is unpickled; a deep copy shares it: worlds are immutable, and name
+    the compiled programs. Renderers and files stay with the original.
+    """
+
+    _env_id: str | None
+    world: World
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "_renderer": None}
+        if self._env_id is not None:
+            del state["world"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._env_id is not None:
+            self.world = make_world(self._env_id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.world)] = self.world
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return clone
+
+
+class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
     """A world that is stepped one transition at a time.
 
     Time limits are the world's own and come as truncations: do not add a ``TimeLimit``. For speed prefer
@@ -39,7 +68,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
 
     def __init__(self, env: Any, render_mode: str | None = None):
         check_render_mode(render_mode)
-        self.world = make_world(env)
+        self._env_id, self.world = env if isinstance(env, str) else None, make_world(env)
         self.observation_space = to_gymnasium(self.world.observation_space)
         self.action_space = to_gymnasium(self.world.action_space)
         self.render_mode = render_mode
@@ -51,11 +80,7 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode; ``seed=None`` goes on with the present stream of random numbers.
-
-        Raises:
-          ValueError: options were given, for which gymnax has no use, or seed is not one.
-        """
+        """Starts an episode; ``seed=None`` goes on with the present stream of random numbers."""
         check_options(options)
         words = None if seed is None else seed_words(seed)
         super().reset(seed=seed)
@@ -63,25 +88,18 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
             self._words = words
         elif self._words is None:
             self._words = self.np_random.integers(2**32, size=KEY_WORDS, dtype=np.uint32)
-        self._words, observation, self._state = _reset(self.world, self._words)
+        self._words, observation, self._state = _reset.of(owner_of(self.world))(self.world, self._words)
         self._is_over = False
         return to_numpy(self.observation_space, observation), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step.
-
-        Raises:
-          gymnasium.error.ResetNeeded: before the first reset, or behind the end of an episode.
-          ValueError, TypeError: an action of the wrong shape, dtype or range.
-        """
+        """One step; raises for an action of the wrong shape, dtype or range, and where a reset is needed."""
         if self._state is None:
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first")
         if self._is_over:
-            raise gymnasium.error.ResetNeeded(
-                "step() was called behind the end of an episode: call reset() first"
-            )
+            raise gymnasium.error.ResetNeeded("step() was called after an episode ended: call reset() first")
         action = to_world_actions(self.action_space, action)
-        self._words, step = _step(self.world, self._words, self._state, action)
+        self._words, step = _step.of(owner_of(self.world))(self.world, self._words, self._state, action)
         self._state = step.state
         terminated, truncated = bool(step.terminated), bool(step.truncated)
         self._is_over = terminated or truncated
@@ -103,24 +121,13 @@ class GymnaxEnv(gymnasium.Env[Any, Any]):
             self._renderer.close()
             self._renderer = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GymnaxEnv:
-        # The world is immutable and names the compiled programs: a copy of it would compile them again.
-        memo[id(self.world)] = self.world
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        for name, value in vars(self).items():
-            setattr(clone, name, None if name == "_renderer" else copy.deepcopy(value, memo))
-        return clone
+
+_make_once = functools.lru_cache(maxsize=128)(grpo_jax.make)
 
 
 def make_world(env: Any) -> World:
     """``grpo_jax.make``, which is run once for an id: worlds are immutable, and checking one takes a while."""
-    return _world_of_id(env) if isinstance(env, str) else grpo_jax.make(env)
-
-
-@functools.lru_cache(maxsize=128)
-def _world_of_id(env_id: str) -> World:
-    return grpo_jax.make(env_id)
+    return _make_once(env) if isinstance(env, str) else grpo_jax.make(env)
 
 
 def check_render_mode(render_mode: str | None) -> None:
@@ -142,36 +149,34 @@ def check_options(options: dict[str, Any] | None) -> None:
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """The words of a seed's PRNG key, uint32 ``[2]``; as ``jax.random.key(seed)``, for up to 64 bits.
-
-    Raises:
-      ValueError: not an integer from 0 to 2**64 - 1.
-    """
+    """The words of a seed's PRNG key, uint32 ``[2]``; as ``jax.random.key(seed)``, for up to 64 bits."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= int(seed) < 2**64:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**64 - 1, or None")
     return np.array([int(seed) >> 32, int(seed) & 0xFFFFFFFF], np.uint32)
 
 
 def next_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Goes one step along an environment's stream of random numbers.
-
-    Args:
-      words: uint32 ``[2]``. Words and not a typed key: those take jit's slow path at every call.
-
-    Returns:
-      The words to go on with, and a typed key to consume.
-    """
+    """Goes along a stream of random numbers: from words uint32 ``[2]`` to the next words and a typed key to consume."""
+    # Words and not a typed key, which takes jit's slow path at every call.
     drawn = draw_bits(bits_to_keys(words), (2, KEY_WORDS))
     return drawn[0], bits_to_keys(drawn[1])
 
 
-@jax.jit
-def _reset(world: World, words: jax.Array) -> tuple[jax.Array, Observation, PyTree]:
+def owner_of(world: World) -> World | None:
+    """For ``OwnedJit.of``: the world, if functions of the user are part of it; else its programs are everybody's."""
+    parts = vars(world).values()
+    is_own = any(callable(part) or (isinstance(part, World) and owner_of(part) is not None) for part in parts)
+    return world if is_own else None
+
+
+def _start(world: World, words: jax.Array) -> tuple[jax.Array, Observation, PyTree]:
     words, key = next_key(words)
     return words, *world.reset(key)
 
 
-@jax.jit
-def _step(world: World, words: jax.Array, state: PyTree, action: jax.Array) -> tuple[jax.Array, Step]:
+def _advance(world: World, words: jax.Array, state: PyTree, action: jax.Array) -> tuple[jax.Array, Step]:
     words, key = next_key(words)
     return words, world.step(key, state, action)
+
+
+_reset, _step = OwnedJit(_start), OwnedJit(_advance)

@@ -10,43 +10,10 @@ from stable_baselines3.common.utils import LinearSchedule
 
 import grpo_jax
 from grpo_jax import spaces
-from grpo_jax.config import Decay, GRPOConfig
+from grpo_jax.config import Decay, GRPOConfig, field_names
 from grpo_jax.policies.networks import CNN
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
-
-DIRECT = (
-    "n_steps",
-    "n_epochs",
-    "batch_size",
-    "candidates",
-    "group_size",
-    "max_enumerated",
-    "horizon",
-    "branch_every",
-    "n_rollouts",
-    "backup",
-    "bootstrap",
-    "branch_past_truncation",
-    "common_random_numbers",
-    "baseline",
-    "advantage_scale",
-    "surrogate",
-    "kl_estimator",
-    "reference",
-    "reference_interval",
-    "gamma",
-    "gae_lambda",
-    "dual_clip",
-    "vf_coef",
-    "clip_range_vf",
-    "kl_coef",
-    "reference_decay",
-    "target_kl",
-    "max_grad_norm",
-    "spread_floor",
-)
-"""Fields that are arguments of the same name and meaning."""
 
 DECAYING = {
     "learning_rate": "learning_rate_decay",
@@ -68,7 +35,6 @@ POLICY = (
 """Fields that make the policy: its name and ``policy_kwargs``."""
 
 MISSING = (
-    "trajectory_form",
     "max_branches",
     "normalize_observations",
     "sapo_temperature",
@@ -76,21 +42,16 @@ MISSING = (
     "tpo_temperature",
     "optimizer",
 )
-"""Fields that the SB3 object has no argument for: only their defaults can be had."""
+"""Fields that the SB3 object has no argument for: only their defaults can be had. All others are its arguments."""
 
 
 class CosineSchedule:
-    """From ``start`` to 0 along half a cosine.
-
-    Args:
-      start: the value where the remaining progress is 1.
-    """
+    """From ``start`` to 0 along half a cosine of the remaining progress, which goes from 1 to 0."""
 
     def __init__(self, start: float):
         self.start = start
 
     def __call__(self, progress_remaining: float) -> float:
-        """The value at a remaining progress from 1 to 0."""
         return self.start * 0.5 * (1.0 - math.cos(math.pi * progress_remaining))
 
     def __repr__(self) -> str:
@@ -98,28 +59,20 @@ class CosineSchedule:
 
 
 def find_preset(env: str | GymnaxVecEnv) -> tuple[str, GymnaxVecEnv]:
-    """The id whose preset is asked for, and the environments: those given, or as many as the preset steps.
-
-    Raises:
-      ValueError: an unknown id, one without a preset, or environments that were not made from an id.
-      TypeError: neither an id nor a GymnaxVecEnv.
-    """
+    """The id whose preset is asked for, and the environments: those given, or as many as the preset steps."""
     if isinstance(env, GymnaxVecEnv):
         if env.spec is None:
             raise ValueError(
                 "env was not made from an id, and presets go by id: use GymnaxVecEnv('CartPole-v1', ...), or"
                 " GRPO('MlpPolicy', env, ...) with settings of your own"
             )
-        env_id = env.spec.id.removeprefix(f"{NAMESPACE}/")
-        _check_id(env_id)
-        return env_id, env
+        return _checked(env.spec.id.removeprefix(f"{NAMESPACE}/")), env
     if not isinstance(env, str):
         raise TypeError(f"env={env!r} must be a gymnax id such as 'CartPole-v1', or a GymnaxVecEnv")
     env_id = env.removeprefix(f"{NAMESPACE}/")
     if env_id not in grpo_jax.preset_ids():
         grpo_jax.make(env_id)  # says which ids there are
-    _check_id(env_id)
-    config = grpo_jax.preset(env_id)
+    config = grpo_jax.preset(_checked(env_id))
     return env_id, GymnaxVecEnv(env_id, n_envs=config.n_envs, render_mode="rgb_array")
 
 
@@ -143,19 +96,21 @@ def arguments_of(config: GRPOConfig, observation_space: spaces.Space) -> dict[st
                 f"{name}={getattr(config, name)!r} has no counterpart in sb3_bridge.GRPO: use grpo_jax.train, or"
                 f" {name}={getattr(default, name)!r}"
             )
-    given = {name: getattr(config, name) for name in DIRECT}
+    elsewhere = {"n_envs", *DECAYING, *DECAYING.values(), *POLICY, *MISSING}
+    given = {name: getattr(config, name) for name in field_names() if name not in elsewhere}
     for name, decay in DECAYING.items():
         given[name] = _schedule(name, getattr(config, name), getattr(config, decay))
     policy, policy_kwargs = _policy(config, observation_space)
     return {"policy": policy, **given, "policy_kwargs": policy_kwargs}
 
 
-def _check_id(env_id: str) -> None:
+def _checked(env_id: str) -> str:
     if env_id not in grpo_jax.preset_ids():
         raise ValueError(
             f"env={env_id!r} has no preset, but {', '.join(grpo_jax.preset_ids())} have: use"
             f" GRPO('MlpPolicy', '{NAMESPACE}/{env_id}', ...) with settings of your own"
         )
+    return env_id
 
 
 def _schedule(name: str, value: Any, decay: Decay) -> float | Schedule | None:

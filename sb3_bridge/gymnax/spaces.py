@@ -43,14 +43,9 @@ def to_gymnasium(space: spaces.Space) -> gymnasium.Space:
 
 
 def to_numpy(space: gymnasium.Space, observation: Observation) -> Any:
-    """Device observations as fresh, writable NumPy arrays in the dtype of a Gymnasium space.
+    """Device observations ``[..., *space.shape]`` as fresh, writable NumPy arrays in the dtype of a Gymnasium space.
 
-    Args:
-      space: space of one observation.
-      observation: ``[..., *space.shape]``, a dict of such arrays for a ``Dict`` space.
-
-    Returns:
-      Arrays of the same shapes; a single ``Discrete`` observation is a ``np.int64``, as Gymnasium wants it.
+    A single ``Discrete`` observation is a ``np.int64``, as Gymnasium wants it.
     """
     if isinstance(space, gymnasium.spaces.Dict):
         return {name: to_numpy(part, observation[name]) for name, part in space.spaces.items()}
@@ -59,7 +54,7 @@ def to_numpy(space: gymnasium.Space, observation: Observation) -> Any:
 
 
 def env_actions(space: gymnasium.Space, actions: np.ndarray) -> np.ndarray:
-    """In the dtype that environments are stepped with, within the bounds of a Box."""
+    """Actions in the dtype that environments are stepped with, within the bounds of a Box."""
     if isinstance(space, gymnasium.spaces.Box):
         actions = np.clip(actions, space.low, space.high)
     return actions.astype(space.dtype)
@@ -98,10 +93,7 @@ def to_world_actions(space: gymnasium.Space, action: Any, batch_shape: tuple[int
     # SB3's policies draw MultiBinary actions as whole floats.
     if array.dtype.kind not in "iubf" or not (array == np.floor(array)).all():
         raise TypeError(f"action={action!r} has dtype {array.dtype}, expected integers for {space}: cast it")
-    if isinstance(space, gymnasium.spaces.Discrete):
-        n_values: Any = space.n
-    else:
-        n_values = space.nvec if isinstance(space, gymnasium.spaces.MultiDiscrete) else 2
+    n_values: Any = getattr(space, "nvec", space.n if isinstance(space, gymnasium.spaces.Discrete) else 2)
     if (array < 0).any() or (array >= n_values).any():
         raise ValueError(f"action={array} is out of range: {space} takes integers from 0 to {n_values - 1}")
     return array.astype(np.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,19 +18,22 @@ from grpo_jax.noise import KEY_WORDS
 from grpo_jax.training.rollout import start, step_environments
 from grpo_jax.types import Environments, Observation
 from grpo_jax.worlds.base import World
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.gymnax.env import (
     RENDER_FPS,
+    OfOneWorld,
     Renderer,
     check_options,
     check_render_mode,
     make_world,
     next_key,
+    owner_of,
     seed_words,
 )
 from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
 
 
-class GymnaxVecEnv(VecEnv):
+class GymnaxVecEnv(OfOneWorld, VecEnv):
     """N gymnax environments with SB3's interface and, on top, SB3's ``Monitor``.
 
     It behaves as ``make_vec_env("gymnax/<id>", n_envs, seed)`` does, the same seeds give the same episodes, in one
@@ -66,7 +68,7 @@ class GymnaxVecEnv(VecEnv):
         if isinstance(n_envs, bool) or not isinstance(n_envs, int | np.integer) or n_envs < 1:
             raise ValueError(f"n_envs={n_envs!r} must be an integer of at least 1")
         check_render_mode(render_mode)
-        self.world: World = make_world(env)
+        self._env_id, self.world = env if isinstance(env, str) else None, make_world(env)
         self.spec = gymnasium.registry.get(f"gymnax/{env}") if isinstance(env, str) else None
         self.render_mode = render_mode
         self._attributes: list[dict[str, Any]] = [{} for _ in range(n_envs)]
@@ -91,36 +93,18 @@ class GymnaxVecEnv(VecEnv):
             self.seed(seed)
 
     @property
-    def environments(self) -> Environments:
-        """Where the environments stand, on the device: every leaf ``[n_envs, ...]``.
+    def program_owner(self) -> World | None:
+        """For ``OwnedJit.of``: what the compiled programs of the world live as long as; None: as the process."""
+        return owner_of(self.world)
 
-        For training that steps the same environments on the device: read it, go on from there with
-        ``self.world``, and write back what comes out; ``step`` then continues from that. Both directions copy,
-        because ``step`` donates its own buffers.
+    @property
+    def environments(self) -> Environments:
+        """Where the environments stand, on the device: a copy, every leaf ``[n_envs, ...]``; see :meth:`move_to`.
 
         Raises:
           RuntimeError: before the first reset.
-          ValueError: written with another structure, shape or dtype.
         """
         return jax.tree.map(jnp.copy, self._started("environments was read"))
-
-    @environments.setter
-    def environments(self, environments: Environments) -> None:
-        like = self._started("environments was written")
-        given: Any = jax.tree.structure(environments)
-        if given != jax.tree.structure(like):
-            raise ValueError(
-                f"environments has the structure {given}, this world's is {jax.tree.structure(like)}"
-            )
-        for (path, leaf), expected in zip(
-            jax.tree_util.tree_flatten_with_path(environments)[0], jax.tree.leaves(like), strict=True
-        ):
-            if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
-                raise ValueError(
-                    f"environments{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}, expected"
-                    f" {expected.dtype}{list(expected.shape)} for n_envs={self.num_envs}"
-                )
-        self._environments = jax.tree.map(jnp.copy, environments)
 
     @property
     def writes_episodes(self) -> bool:
@@ -141,39 +125,31 @@ class GymnaxVecEnv(VecEnv):
         return self._started("lend() was called")
 
     def move_to(self, where: Callable[[], Environments]) -> None:
-        """Puts the environments where ``where()`` says, which is asked only once somebody wants to know."""
+        """Puts the environments where ``where()`` says, which is asked only once somebody wants to know.
+
+        ``step`` donates what it was given: copy what is to be used again.
+        """
         self._pending = where
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        """Seeds environment ``i`` with ``seed + i``, from the next reset on; None: with random numbers of NumPy.
-
-        Returns:
-          The seeds.
-
-        Raises:
-          ValueError: not a seed.
-        """
+        """Seeds environment ``i`` with ``seed + i``, from the next reset on; None: with random numbers of NumPy."""
         if seed is not None:
-            seed_words(seed)
-            seed = int(seed)
-        return super().seed(seed)
+            seed_words(seed)  # raises if it is none
+        return super().seed(None if seed is None else int(seed))
 
     def reset(self) -> VecEnvObs:
-        """Starts all episodes anew; without a new seed the streams of random numbers go on.
-
-        Returns:
-          Observations ``[n_envs, ...]``, a dict of them for a Dict space.
-
-        Raises:
-          ValueError: :meth:`set_options` gave some, for which gymnax has no use.
-        """
+        """Starts all episodes anew; without a new seed the streams of random numbers go on."""
         for options in self._options:
             check_options(options)
-        words = self._fresh_words() if self._words is None else np.array(self._words)
+        if self._words is None:
+            self._words = np.random.default_rng().integers(
+                2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32
+            )
+        words = np.array(self._words)
         for index, seed in enumerate(self._seeds):
             if seed is not None:
                 words[index] = seed_words(seed)
-        self._words, environments = _reset(self.world, words)
+        self._words, environments = _reset.of(self.program_owner)(self.world, words)
         self._environments, self._pending = environments, None
         self._actions = None
         self.reset_infos = [{} for _ in range(self.num_envs)]
@@ -182,29 +158,16 @@ class GymnaxVecEnv(VecEnv):
         return to_numpy(self.observation_space, environments.observation)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes the actions ``[n_envs, ...]``.
-
-        Raises:
-          RuntimeError: before the first reset.
-          ValueError, TypeError: actions of the wrong shape, dtype or range.
-        """
+        """Takes the actions ``[n_envs, ...]``; raises where shape, dtype or range are wrong."""
         self._started("step() was called")
         self._actions = to_world_actions(self.action_space, actions, (self.num_envs,))
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Steps.
-
-        Returns:
-          Observations ``[n_envs, ...]`` (the first of the next episode where one ended), rewards float32
-          ``[n_envs]``, dones bool ``[n_envs]``, infos.
-
-        Raises:
-          RuntimeError: without :meth:`step_async` before.
-        """
+        """Steps; observations are the first of the next episode where one ended, rewards are float32 ``[n_envs]``."""
         if self._actions is None:
             raise RuntimeError("step_wait() was called without actions: call step_async(actions) first")
         actions, self._actions = self._actions, None
-        self._words, environments, reward, ended, cut, final = _step(
+        self._words, environments, reward, ended, cut, final = _step.of(self.program_owner)(
             self.world, self._words, self._started("step() was called"), actions
         )
         self._environments = environments
@@ -234,13 +197,13 @@ class GymnaxVecEnv(VecEnv):
             self.reset_infos[index] = {}
             self.write_episode(infos[index]["episode"])
 
-    def get_images(self) -> Sequence[np.ndarray | None]:
-        """Pictures uint8 ``[height, width, 3]`` of all environments.
+    def __getstate__(self) -> dict[str, Any]:
+        if self._pending is not None:
+            self._started("")
+        return {**super().__getstate__(), "_results": None}
 
-        Raises:
-          NotImplementedError: gymnax has no picture of this world.
-          RuntimeError: before the first reset, or without ``render_mode="rgb_array"``.
-        """
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """Pictures uint8 ``[height, width, 3]`` of all environments; see :class:`Renderer` for errors."""
         return self._images(range(self.num_envs))
 
     def _images(self, indices: Sequence[int]) -> list[np.ndarray]:
@@ -262,11 +225,7 @@ class GymnaxVecEnv(VecEnv):
             self._renderer = None
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """What each environment has under this name: what :meth:`set_attr` put there, else an attribute of this object.
-
-        Raises:
-          AttributeError: nothing has that name.
-        """
+        """What :meth:`set_attr` put there for each environment, else an attribute of this object."""
         chosen = self._indices(indices)
         if attr_name.startswith("_"):
             raise AttributeError(f"attr_name={attr_name!r} is private")
@@ -276,12 +235,7 @@ class GymnaxVecEnv(VecEnv):
         ]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Notes a value for :meth:`get_attr`. There are no environment objects which it could change.
-
-        Raises:
-          AttributeError: the name is an attribute that all environments share, so that setting it would only seem
-            to work.
-        """
+        """Notes a value for :meth:`get_attr`, since there are no environment objects; raises for what all share."""
         chosen = self._indices(indices)
         if attr_name in vars(self) or hasattr(type(self), attr_name):
             raise AttributeError(
@@ -294,11 +248,7 @@ class GymnaxVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list:
-        """Calls ``render``, or a function that :meth:`set_attr` put there.
-
-        Raises:
-          AttributeError: anything else: there are no environment objects which could have methods.
-        """
+        """Calls ``render``, or a function that :meth:`set_attr` put there; there are no other methods."""
         chosen = self._indices(indices)
         if method_name == "render":
             return self._images(chosen)
@@ -312,11 +262,7 @@ class GymnaxVecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """True for SB3's ``Monitor``, False for everything else.
-
-        What callers want to know by asking for ``Monitor`` is whether ``info["episode"]`` has the true returns
-        and lengths. It does: ``evaluate_policy`` may use them, and need not warn.
-        """
+        """True for SB3's ``Monitor`` alone: ``info["episode"]`` has the true returns and lengths, as its does."""
         return [wrapper_class is Monitor for _ in self._indices(indices)]
 
     def _indices(self, indices: VecEnvIndices) -> list[int]:
@@ -328,36 +274,26 @@ class GymnaxVecEnv(VecEnv):
 
     def _started(self, what: str) -> Environments:
         if self._pending is not None:
-            self._environments, self._pending = self._pending(), None
+            where, self._pending = self._pending, None
+            self._environments = where()
         if self._environments is None:
             raise RuntimeError(f"{what} before reset(): call reset() first")
         return self._environments
 
-    def _fresh_words(self) -> np.ndarray:
-        return np.random.default_rng().integers(2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32)
 
-
-@jax.jit
-def _reset(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
+def _start(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
     words, keys = jax.vmap(next_key)(words)
     return words, start(world, keys)
 
 
-@functools.partial(jax.jit, donate_argnames=("words", "environments"))
-def _step(
+def _advance(
     world: World, words: jax.Array, environments: Environments, actions: jax.Array
 ) -> tuple[jax.Array, Environments, jax.Array, jax.Array, jax.Array, Observation]:
-    """One step of all environments, those whose episode ends start over.
-
-    Args:
-      world: what is stepped.
-      words: uint32 ``[N, 2]``, one stream of random numbers for each environment.
-      environments: where they stand.
-      actions: ``[N, ...]``.
+    """One step of all environments ``[N]``, those whose episode ends start over.
 
     Returns:
-      words, environments, reward ``[N]``, ended bool ``[N]``, cut bool ``[N]`` (ended by the time limit alone), and
-      the observations reached, before any reset.
+      Streams of random numbers uint32 ``[N, 2]``, environments, reward, ended, cut (by the time limit alone), and the
+      observations reached, before any reset.
     """
     words, keys = jax.vmap(next_key)(words)
     fresh_words, reset_keys = jax.vmap(next_key)(words)
@@ -365,3 +301,7 @@ def _step(
     ended = step.terminated | step.truncated
     words = jnp.where(ended[:, None], fresh_words, words)
     return words, environments, step.reward, ended, step.truncated & ~step.terminated, step.observation
+
+
+_reset = OwnedJit(_start)
+_step = OwnedJit(_advance, donate_argnames=("words", "environments"))

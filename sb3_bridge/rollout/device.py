@@ -21,6 +21,7 @@ from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Environments, Trajectory
 from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
+from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import to_numpy
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
@@ -54,8 +55,8 @@ def find_simulator(env: VecEnv | None) -> Simulator | None:
 
 
 def override(world: World, reward: Reward | None) -> World:
-    """The world with the user's reward, if there is one."""
-    return world if reward is None else RewardOverride(world, reward)
+    """The world with the user's reward, if there is one; for programs of an ``OwnedJit`` that the reward owns."""
+    return world if reward is None else RewardOverride(world, reward.borrowed)
 
 
 def collect_on_device(
@@ -79,7 +80,7 @@ def collect_on_device(
     env, policy = simulator.env, model.policy
     # Placed explicitly, as a rollout's result is: otherwise the second call compiles again.
     before = jax.device_put(_wrap(env.lend(), reward), model._jax_device)
-    after, trajectory, ends = _rollout(
+    after, trajectory, ends = _rollout.of(env.program_owner, reward)(
         config, override(env.world, reward), policy.structure, policy.state, before, model.key_words
     )
     steps = _Steps(env, reward, trajectory, after, *jax.device_get(ends))
@@ -281,8 +282,7 @@ def _unwrap(environments: Environments, reward: Reward | None) -> Environments:
     return environments if reward is None else environments.replace(state=environments.state.inner)
 
 
-@functools.partial(jax.jit, static_argnames="policy")
-def _rollout(
+def _run(
     config: GRPOConfig,
     world: World,
     policy: Policy,
@@ -302,6 +302,9 @@ def _rollout(
         )
     )
     return after, trajectory, (trajectory.ended, returns, lengths)
+
+
+_rollout = OwnedJit(_run, static_argnames="policy")
 
 
 def train_state(

@@ -1,17 +1,22 @@
-"""What ``make demo`` prints, writes and returns."""
+"""What ``make demo`` and ``python -m sb3_bridge.demo`` print, write and return."""
 
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from stable_baselines3.common.results_plotter import load_results
 
-from sb3_bridge import GRPO, demo
+import sb3_bridge
+from sb3_bridge import GRPO
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "cartpole_sb3.py"
 FILES = ["0.monitor.csv", "cartpole.gif", "curve.png", "model.zip"]
 
 
@@ -27,7 +32,8 @@ def test_demo(tmp_path, capsys):
     assert GRPO.load(out / "model.zip").num_timesteps == 512
 
     # The whole run, over the files of the first.
-    assert demo.main(["--out", str(out)]) == 0
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    assert main(["--out", str(out)]) == 0
     printed = capsys.readouterr().out
     means = [
         float(mean) for mean in re.findall(r"^.* ([\d.]+) \+- [\d.]+ of 500", printed, flags=re.MULTILINE)
@@ -45,3 +51,18 @@ def test_demo(tmp_path, capsys):
     with Image.open(out / "cartpole.gif") as gif:
         # Some 240 pictures of 500 steps at 25 a second: pictures that are equal are merged.
         assert gif.size == (600, 400) and gif.n_frames > 150
+
+
+def test_a_wheel_holds_the_example(tmp_path):
+    """Installed from a wheel there is no folder of examples: the package itself holds it."""
+    target = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
+    place = target["force-include"][EXAMPLE.relative_to(ROOT).as_posix()]
+    package = Path(sb3_bridge.__file__).parent
+    (tmp_path / "sb3_bridge").mkdir()
+    shutil.copy(package / "demo.py", tmp_path / "sb3_bridge" / "demo.py")
+    shutil.copy(EXAMPLE, tmp_path / place)
+    command = [sys.executable, str(tmp_path / "sb3_bridge" / "demo.py"), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "--total-timesteps" in done.stdout, done.stderr

@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
 
 import gymnasium
 import jax
@@ -13,27 +12,16 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from hypothesis import given
-from hypothesis import strategies as st
 
 import grpo_jax
 from grpo_jax.worlds.base import RewardOverride
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CARTPOLE = gymnasium.make("CartPole-v1")
 BOX = CARTPOLE.observation_space
 TWO = CARTPOLE.action_space
-
-
-def box(*shape, dtype=np.float32):
-    low, high = (0, 255) if dtype is np.uint8 else (-1, 1)
-    return spaces.Box(low, high, shape, dtype)
-
-
-def branching(state, action, next_state):
-    if abs(next_state[2]) > 0.2:
-        return 0.0
-    return 1.0
 
 
 def expected(states, actions, next_states):
@@ -112,9 +100,10 @@ def test_descriptions():
     assert RESOLVED["plain"].description == "reward_function: JAX, one transition at a time"
 
 
-@given(n=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), name=st.sampled_from(list(FORMS)))
-def test_every_form_agrees_with_a_loop(n, seed, name):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_agrees_with_a_loop(n, name):
+    rng = np.random.default_rng(n)
     states, next_states = rng.standard_normal((2, n, 4)).astype(np.float32)
     actions = rng.integers(2, size=n)
     reward = RESOLVED[name]
@@ -173,68 +162,6 @@ def test_empty_batches():
         assert jax.vmap(reward)(*nothing).shape == (0,)
 
 
-# Spaces.
-
-
-@pytest.mark.parametrize(
-    ("space", "function", "form"),
-    [
-        (spaces.Discrete(16), lambda s, a, n: n == 15, ("jax", False)),
-        (spaces.Discrete(16), lambda s, a, n: np.float64(n == 15), ("numpy", False)),
-        (spaces.Discrete(16), lambda s, a, n: (n == 15).float(), ("torch", False)),
-        (spaces.Discrete(16), lambda s, a, n: (n == 15).float().unsqueeze(1), ("torch", True)),
-        (spaces.Discrete(16), lambda s, a, n: jnp.zeros(len(n)), ("jax", True)),
-        (box(1), lambda s, a, n: -np.abs(n), ("numpy", False)),
-        (box(1), lambda s, a, n: -np.abs(n[:, 0]), ("numpy", True)),
-        (box(4), lambda s, a, n: -np.abs(n[..., 2]), ("numpy", False)),
-        (box(4), lambda s, a, n: n.mean(), ("jax", False)),
-        (box(4), lambda s, a, n: np.mean(n), ("jax", False)),  # NumPy asks its argument for its own mean
-        (box(4), lambda s, a, n: n[:, 2].squeeze(), ("jax", True)),
-        (box(3, 4), lambda s, a, n: n[:, 2].sum(), ("jax", False)),
-        (box(3, 4), lambda s, a, n: n[:, 2].sum(axis=1), ("jax", True)),
-        (box(3, 4), lambda s, a, n: n[:, 2, 1].abs(), ("torch", True)),
-        (box(7), lambda s, a, n: np.abs(n).sum(axis=0), ("numpy", False)),
-        (box(8, 8, 3, dtype=np.uint8), lambda s, a, n: n.astype(np.float32).mean() / 255, ("jax", False)),
-        (box(8, 8, 3, dtype=np.uint8), lambda s, a, n: n.float().mean(dim=(1, 2, 3)), ("torch", True)),
-        (spaces.MultiBinary(3), lambda s, a, n: np.float32(np.count_nonzero(n)), ("numpy", False)),
-        (spaces.MultiDiscrete([3, 4]), lambda s, a, n: -torch.abs(n - s).sum(1, True), ("torch", True)),
-        (
-            spaces.Dict({"b": box(2), "a": spaces.Discrete(3)}),
-            lambda s, a, n: -np.abs(n["b"][0] - s["b"][1]) + n["a"],
-            ("numpy", False),
-        ),
-        (
-            spaces.Dict({"b": box(2), "a": spaces.Discrete(3)}),
-            lambda s, a, n: -torch.abs(n["b"][:, 0]) + n["a"],
-            ("torch", True),
-        ),
-        (
-            spaces.Dict({"b": box(2), "a": spaces.Discrete(3)}),
-            lambda s, a, n: -(n["b"][0] ** 2) + n["a"],
-            ("jax", False),
-        ),
-    ],
-)
-def test_spaces(space, function, form):
-    reward = resolve_reward(function, space, TWO)
-    assert (reward.framework, reward.takes_batch) == form
-    space.seed(0)
-    seen = [space.sample() for _ in range(5)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
-    actions = np.arange(5) % 2
-    rewards = reward.batch(stacked, actions, stacked)
-    alone = [
-        reward.batch(
-            jax.tree.map(lambda leaf: np.asarray(leaf)[None], one),
-            action[None],
-            jax.tree.map(lambda leaf: np.asarray(leaf)[None], one),
-        )[0]
-        for one, action in zip(seen, actions, strict=True)
-    ]
-    np.testing.assert_allclose(rewards, alone, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(reward)(stacked, actions, stacked), rewards, rtol=1e-5, atol=1e-6)
-
-
 def test_what_host_functions_get():
     seen = []
 
@@ -255,9 +182,7 @@ def test_what_host_functions_get():
         seen.append((state, action))
         return torch.zeros(len(state), dtype=torch.bfloat16, requires_grad=True) * next_state[:, 0].abs()
 
-    reward = resolve_reward(
-        torch_spy, spaces.Box(-1, 1, (2,), np.float64), spaces.MultiBinary(3), samples=None
-    )
+    reward = resolve_reward(torch_spy, spaces.Box(-1, 1, (2,), np.float64), spaces.MultiBinary(3))
     assert (reward.framework, reward.takes_batch) == ("torch", True)
     seen.clear()
     reward.batch(np.ones((4, 2)), np.ones((4, 3), np.int8), np.ones((4, 2)))
@@ -274,129 +199,47 @@ def test_results_may_require_grad(gradient):
     np.testing.assert_array_equal(reward.batch(states, np.zeros(3, int), states), [1.0, 1.0, 1.0])
 
 
-def test_modules_and_unhashable_callables():
-    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    reward = resolve_reward(lambda s, a, n: network(n), BOX, TWO)
-    assert reward.framework == "torch"
-
-    @dataclass
-    class Weighted:
-        weight: float
-
-        def __call__(self, state, action, next_state):
-            return self.weight * jnp.abs(next_state[0])
-
-    weighted = Weighted(2.0)
-    with pytest.raises(TypeError):
-        hash(weighted)
-    first, second = (resolve_reward(weighted, BOX, TWO) for _ in range(2))
-    assert first == second and hash(first) == hash(second)
-    assert first(np.full(4, 0.25), 0, np.full(4, 0.25)) == 0.5
-
-
-def test_arguments_are_copies():
-    def function(state, action, next_state):
-        next_state[:, 0] = 7.0
-        return np.abs(next_state[:, 0])
-
-    reward = resolve_reward(function, BOX, TWO)
-    states = np.zeros((2, 4), np.float32)
-    np.testing.assert_array_equal(reward.batch(states, np.zeros(2, int), states), [7.0, 7.0])
-    np.testing.assert_array_equal(jax.vmap(reward)(states, np.zeros(2, int), states), [7.0, 7.0])
-    assert not states.any()
-
-
-def test_the_spaces_own_generators_are_left_alone():
-    observations, actions = box(4), spaces.Discrete(5)
-    observations.seed(3), actions.seed(3)
-    other, others = box(4), spaces.Discrete(5)
-    other.seed(3), others.seed(3)
-    resolve_reward(branching, observations, actions)
-    np.testing.assert_array_equal(observations.sample(), other.sample())
-    assert [actions.sample() for _ in range(8)] == [others.sample() for _ in range(8)]
-
-
-def test_samples_are_used():
-    # Positive on what is given, and NaN on what would be drawn.
-    function = lambda s, a, n: np.sqrt(n[0] - 5.0) + 0 * a
-    samples = (np.full((3, 4), 9.0, np.float32), np.zeros(3, np.int64), np.full((3, 4), 9.0, np.float32))
-    reward = resolve_reward(function, BOX, TWO, samples=samples)
-    np.testing.assert_array_equal(reward.batch(*samples), [2.0, 2.0, 2.0])
-    with pytest.raises(ValueError, match=r"returned nan for state=.*drawn from the spaces"):
-        resolve_reward(function, BOX, TWO)
-    with pytest.raises(ValueError, match=r"samples .* have shapes .*\(3,\).*spaces say"):
-        resolve_reward(function, BOX, TWO, samples=(samples[0][:, :3], samples[1], samples[2]))
-    with pytest.raises(ValueError, match="must be None or a tuple"):
-        resolve_reward(function, BOX, TWO, samples=samples[0])
-
-
-# Errors.
-
-
-def test_not_callable():
-    with pytest.raises(TypeError, match="reward_function=3 must be callable"):
-        resolve_reward(3, BOX, TWO)
-
-
-def test_raises_in_every_form():
-    def broken(state, action, next_state):
-        raise KeyError("angle")
-
-    with pytest.raises(TypeError) as caught:
-        resolve_reward(broken, BOX, TWO)
-    message = str(caught.value)
-    for framework in ("JAX", "NumPy", "torch"):
-        for many in ("one transition at a time", "batches of transitions"):
-            assert f"{framework}, {many}: KeyError: 'angle'" in message
-    assert isinstance(caught.value.__cause__, KeyError)
-
-
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        (lambda s, a, n: n[:2], r"one transition at a time: returned shape \[2\], expected \[\] or \[1\]"),
-        (
-            lambda s, a, n: n[:, 2:4],
-            r"batches of transitions: returned shape \[7, 2\], expected \[N\] or \[N, 1\] with N=7",
-        ),
-        (lambda s, a, n: None, "returned NoneType, expected one array"),
-        (lambda s, a, n: (1.0, {}), "returned tuple, expected one array"),
-        (lambda s, a, n: np.abs(n[0]) * 1j, "returned complex, expected one real number"),
-    ],
-)
-def test_wrong_results(function, said):
-    with pytest.raises(ValueError, match=said):
-        resolve_reward(function, BOX, TWO)
-
-
-def test_jax_that_cannot_be_traced_is_not_taken_for_numpy():
-    def function(state, action, next_state):
-        return 1.0 if jnp.abs(next_state[2]) > 0.2 else 0.0
-
-    with pytest.raises(
-        TypeError, match=r"NumPy, one transition at a time: TypeError: it calls JAX on concrete"
-    ):
-        resolve_reward(function, BOX, TWO)
+def spoil(array, index):
+    array[index] = 7.0
+    return 7.0
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda s, a, n: n[:, 2] - n[:, 2].mean(),
-        lambda s, a, n: np.abs(n[:, 2]) / np.abs(n[:, 2]).max(),
-        lambda s, a, n: torch.abs(n[:, 2]) + torch.randn(len(n)),
+        lambda s, a, n: spoil(n, np.s_[:, 0]) + 0 * np.abs(n[:, 0]),
+        lambda s, a, n: spoil(n, 0) + 0 * np.abs(n[0]),
+        lambda s, a, n: spoil(n, (..., 0)) + 0 * np.abs(n[..., 0]),
+        lambda s, a, n: spoil(n, np.s_[:, 0]) + 0 * torch.abs(n[:, 0]),
+        lambda s, a, n: spoil(n, 0) + 0 * torch.abs(n[0]),
     ],
 )
-def test_rewards_that_depend_on_the_batch_are_refused(function):
-    with pytest.raises(ValueError, match="must depend on nothing else than state="):
-        resolve_reward(function, BOX, TWO)
+def test_arguments_are_copies(function):
+    """What a function writes into its arguments nobody else sees."""
+    reward = resolve_reward(function, BOX, TWO)
+    assert reward.framework in ("numpy", "torch")
+    states = np.zeros((2, 4), np.float32)
+    np.testing.assert_array_equal(reward.batch(states, np.zeros(2, int), states), [7.0, 7.0])
+    np.testing.assert_array_equal(jax.vmap(reward)(states, np.zeros(2, int), states), [7.0, 7.0])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(reward))(states, np.zeros(2, int), states), [7.0, 7.0])
+    assert not states.any()
 
 
-def test_ambiguous_forms_are_refused():
-    # Fits both shapes, and means two things.
-    with pytest.raises(ValueError, match="a transition in a batch and"):
-        resolve_reward(lambda s, a, n: np.abs(n) / np.abs(n).sum(), box(1), TWO)
+def test_x64():
+    with jax.enable_x64(True):
+        for name in ("plain", "numpy batched", "torch"):
+            reward = resolve_reward(FORMS[name][2], BOX, TWO)
+            states = np.random.default_rng(0).standard_normal((3, 4))
+            wanted = expected(states, np.ones(3), states)
+            rewards = jax.jit(jax.vmap(reward))(states, np.ones(3, int), states)
+            assert (
+                rewards.dtype == jnp.float64
+                and reward.batch(states, np.ones(3, int), states).dtype == np.float32
+            )
+            np.testing.assert_allclose(rewards, wanted, rtol=1e-6 if name == "torch" else 1e-12)
 
+
+# Errors.
 
 NAN = {
     "jax": lambda s, a, n: jnp.where(n[0] > 50, jnp.nan, 0.0),
@@ -487,9 +330,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("n_seeds", "names"), [(None, ("numpy", "numpy batched", "torch batched")), (2, ("torch batched",))]
-)
+@pytest.mark.parametrize(("n_seeds", "names"), [(None, ("numpy", "torch batched")), (2, ("torch batched",))])
 def test_training_is_the_same_with_every_form(n_seeds, names):
     config = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, horizon=8, n_epochs=1, batch_size=16)
     results = {}

@@ -166,10 +166,10 @@ def test_dicts(framework, tells_end):
         (spaces.Discrete(6), lambda s, a: np.arange(9)[int(s)], ("numpy", False), np.int32),
         (spaces.Discrete(6), lambda s, a: torch.remainder(s + a, 6).unsqueeze(1), ("torch", True), np.int32),
         (spaces.MultiDiscrete([3, 4]), lambda s, a: torch.flip(s, (1,)), ("torch", True), np.int32),
-        (spaces.MultiBinary(3), lambda s, a: np.logical_not(np.array(s)), ("numpy", False), np.int32),
+        (spaces.MultiBinary(3), lambda s, a: np.logical_not(np.array(s)), ("numpy", True), np.int32),
         (IMAGE, lambda s, a: jnp.uint8(255) - s, ("jax", False), np.uint8),
         (IMAGE, lambda s, a: torch.flip(s, (1, 3)), ("torch", True), np.uint8),
-        (spaces.Box(-9, 9, (2,), np.int64), lambda s, a: np.array(s) // 2, ("numpy", False), np.int32),
+        (spaces.Box(-9, 9, (2,), np.int64), lambda s, a: np.array(s) // 2, ("numpy", True), np.int32),
         (spaces.Box(-9, 9, (2,), np.float64), lambda s, a: [s[1], s[0] + a], ("jax", False), np.float32),
     ],
 )
@@ -200,19 +200,6 @@ def test_unhashable_callables_and_constant_ends():
     assert not terminated and terminated.dtype == bool
 
 
-def test_samples_are_used():
-    function = lambda s, a: np.sqrt(np.array(s) - 1.0) + 0 * int(a)
-    samples = np.full((3, 2), 2.0, np.float32), np.zeros(3, np.int64)
-    transition = resolve_transition(function, BOX, THREE, samples=samples)
-    np.testing.assert_array_equal(jax.vmap(transition)(*samples), np.ones((3, 2)))
-    with pytest.raises(ValueError, match=r"dynamics returned next_state=\[.*nan.*state=.*drawn from the"):
-        resolve_transition(function, BOX, THREE)
-    with pytest.raises(ValueError, match=r"samples \(states, actions\) have shapes .*\(1,\).*spaces say"):
-        resolve_transition(function, BOX, THREE, samples=(samples[0][:, :1], samples[1]))
-    with pytest.raises(ValueError, match=r"must be None or a tuple \(states, actions\)"):
-        resolve_transition(function, BOX, THREE, samples=(*samples, samples[0]))
-
-
 # Errors.
 
 
@@ -221,19 +208,6 @@ def test_not_callable_and_no_observations_of_a_world():
         resolve_transition(3, BOX, THREE)
     with pytest.raises(NotImplementedError, match="observation_space: Text spaces are not supported"):
         resolve_transition(lambda s, a: s, spaces.Text(3), THREE)
-
-
-def test_raises_in_every_form():
-    def broken(state, action):
-        raise KeyError("mass")
-
-    with pytest.raises(TypeError, match=r"dynamics\(state, action\) raises in every form") as caught:
-        resolve_transition(broken, BOX, THREE)
-    forms = itertools.product(
-        ("JAX", "NumPy", "torch"), ("one transition at a time", "batches of transitions")
-    )
-    for framework, many in forms:
-        assert f"{framework}, {many}: KeyError: 'mass'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +232,11 @@ def test_raises_in_every_form():
         ),
         (BOX, lambda s, a: (s, 1), "NumPy, .*: returned terminated of int.*, expected one array of booleans"),
         (BOX, lambda s, a: (s, None), "returned terminated of NoneType, expected one array of booleans"),
-        (THREE, lambda s, a: s * 0.5, "NumPy, .*: returned next_state of float, expected one integer"),
+        (
+            THREE,
+            lambda s, a: s * 0.5,
+            "JAX, .*: returned next_state of float32 numbers, expected one array of integers",
+        ),
         (IMAGE, lambda s, a: s * 0.5, "returned next_state of float.*, expected one array of integers"),
         (MANY, lambda s, a: s["x"], r"expected a dict of \['cell', 'x'\]"),
         (MANY, lambda s, a: {"x": s["x"]}, r"returned next_state of names \['x'\], expected a dict of"),

@@ -1,6 +1,8 @@
 """GymnaxVecEnv: SB3's own DummyVecEnv of the same environments is the oracle."""
 
+import copy
 import os
+import pickle
 
 import gymnax
 import jax
@@ -138,9 +140,9 @@ def test_two_instances_share_one_program():
     from sb3_bridge.gymnax.vec_env import _step
 
     play(GymnaxVecEnv("CartPole-v1", n_envs=3, seed=0), 2)
-    n_traces = _step._cache_size()
+    n_traces = _step.of()._cache_size()
     play(GymnaxVecEnv("CartPole-v1", n_envs=3, seed=1), 2)
-    assert _step._cache_size() == n_traces
+    assert _step.of()._cache_size() == n_traces
 
 
 def test_device_state_can_be_taken_out_and_put_back():
@@ -152,7 +154,7 @@ def test_device_state_can_be_taken_out_and_put_back():
     kept = env.environments
     assert kept.episode_length.tolist() == [1, 1]
     first = [env.step(np.ones(2, int))[0] for _ in range(5)]
-    env.environments = kept
+    env.move_to(lambda: jax.tree.map(jnp.copy, kept))
     again = [env.step(np.ones(2, int))[0] for _ in range(5)]
     np.testing.assert_array_equal(first, again)
     assert kept.episode_length.tolist() == [1, 1]  # still alive: step donates its own buffers only
@@ -160,11 +162,38 @@ def test_device_state_can_be_taken_out_and_put_back():
     config = grpo_jax.GRPOConfig(n_envs=2, n_steps=4, horizon=2, batch_size=8)
     state = grpo_jax.init(config, env.world, jax.random.key(0))
     assert jax.tree.structure(state.environments) == jax.tree.structure(kept)
-    env.environments = state.environments
-    with pytest.raises(ValueError, match=r"environments.state.* expected int32\[2\] for n_envs=2"):
-        env.environments = jax.tree.map(lambda leaf: leaf[:1], kept)
-    with pytest.raises(ValueError, match="structure"):
-        env.environments = kept.state
+    env.move_to(lambda: jax.tree.map(jnp.copy, state.environments))
+    env.step(np.ones(2, int))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_goes_its_own_way(copied, tmp_path):
+    env = GymnaxVecEnv("CartPole-v1", n_envs=2, seed=0, render_mode="rgb_array", monitor_dir=tmp_path)
+    assert equal(play(copied(env), 5), play(env, 5))  # seeds that wait for the reset too
+    env.render()
+    env.set_attr("goal", [1], indices=0)
+    here = env.environments
+    env.move_to(lambda: here)  # as a rollout on the device leaves it
+    clone = copied(env)
+    assert clone.world is env.world and clone.get_attr("goal", 0) == [[1]]
+    clone.get_attr("goal", 0)[0].append(2)
+    assert env.get_attr("goal", 0) == [[1]]
+    for _ in range(40):
+        actions = np.ones(2, int)
+        for left, right in zip(env.step(actions)[:3], clone.step(actions)[:3], strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert clone.render().shape == env.render().shape
+    clone.close()
+    assert not clone.writes_episodes and env.writes_episodes  # two writers would spoil the file
+    env.close()
+
+
+def test_copies_share_a_world_that_cannot_be_pickled():
+    world = grpo_jax.make("CartPole-v1", reward_function=lambda s, a, n: 1.0 - jnp.abs(n[2]))
+    env = GymnaxVecEnv(world, n_envs=2, seed=0)
+    assert copy.deepcopy(env).world is world
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(env)
 
 
 def test_attributes_and_methods():
@@ -242,6 +271,16 @@ def test_environment_objects_and_replaced_rewards():
     assert infos[0]["episode"]["r"] == 5.0  # statistics count what the task pays
     assert env.get_images()[0].dtype == np.uint8
     env.close()
+
+
+def test_x64():
+    with jax.enable_x64(True):
+        for env_id in ("CartPole-v1", "Pendulum-v1", "FrozenLake-misc"):
+            env = GymnaxVecEnv(env_id, n_envs=2, seed=0)
+            first = env.reset()
+            observations, rewards, dones, _ = env.step(np.stack([env.action_space.sample()] * 2))
+            assert first.dtype == observations.dtype == env.observation_space.dtype
+            assert rewards.dtype == np.float32 and dones.dtype == bool
 
 
 def test_ppo_learns():
@@ -324,6 +363,12 @@ def test_errors():
         env.step(np.array([0, 2]))
     with pytest.raises(TypeError, match="expected integers"):
         env.step(np.full(2, 0.5))
+    pendulum = GymnaxVecEnv("Pendulum-v1", n_envs=2, seed=0)
+    pendulum.reset()
+    with pytest.raises(ValueError, match=r"(?s)action=.*nan.* must be finite"):
+        pendulum.step(np.full((2, 1), np.nan))
+    for dtype in (np.float64, np.float32, np.int64):
+        assert pendulum.step(np.ones((2, 1), dtype))[1].dtype == np.float32
     env.set_options({"low": 0})
     with pytest.raises(ValueError, match="options=.*no reset options"):
         env.reset()

@@ -1,0 +1,55 @@
+"""Models leave no program and no function behind, and share both as long as the function lives."""
+
+import gc
+import weakref
+
+import gymnasium
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge.functions import programs
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SETTINGS = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "horizon": 2, "seed": 0, "device": "cpu"}
+
+
+def learn(regime, reward, step):
+    env = GymnaxVecEnv("CartPole-v1", 2, seed=0) if regime == "simulator" else gymnasium.make("CartPole-v1")
+    dynamics = {"simulator": "auto", "function": step}.get(regime, regime)
+    model = GRPO("MlpPolicy", env, reward_function=reward, dynamics=dynamics, **SETTINGS)
+    model.learn(16)
+    env.close()
+
+
+def functions(weight, absolute):
+    return lambda s, a, n: weight * absolute(n[2]), lambda s, a: s + 0.01 * (2.0 * a - weight)
+
+
+@pytest.mark.parametrize(
+    ("regime", "absolute"),
+    [
+        ("simulator", jnp.abs),
+        ("simulator", np.abs),
+        ("function", jnp.abs),
+        ("clone", jnp.abs),
+        ("learned", jnp.abs),
+    ],
+)
+def test_a_new_function_leaves_nothing_behind(regime, absolute):
+    gc.collect()
+    before, dead = len(programs.living()), []
+    for weight in (1.0, 2.0):
+        reward, step = functions(weight, absolute)
+        learn(regime, reward, step)
+        assert len(programs.living()) > before
+        n_living = len(programs.living())
+        learn(regime, reward, step)  # the same functions: the programs of the first model
+        assert len(programs.living()) == n_living
+        dead += [weakref.ref(reward), weakref.ref(step)]
+        del reward, step
+        gc.collect()
+        assert len(programs.living()) == before
+    assert not any(function() for function in dead)
