@@ -14,7 +14,7 @@ from sb3.envs import RandomEnv
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.core_state import means_for
+from sb3_bridge.clones.core_state import cores_for
 from sb3_bridge.clones.replay_check import check
 from sb3_bridge.clones.snapshot import CloneReport, make_cloner
 
@@ -219,7 +219,7 @@ class Sealed(Hooked):
 
 
 def test_hooks_come_first_and_a_false_hook_is_refused_with_the_reason():
-    assert means_for(Sealed())[0] == "get_state/set_state"
+    assert cores_for(Sealed())[0].name == "get_state/set_state"
     report = check(Sealed())
     assert report.means == "get_state/set_state", report.reason
     report = check(Sealed(honest=False))
