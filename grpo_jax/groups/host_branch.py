@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from grpo_jax.config import Backup
+from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
 
 Act = Callable[[Any, np.ndarray], Any]
 """``(observations [n, ...] as the policy sees them, uniforms [n, n_uniforms]) -> actions [n, *A] in env units``; those
@@ -195,25 +196,8 @@ def group_returns(
         _lock_step(simulators, act, settings, active, reached, totals, pending, value)
     if pending is not None:
         pending.ask()
-    return back_up(totals.reshape(n_states, n_group, settings.n_rollouts), settings.backup), n_steps
-
-
-# --- what a branch returns ---
-
-
-def ends(
-    terminated: np.ndarray, truncated: np.ndarray, is_last: np.ndarray, past_truncation: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whether branches are over after a step, and whether they are worth something beyond it. All bool ``[n]``."""
-    over = terminated | is_last
-    if not past_truncation:
-        over |= truncated
-    return over, over & ~terminated
-
-
-def back_up(totals: np.ndarray, backup: Backup) -> np.ndarray:
-    """Returns float32 ``[..., M]`` of the branches of a candidate -> ``[...]``."""
-    return (totals.max(axis=-1) if backup == "max" else totals.mean(axis=-1)).astype(np.float32)
+    returns = back_up(totals.reshape(n_states, n_group, settings.n_rollouts), settings.backup, axis=2)
+    return returns.astype(np.float32), n_steps
 
 
 # --- the branches of one environment ---
@@ -321,17 +305,19 @@ def _lock_step(
     discounts = settings.gamma ** np.arange(settings.horizon + 1, dtype=np.float64)
     original = None
     if pending is None:
-        totals[branch] += discounts[depth] * simulators.rewards(reached.rewards)
+        totals[branch] = add_reward(totals[branch], discounts[depth], simulators.rewards(reached.rewards))
     else:
         original = simulators.original(reached.observations)
         pending.add(branch, discounts[depth], _concatenate([lane.origin for lane in lanes]), action, original)
-    is_last = depth + 1 == settings.horizon
-    over, is_open = ends(reached.terminated, reached.truncated, is_last, settings.past_truncation)
+    over = ends(reached.terminated, reached.truncated, settings.past_truncation) | (
+        depth + 1 == settings.horizon
+    )
     seen = simulators.seen(reached.observations)
-    rows = np.flatnonzero(is_open)
+    rows = np.flatnonzero(over & open_end(reached.terminated))
     if value is not None and len(rows):
         values = np.asarray(value(_rows(seen, _padded(rows))))[: len(rows)]
-        totals[branch[rows]] += discounts[depth[rows] + 1] * values.reshape(-1)
+        ended = branch[rows]
+        totals[ended] = add_reward(totals[ended], discounts[depth[rows] + 1], values.reshape(-1))
     rows = np.flatnonzero(~over)
     if len(rows):
         uniforms = np.concatenate([lane.uniforms() for lane in lanes])

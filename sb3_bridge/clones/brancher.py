@@ -20,7 +20,9 @@ from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.vec_wrappers import find_view
 
 POOL_SIZE = 256  # replicas of all environments of one process, and branches in a lock step
-MUJOCO_POOL_SIZE = 64  # a copy of a MuJoCo world takes milliseconds to make, and its steps dwarf a policy call
+MUJOCO_POOL_SIZE = (
+    64  # a copy of a MuJoCo world takes milliseconds to make, and its steps dwarf a policy call
+)
 LOOP_US = 3.0  # of a lock step, for each branch in it: policy, bookkeeping (measured on CartPole-v1)
 
 
@@ -75,7 +77,9 @@ class Brancher:
         return list(found.values())
 
     def _checked(self, indices: list[int]) -> list[CloneReport]:
-        answers = self._group.call("check", [() if index in indices else None for index in range(self.num_envs)])
+        answers = self._group.call(
+            "check", [() if index in indices else None for index in range(self.num_envs)]
+        )
         reports = [CloneReport(*answers[index]) for index in indices]
         for index, report in zip(indices, reports, strict=True):
             if not report.passed:
@@ -117,7 +121,9 @@ class Brancher:
         observations, *rest = zip(*answers, strict=True)
         rewards, terminated, truncated = (np.concatenate(part) for part in rest)
         if isinstance(observations[0], dict):
-            stacked: Any = {name: np.concatenate([one[name] for one in observations]) for name in observations[0]}
+            stacked: Any = {
+                name: np.concatenate([one[name] for one in observations]) for name in observations[0]
+            }
         else:
             stacked = np.concatenate(observations)
         return stacked, rewards, terminated, truncated
@@ -156,12 +162,19 @@ class Brancher:
           handles: T of ``take``; all kept states are freed afterwards.
           actions: candidates ``[T * N, G, *A]`` in env units, states in the order of time, then of environments.
           act: the policy that branches follow; called with some few batch sizes.
-          horizon, gamma, n_uniforms, n_rollouts, backup, persistence, past_truncation, common_random_numbers, seed:
-            see ``grpo_jax.groups.host_branch.Settings``. The environments' generators are seeded anew, so that no
-            branch knows the real future.
+          horizon: H >= 1, the candidate's own step included.
+          gamma: discount factor.
+          n_uniforms: uniform numbers that ``act`` takes.
+          n_rollouts: M branches of each candidate.
+          backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
+          persistence: probability of a step after the candidate's own to repeat the action before it; None: 0.
+          past_truncation: whether branches go on after a truncation, as after a mere time limit they can.
           value: the critic, for what lies beyond the horizon or a truncation; None: nothing.
           reward: the user's; None: the environment's, as the wrappers make it.
           observations: ``[T * N, ...]`` the states as a reward function sees them (``view.original``); with ``reward``.
+          common_random_numbers: the candidates of a state share random numbers; else each draws its own.
+          seed: of everything random in the branches. The environments' generators are seeded anew, so that no branch
+            knows the real future.
           wanted: bool ``[T * N]``, states whose branches are wanted; None: all.
 
         Returns:

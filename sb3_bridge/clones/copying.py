@@ -1,4 +1,4 @@
-"""Copies of values, whatever they are made of, and fingerprints that tell whether a value changed."""
+"""Copies of values, whatever they are made of."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import copy
 import copyreg
 import enum
 import functools
-import hashlib
-import pickle
+import io
 import random
 import sys
 import types
 import weakref
-import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -28,12 +26,16 @@ PLAIN |= {np.dtype(kind).type for kind in "?bBhHiIlLqQefdgFD"}
 
 _SHARED = (type, enum.Enum, types.ModuleType, types.CodeType, np.dtype)
 # Copies of these would still work on what the original works on, or are not possible at all.
-_REFUSED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
-_REFUSED += (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_REFUSED: tuple[type, ...] = (
+    *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, io.IOBase),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
+)
 # What draws on a screen, by the module that its class comes from. A game's pygame.Rect is its state, and no part of this.
-_WINDOWS = ("pyglet", "OpenGL", "glfw", "tkinter", "_tkinter", "matplotlib", "mpl_toolkits", "PIL.ImageTk")
-_WINDOWS += ("pygame.surface", "pygame.time", "pygame.font", "pygame.display", "pygame.mixer", "pygame.window")
-_WINDOWS += ("gymnasium.envs.mujoco.mujoco_rendering",)
+_WINDOWS: tuple[str, ...] = (
+    *("pyglet", "OpenGL", "glfw", "tkinter", "_tkinter", "matplotlib", "mpl_toolkits", "PIL.ImageTk"),
+    *("pygame.surface", "pygame.time", "pygame.font", "pygame.display", "pygame.mixer", "pygame.window"),
+    "gymnasium.envs.mujoco.mujoco_rendering",
+)
 _MISSING = object()
 
 Memo = dict[Any, Any]
@@ -52,22 +54,28 @@ class Stream:
     def __init__(self, generator: Any):
         self.kind, self.bits = type(generator), None
         if isinstance(generator, np.random.Generator):
-            self.bits, self.state = type(generator.bit_generator), generator.bit_generator.state
+            bits = generator.bit_generator
+            self.bits, self.state = type(bits), bits.state
         elif isinstance(generator, np.random.RandomState):
             self.state = generator.get_state(legacy=False)
         else:
             self.state = generator.getstate()
 
+    def of_kind(self, target: Any) -> Any:
+        """``target`` itself where it is such a generator, else a new one; in whatever state."""
+        if type(target) is self.kind and (self.bits is None or type(target.bit_generator) is self.bits):
+            return target
+        return self.kind() if self.bits is None else self.kind(self.bits())
+
     def set(self, target: Any) -> Any:
         """The generator at this state: ``target`` itself where it is of this kind, else a new one."""
+        target = self.of_kind(target)
         if self.bits is not None:
-            if type(target) is not self.kind or type(target.bit_generator) is not self.bits:
-                target = self.kind(self.bits())
             target.bit_generator.state = self.state
-            return target
-        if type(target) is not self.kind:
-            target = self.kind()
-        target.set_state(self.state) if isinstance(target, np.random.RandomState) else target.setstate(self.state)
+        elif isinstance(target, np.random.RandomState):
+            target.set_state(self.state)  # type: ignore[arg-type]
+        else:
+            target.setstate(self.state)
         return target
 
 
@@ -132,7 +140,9 @@ def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
     origins = [base.__module__ or "" for base in kind.__mro__]
     if any(origin == window or origin.startswith(window + ".") for origin in origins for window in _WINDOWS):
         return lambda value, memo: None
-    if issubclass(kind, _SHARED) or kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl":
+    if issubclass(kind, _SHARED) or (
+        kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl"
+    ):
         return _share
     if issubclass(kind, GENERATORS):
         return lambda value, memo: Stream(value)
@@ -191,11 +201,11 @@ def _deque(value: Any, memo: Memo) -> Any:
 
 def _array(value: Any, memo: Memo) -> Any:
     base = value.base
-    if type(base) is np.ndarray and base.flags.c_contiguous and not base.dtype.hasobject and value.size:
-        if id(base) in memo or base.nbytes <= 16 * value.nbytes:  # a view: of the copy of what it is a view of
-            offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
-            whole = copy_value(base, memo)
-            return np.ndarray(value.shape, value.dtype, whole, offset, value.strides)
+    # A view of what something else refers to as well: a view of the copy of that.
+    is_view = type(base) is np.ndarray and sys.getrefcount(base) > 3 and not base.dtype.hasobject
+    if is_view and base.flags.c_contiguous and (id(base) in memo or 0 < base.nbytes <= 16 * value.nbytes):
+        offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        return np.ndarray(value.shape, value.dtype, copy_value(base, memo), offset, value.strides)
     if not value.dtype.hasobject:
         return value.copy("K")
     if value.dtype != object:
@@ -216,19 +226,27 @@ def is_global(function: Any) -> bool:
 
 def _function(value: Any, memo: Memo) -> Any:
     cells, attributes = value.__closure__ or (), vars(value)
-    if copy_value(value.__defaults__, memo) is value.__defaults__ and not value.__kwdefaults__:
-        if not cells or is_global(value):
-            return value
+    has_same_defaults = (
+        copy_value(value.__defaults__, memo) is value.__defaults__ and not value.__kwdefaults__
+    )
+    if has_same_defaults and (not cells or is_global(value)):
+        return value
     new_cells = []
     for cell in cells:
         if id(cell) not in memo:
             memo[id(cell)] = types.CellType()
         new_cells.append(memo[id(cell)])
-    result = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(new_cells) or None)
+    result = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, None, tuple(new_cells) or None
+    )
     memo[id(value)] = result
     result.__defaults__ = copy_value(value.__defaults__, memo)
     result.__kwdefaults__ = copy_value(value.__kwdefaults__, memo)
-    result.__qualname__, result.__module__, result.__doc__ = value.__qualname__, value.__module__, value.__doc__
+    result.__qualname__, result.__module__, result.__doc__ = (
+        value.__qualname__,
+        value.__module__,
+        value.__doc__,
+    )
     for mine, its in zip(new_cells, cells, strict=True):
         if id(its) not in memo.setdefault("filled", set()):
             memo["filled"].add(id(its))
@@ -244,7 +262,9 @@ def _function(value: Any, memo: Memo) -> Any:
 
 def _method(value: Any, memo: Memo) -> Any:
     function, owner = copy_value(value.__func__, memo), copy_value(value.__self__, memo)
-    return value if owner is value.__self__ and function is value.__func__ else types.MethodType(function, owner)
+    return (
+        value if owner is value.__self__ and function is value.__func__ else types.MethodType(function, owner)
+    )
 
 
 def _builtin(value: Any, memo: Memo) -> Any:
@@ -268,7 +288,9 @@ def _reference(value: Any, memo: Memo) -> Any:
 
 def _cached(value: Any, memo: Memo) -> Any:
     function = copy_value(value.__wrapped__, memo)
-    return value if function is value.__wrapped__ else functools.lru_cache(**value.cache_parameters())(function)
+    return (
+        value if function is value.__wrapped__ else functools.lru_cache(**value.cache_parameters())(function)
+    )
 
 
 def _by_itself(value: Any, memo: Memo) -> Any:
@@ -297,7 +319,8 @@ def _object(value: Any, memo: Memo) -> Any:
             result.__setstate__(state)
         else:
             named, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-            vars(result).update(named or {})
+            if named:
+                vars(result).update(named)
             for name, item in (slots or {}).items():
                 setattr(result, name, item)
     for item in items or ():
@@ -320,7 +343,9 @@ _COPIERS: dict[type, Callable[[Any, Memo], Any]] = {
     types.MethodWrapperType: _builtin,
     weakref.ref: _reference,
     functools._lru_cache_wrapper: _cached,
-    Stream: lambda value, memo: memo.setdefault("generators", []).append(value.set(None)) or memo["generators"][-1],
+    Stream: lambda value, memo: (
+        memo.setdefault("generators", []).append(value.set(None)) or memo["generators"][-1]
+    ),
     _Method: lambda value, memo: getattr(copy_value(value.owner, memo), value.name),
 }
 
@@ -344,72 +369,6 @@ def _do_nothing(self: Any) -> None:
 def blank(env: gymnasium.Env) -> Any:
     """An environment of the same class without attributes, which nothing finalises."""
     return object.__new__(quiet(type(env)))
-
-
-class Fingerprint(NamedTuple):
-    """Of a value: equal where nothing in it changed.
-
-    Attributes:
-      digest: of all that it is made of.
-      size: bytes of that.
-      refers: whether an environment is among it.
-    """
-
-    digest: bytes
-    size: int
-    refers: bool
-
-
-class _Hash(pickle.Pickler):
-    """Pickles into a hash: nothing of the value is ever copied."""
-
-    def __init__(self) -> None:
-        self._hash, self.size, self.refers = hashlib.blake2b(digest_size=16), 0, False
-        super().__init__(self, protocol=5, buffer_callback=self._buffer)  # type: ignore[arg-type]
-
-    def write(self, data: Any) -> None:
-        self._hash.update(data)
-        self.size += len(data)
-
-    def _buffer(self, buffer: pickle.PickleBuffer) -> None:
-        raw = buffer.raw()
-        self._hash.update(zlib.crc32(raw).to_bytes(4, "big") + len(raw).to_bytes(8, "big"))
-        self.size += len(raw)
-
-    def digest(self) -> bytes:
-        return self._hash.digest()
-
-    def persistent_id(self, value: Any) -> Any:
-        if isinstance(value, gymnasium.Env):
-            self.refers = True
-            return f"env {type(value).__qualname__}"
-        if isinstance(value, types.ModuleType):
-            return f"module {value.__name__}"
-        return f"class {value.__module__}.{value.__qualname__}" if isinstance(value, type) else None
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, types.FunctionType):
-            return NotImplemented
-        code = value.__code__
-        content = []
-        for cell in value.__closure__ or ():
-            try:
-                content.append(cell.cell_contents)
-            except ValueError:
-                content.append("empty")
-        constants = [constant for constant in code.co_consts if type(constant) in PLAIN]
-        place = (value.__module__, value.__qualname__, code.co_code, code.co_names, constants)
-        return object, (), (place, value.__defaults__, value.__kwdefaults__, content)
-
-
-def fingerprint(value: Any) -> Fingerprint | None:
-    """The fingerprint of a value; None where its own pickling raises, so that its changes cannot be seen."""
-    pickler = _Hash()
-    try:
-        pickler.dump(value)
-    except Exception:
-        return None
-    return Fingerprint(pickler.digest(), pickler.size, pickler.refers)
 
 
 def deep_copy(value: Any, memo: Memo) -> Any:

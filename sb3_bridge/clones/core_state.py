@@ -84,7 +84,9 @@ class ByMuJoCo(Core):
         self._spec = mujoco.mjtState.mjSTATE_INTEGRATION
         self._size = mujoco.mj_stateSize(env.model, self._spec)
         self._get, self._set = mujoco.mj_getState, mujoco.mj_setState
-        self._views: dict[int, tuple[Any, list[np.ndarray]]] = {}  # of each data object, which is kept alive here
+        self._views: dict[
+            int, tuple[Any, list[np.ndarray]]
+        ] = {}  # of each data object, which is kept alive here
         self._model: tuple[Any, Any] = (None, None)
 
     def _arrays(self, data: Any) -> list[np.ndarray]:
@@ -117,11 +119,40 @@ class ByMuJoCo(Core):
 
 
 # These lag one substep behind the positions, so a forward pass would not give them back.
-_MUJOCO_DERIVED = (
-    "xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat subtree_com subtree_linvel"
-    " subtree_angmom cinert cvel cdof cacc cfrc_int cfrc_ext sensordata qacc qfrc_actuator qfrc_passive qfrc_bias"
-    " qfrc_constraint actuator_force actuator_length actuator_velocity ten_length ten_velocity energy"
-).split()
+_MUJOCO_DERIVED = [
+    "xpos",
+    "xquat",
+    "xmat",
+    "xipos",
+    "ximat",
+    "xanchor",
+    "xaxis",
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "subtree_com",
+    "subtree_linvel",
+    "subtree_angmom",
+    "cinert",
+    "cvel",
+    "cdof",
+    "cacc",
+    "cfrc_int",
+    "cfrc_ext",
+    "sensordata",
+    "qacc",
+    "qfrc_actuator",
+    "qfrc_passive",
+    "qfrc_bias",
+    "qfrc_constraint",
+    "actuator_force",
+    "actuator_length",
+    "actuator_velocity",
+    "ten_length",
+    "ten_velocity",
+    "energy",
+]
 
 
 def is_mujoco(env: gymnasium.Env) -> bool:
@@ -146,7 +177,9 @@ def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
         return [ByFunctions("snapshot functions", *functions)]
     found: list[Core] = []
     if callable(getattr(core, "get_state", None)) and callable(getattr(core, "set_state", None)):
-        pair = ByFunctions("get_state/set_state", lambda env: env.get_state(), lambda env, state: env.set_state(state))
+        pair = ByFunctions(
+            "get_state/set_state", lambda env: env.get_state(), lambda env, state: env.set_state(state)
+        )
         found.append(pair)
     if is_mujoco(core):
         found.append(ByMuJoCo(core))

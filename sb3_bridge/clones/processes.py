@@ -16,9 +16,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from sb3_bridge.clones import copying, core_state, replay_check, sandbox, shared_state, snapshot
+from sb3_bridge.clones import copying, core_state, fingerprint, replay_check, sandbox, shared_state, snapshot
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import Functions
+from sb3_bridge.clones.fingerprint import large_ones_hashed_once
 from sb3_bridge.clones.replay_check import check, signature
 from sb3_bridge.clones.sandbox import global_generators_kept
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, make_cloner
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _REPORT = tuple(field.name for field in dataclasses.fields(CloneReport))
 _DRAWING = {"step", "replay"}  # methods that run an environment's code, which may draw from global generators
+_HASHING = {"signature", "take", "changed_constants"}
 _DRAIN_SECONDS = 60.0  # until a worker that was interrupted is given up
 _NUMBERS = itertools.count()
 
@@ -84,7 +86,9 @@ class Server:
         cloner.restore(pool[slot], saved, seed)
         return pool[slot]
 
-    def step(self, begins: list[tuple[int, int]], seeds: np.ndarray, slots: list[int], actions: np.ndarray) -> Any:
+    def step(
+        self, begins: list[tuple[int, int]], seeds: np.ndarray, slots: list[int], actions: np.ndarray
+    ) -> Any:
         """Restores ``(slot, handle)`` with ``seeds`` [n_begins, 4], then steps ``slots`` with ``actions``.
 
         Returns:
@@ -93,7 +97,9 @@ class Server:
         for (slot, number), seed in zip(begins, seeds, strict=True):
             self._active[slot] = self._restored(slot, number, seed)
         lent = np.array(actions)  # an environment may change its action in place
-        return self._stack([self._active[slot].step(action) for slot, action in zip(slots, lent, strict=True)])
+        return self._stack(
+            [self._active[slot].step(action) for slot, action in zip(slots, lent, strict=True)]
+        )
 
     def replay(self, number: int, action: np.ndarray) -> Any:
         """What ``action`` leads to from a kept state, with the generators as they were then; like ``step``, n = 1."""
@@ -111,12 +117,16 @@ class Server:
 
 def _stack(space: spaces.Space, observations: list[Any]) -> Any:
     if isinstance(space, spaces.Dict):
-        return {name: _stack(part, [seen[name] for seen in observations]) for name, part in space.spaces.items()}
+        return {
+            name: _stack(part, [seen[name] for seen in observations]) for name, part in space.spaces.items()
+        }
     return np.array(observations, space.dtype)
 
 
 def _guard(method: str) -> Any:
-    return global_generators_kept() if method in _DRAWING else contextlib.nullcontext()
+    if method in _DRAWING:
+        return global_generators_kept()
+    return large_ones_hashed_once() if method in _HASHING else contextlib.nullcontext()
 
 
 class Group(Protocol):
@@ -136,7 +146,8 @@ class Local:
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
         with _guard(method):
             return [
-                None if args is None else self._call(index, method, args) for index, args in enumerate(arguments)
+                None if args is None else self._call(index, method, args)
+                for index, args in enumerate(arguments)
             ]
 
     def _call(self, index: int, method: str, arguments: tuple[Any, ...]) -> Any:
@@ -179,7 +190,16 @@ class Workers:
         # Each group has a method of its own: two models may use one VecEnv.
         self._name, self._number = f"_grpo_branches_{os.getpid()}_{next(_NUMBERS)}", 0
         # By value: a worker needs neither this package nor JAX. These are all that Server is made of.
-        modules = (copying, core_state, sandbox, shared_state, snapshot, replay_check, sys.modules[__name__])
+        modules = (
+            copying,
+            core_state,
+            fingerprint,
+            sandbox,
+            shared_state,
+            snapshot,
+            replay_check,
+            sys.modules[__name__],
+        )
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:
@@ -194,7 +214,7 @@ class Workers:
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
         self._number += 1
         mine = (self._name, self._number)
-        messages = [
+        messages: list[Any] = [
             None if args is None else ("env_method", (self._name, (self._number, method, args), {}))
             for args in arguments
         ]
@@ -214,10 +234,10 @@ class Workers:
         try:
             for index, message in enumerate(messages):
                 if message is not None:
-                    self._reach(index, lambda remote, message=message: remote.send(message))
+                    self._reach(index, "send", message)
                     waiting.append(index)
             while waiting:
-                answer = self._reach(waiting[0], lambda remote: remote.recv())
+                answer = self._reach(waiting[0], "recv")
                 if is_answer(answer):  # else one that an interrupted call left
                     answers[waiting.pop(0)] = answer
         except BaseException:
@@ -229,9 +249,9 @@ class Workers:
             raise
         return answers
 
-    def _reach(self, index: int, use: Callable[[Any], Any]) -> Any:
+    def _reach(self, index: int, method: str, *arguments: Any) -> Any:
         try:
-            return use(self._env.remotes[index])
+            return getattr(self._env.remotes[index], method)(*arguments)
         except (EOFError, ConnectionError) as error:
             process = self._env.processes[index]
             process.join(1.0)

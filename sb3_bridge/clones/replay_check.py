@@ -7,13 +7,15 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from sb3_bridge.clones.copying import GENERATORS, PLAIN, Unclonable, fingerprint
+from sb3_bridge.clones.copying import GENERATORS, PLAIN, Unclonable
 from sb3_bridge.clones.core_state import Functions, cores_for
+from sb3_bridge.clones.fingerprint import fingerprint
 from sb3_bridge.clones.sandbox import CAN_FORK, global_generators, global_generators_kept, going_on, in_child
 from sb3_bridge.clones.shared_state import SharedState
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, construction, layers_of
@@ -24,8 +26,6 @@ _STEPS = 1000  # at most, to see an episode's end
 _SECONDS = 0.5  # the same, for slow environments
 _POINTS = (0, 1, 7)  # steps after which branches start; more before the first episode's end
 _LOOKS = (1, 10, 100)  # steps after which attributes that seem constant are looked at
-
-Play = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass
@@ -83,26 +83,24 @@ def check(env: gymnasium.Env, functions: Functions | None = None, seed: int = 0)
     Returns:
       The report; where nothing passes, with the reasons.
     """
-    shared = SharedState([type(layer) for layer in layers_of(env)])
-    forks = CAN_FORK and not shared.uses_jax
-    play: Play = in_child if forks else _here
-    reasons, alone = [], None
+    uses_jax = SharedState([type(layer) for layer in layers_of(env)]).uses_jax
+    reasons = []
+    alone: _Alone | None = None
     for core in cores_for(env.unwrapped, functions):
         means = core.name
-        original = (lambda: _bare(env)) if forks else (lambda: Cloner(env, means, functions).replica().layers[0])  # noqa: B023
         try:
-            if alone is None or not forks:
-                alone = _Alone(*play(lambda: _plain(_play_alone(original(), seed))))  # noqa: B023
-        except Unclonable as error:  # whatever saves its states, it cannot be played
-            if forks:
-                return CloneReport("", reason=str(error))
-            reasons.append(f"{means}: {error}")
-            continue
-        try:
-            found = play(lambda: _plain(_play_watched(original(), means, functions, alone, seed)))  # noqa: B023
+            if CAN_FORK and not uses_jax:
+                alone = alone or _Alone(*in_child(partial(_play_alone, _bare, env, seed)))
+                found = in_child(partial(_play_watched, _bare, env, means, functions, alone, seed))
+            else:
+                twin = partial(_twin, means, functions)
+                once = _Alone(*_here(partial(_play_alone, twin, env, seed)))
+                found = _here(partial(_play_watched, twin, env, means, functions, once, seed))
             return CloneReport(*found)
         except Unclonable as error:
             reasons.append(f"{means}: {error}")
+            if alone is None and CAN_FORK and not uses_jax:  # whatever saves its states, it cannot be played
+                return CloneReport("", reason=str(error))
     return CloneReport("", reason="\n".join(reasons))
 
 
@@ -111,7 +109,8 @@ def signature(env: gymnasium.Env, varying: tuple[tuple[int, str], ...]) -> bytes
     layers, parts = layers_of(env), []
     for index, layer in enumerate(layers):
         parts.append(f"{type(layer).__module__}.{type(layer).__qualname__} {id(type(layer))}")
-        hidden = construction(layer) | {name for place, name in varying if place == index}
+        hidden = construction(layer) | {"_np_random", "_np_random_seed"}  # Gymnasium's
+        hidden |= {name for place, name in varying if place == index}
         for name, value in sorted(vars(layer).items()):
             if isinstance(value, gymnasium.Space):
                 parts.append(f"{name} {value}")
@@ -121,18 +120,15 @@ def signature(env: gymnasium.Env, varying: tuple[tuple[int, str], ...]) -> bytes
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
 
 
-def _plain(one: Any) -> tuple[Any, ...]:
-    """The fields of a dataclass: in a worker its class is found in no module, and cannot be pickled."""
-    return tuple(vars(one).values())
-
-
 def _here(work: Callable[[], Any]) -> Any:
     with global_generators_kept():
         try:
             return work()
         except Unclonable:
             raise
-        except Exception as error:  # an environment's own code may raise anything: it is refused, with the reason
+        except (
+            Exception
+        ) as error:  # an environment's own code may raise anything: it is refused, with the reason
             raise Unclonable(f"{type(error).__name__} {error}".strip()) from error
 
 
@@ -144,7 +140,13 @@ def _bare(env: gymnasium.Env) -> Any:
     return Replica(layers, [], {}).layers[0]
 
 
-def _play_alone(env: gymnasium.Env, seed: int) -> _Alone:
+def _twin(means: str, functions: Functions | None, env: gymnasium.Env) -> Any:
+    return Cloner(env, means, functions).replica().layers[0]
+
+
+def _play_alone(original: Callable[[gymnasium.Env], Any], real: gymnasium.Env, seed: int) -> tuple[Any, ...]:
+    """The fields of what ``original(real)`` does."""
+    env = original(real)
     space = copy.deepcopy(env.action_space)
     space.seed(seed)
     before = _prints(env)
@@ -169,7 +171,7 @@ def _play_alone(env: gymnasium.Env, seed: int) -> _Alone:
     seen = _same(env, held, seen)
     after = _prints(env)
     varying = tuple(key for key in before | after if before.get(key) != after.get(key))
-    return _Alone(first, actions, end, run.transitions, step_us, tuple(seen), varying)
+    return first, actions, end, run.transitions, step_us, tuple(seen), varying
 
 
 def _prints(env: gymnasium.Env, keys: Any = None) -> dict[tuple[int, str], tuple[bytes, int, bool]]:
@@ -184,7 +186,7 @@ def _prints(env: gymnasium.Env, keys: Any = None) -> dict[tuple[int, str], tuple
                 continue
             one = fingerprint(value)
             if one is not None:
-                found[index, name] = tuple(one)
+                found[index, name] = (one.digest, one.size, one.refers)
     return found
 
 
@@ -197,8 +199,15 @@ def _same(env: gymnasium.Env, held: dict[Any, Any], seen: dict[Any, Any]) -> dic
 
 
 def _play_watched(
-    env: gymnasium.Env, means: str, functions: Functions | None, alone: _Alone, seed: int
-) -> CloneReport:
+    original: Callable[[gymnasium.Env], Any],
+    real: gymnasium.Env,
+    means: str,
+    functions: Functions | None,
+    alone: _Alone,
+    seed: int,
+) -> tuple[Any, ...]:
+    """The fields of the report of what ``original(real)`` and replicas of it do."""
+    env = original(real)
     space = copy.deepcopy(env.action_space)
     space.seed(seed + 1)
     rng = np.random.default_rng(seed)
@@ -225,7 +234,7 @@ def _play_watched(
     watch.swap()
     for index, snapshot in (snapshots[0], snapshots[-1], snapshots[int(rng.integers(len(snapshots)))]):
         watch.branch(snapshot, index, actions[:_ACTIONS])
-    return watch.report()
+    return tuple(vars(watch.report()).values())  # in a worker, its class cannot be pickled
 
 
 class _Watch:
@@ -265,7 +274,9 @@ class _Watch:
     def _check_shared(self, *, all_of_it: bool = False) -> None:
         changed = self._shared.changed(all_of_it=all_of_it)
         if changed is not None:
-            raise Unclonable(f"{changed}, changes when a replica is stepped: the real environment would see that")
+            raise Unclonable(
+                f"{changed}, changes when a replica is stepped: the real environment would see that"
+            )
         if global_generators() != self._before:
             raise Unclonable(
                 "reset or step draws numbers from outside of the environment (the generators of np.random, random or"

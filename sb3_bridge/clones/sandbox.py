@@ -23,15 +23,24 @@ import numpy as np
 from sb3_bridge.clones.copying import Unclonable
 
 CAN_FORK = sys.platform.startswith("linux")
-_SILENCE_SECONDS, _ALL_SECONDS = 20.0, 120.0  # until a child that does not go on, or does not end, is given up
+_SILENCE_SECONDS, _ALL_SECONDS = (
+    20.0,
+    120.0,
+)  # until a child that does not go on, or does not end, is given up
 _COPIED_BYTES = 1 << 26  # of an open file, so that the child can go on reading it
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _REFUSED_EVENTS = {
-    **dict.fromkeys(("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink"), "changes files"),
+    **dict.fromkeys(
+        ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink"), "changes files"
+    ),
     **dict.fromkeys(("os.truncate", "shutil.copyfile", "shutil.move", "shutil.rmtree"), "changes files"),
     **dict.fromkeys(("os.chmod", "os.chown", "os.utime", "sqlite3.connect"), "changes files"),
-    **dict.fromkeys(("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"), "uses a connection"),
-    **dict.fromkeys(("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn"), "starts a program"),
+    **dict.fromkeys(
+        ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"), "uses a connection"
+    ),
+    **dict.fromkeys(
+        ("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn"), "starts a program"
+    ),
     **dict.fromkeys(("os.fork", "os.forkpty", "os.kill"), "starts or ends processes"),
 }
 
@@ -60,7 +69,11 @@ def global_generators_kept() -> Iterator[None]:
 def global_generators() -> list[bytes]:
     """What tells whether ``random``, NumPy's or torch's global generator was drawn from."""
     torch: Any = sys.modules.get("torch")
-    states = [random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state().numpy()]
+    states = [
+        random.getstate(),
+        np.random.mtrand._rand.get_state(),  # type: ignore[attr-defined]
+        None if torch is None else torch.get_rng_state().numpy(),
+    ]
     return [pickle.dumps(state) for state in states]
 
 
@@ -79,7 +92,9 @@ def in_child(work: Callable[[], Any]) -> Any:
     reader, writer = os.pipe()
     drawn = random.getstate()  # a fork seeds it anew
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # JAX and Python >= 3.12 warn of forks beside threads: the child needs none
+        warnings.simplefilter(
+            "ignore"
+        )  # JAX and Python >= 3.12 warn of forks beside threads: the child needs none
         pid = os.fork()
     if pid == 0:
         _child(work, reader, writer, drawn, files, buffers)
@@ -136,7 +151,9 @@ def _child(
             answer = True, work()
         except Unclonable as error:
             answer = False, str(error)
-        except BaseException as error:  # an environment's own code may raise anything: it is refused, with the reason
+        except (
+            BaseException
+        ) as error:  # an environment's own code may raise anything: it is refused, with the reason
             answer = False, f"{type(error).__name__} {error}".strip()
         _flush(buffers)
         _STATE["refused"] += [f"writes to {name}" for fd, name in files.items() if os.fstat(fd).st_mtime_ns]

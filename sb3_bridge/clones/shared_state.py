@@ -8,10 +8,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from sb3_bridge.clones.copying import fingerprint
+from sb3_bridge.clones.fingerprint import fingerprint
 
 # Libraries that keep nothing of an environment's state in their classes and globals.
-_FOREIGN = {"gymnasium", "numpy", "stable_baselines3", "torch", "jax", "jaxlib", "flax", "scipy", "pandas", "cloudpickle"}
+_FOREIGN = {
+    "gymnasium",
+    "numpy",
+    "stable_baselines3",
+    "torch",
+    "jax",
+    "jaxlib",
+    "flax",
+    "scipy",
+    "pandas",
+    "cloudpickle",
+}
 _FOREIGN |= {"pygame", "mujoco", "matplotlib", "grpo_jax", "sb3_bridge", "gymnax", "chex", "optax"}
 _LARGE = 1 << 20  # bytes above which a value is looked at once at the end only
 
@@ -52,15 +63,27 @@ class SharedState:
 
     def _visit_class(self, kind: type, is_env: bool = False) -> None:
         for base in kind.__mro__:
-            if id(base) in self._seen or (_is_foreign(base.__module__) and not (is_env and _is_ours(base.__module__))):
+            if id(base) in self._seen or (
+                _is_foreign(base.__module__) and not (is_env and _is_ours(base.__module__))
+            ):
                 continue
             self._seen.add(id(base))
+            self._add(
+                f"the list of class attributes of {base.__qualname__}", lambda base=base: sorted(vars(base))
+            )
             for name, value in list(vars(base).items()):
                 functions = list(_functions(value))
                 for function in functions:
                     self._visit_function(function)
-                if not functions and not (name.startswith("__") and name.endswith("__")) and name != "_abc_impl":
-                    self._add(f"{base.__qualname__}.{name}, an attribute of the class", partial(getattr, base, name, None))
+                if (
+                    not functions
+                    and not (name.startswith("__") and name.endswith("__"))
+                    and name != "_abc_impl"
+                ):
+                    self._add(
+                        f"{base.__qualname__}.{name}, an attribute of the class",
+                        partial(getattr, base, name, None),
+                    )
 
     def _visit_function(self, function: types.FunctionType) -> None:
         if id(function) in self._seen:
@@ -68,7 +91,9 @@ class SharedState:
         self._seen.add(id(function))
         for defaults in ("__defaults__", "__kwdefaults__"):
             if getattr(function, defaults):
-                self._add(f"a default argument of {function.__qualname__}", partial(getattr, function, defaults))
+                self._add(
+                    f"a default argument of {function.__qualname__}", partial(getattr, function, defaults)
+                )
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":
                 content = partial(getattr, cell, "cell_contents", None)

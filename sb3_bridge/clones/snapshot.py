@@ -17,17 +17,16 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_bridge.clones.copying import (
     GENERATORS,
     PLAIN,
-    Fingerprint,
     Memo,
     Stream,
     Unclonable,
     blank,
     copy_value,
     deep_copy,
-    fingerprint,
     reseed,
 )
 from sb3_bridge.clones.core_state import DEEPCOPY, Functions, cores_for
+from sb3_bridge.clones.fingerprint import Fingerprint, fingerprint
 
 # Wrappers that change no transition: replicas do without them. A class derived from one may do more, and is kept.
 _TRANSPARENT = (
@@ -90,7 +89,9 @@ class _Layer:
 class Snapshot(NamedTuple):
     """A saved state; opaque, restored by the cloner that saved it."""
 
-    layers: list[tuple[dict[str, Any], list[tuple[str, Any]], int]]  # plain values, others, number of attributes
+    layers: list[
+        tuple[dict[str, Any], list[tuple[str, Any]], int]
+    ]  # plain values, others, number of attributes
     core: Any
     streams: list[tuple[int, Stream]]  # of spaces that drew numbers
 
@@ -206,7 +207,9 @@ class Cloner:
     def follows(self, env: gymnasium.Env) -> bool:
         """Whether ``env`` is still made of the layers that this cloner knows."""
         chain = list(_chain(env))
-        return len(chain) == len(self._chain) and all(mine is its for mine, its in zip(self._chain, chain, strict=True))
+        return len(chain) == len(self._chain) and all(
+            mine is its for mine, its in zip(self._chain, chain, strict=True)
+        )
 
     def save(self) -> Snapshot:
         """The present state.
@@ -257,7 +260,9 @@ class Cloner:
                 twins[-1] = deep_copy(self.layers[-1], {})
             except Exception as error:
                 names = ", ".join(sorted(self._hidden[-1] - construction(self.layers[-1])))
-                raise Unclonable(f"{type(self.layers[-1]).__name__} cannot be copied ({names}): {error}") from error
+                raise Unclonable(
+                    f"{type(self.layers[-1]).__name__} cannot be copied ({names}): {error}"
+                ) from error
         memo: Memo = {}
         spaces = [copy.deepcopy(space, memo) for space in self._spaces]
         twin_of = dict(zip(map(id, self._spaces), spaces, strict=True))
@@ -286,49 +291,42 @@ class Cloner:
         if replica.n_adopted < self._n_adopted:
             self._give_constants(replica)
         memo = dict(replica.memo)
-        drawn: list[tuple[dict[str, Any], str]] = []
-        used: list[Any] = []
+        drawn: list[Any] = []  # generators, once each
         for index, (plain, others, n_attributes) in enumerate(snapshot.layers):
             values = vars(replica.layers[index])
             for name in self._constants[index]:
                 values[name] = replica.constants[index, name]
             values.update(plain)
             for name, item in others:
-                if type(item) is Stream:
-                    if id(item) not in memo:
-                        target = values.get(name)
-                        target = item.set(None if any(target is one for one in used) else target)
-                        used.append(target)
-                        memo[id(item)] = target
-                    values[name] = memo[id(item)]
-                    drawn.append((values, name))
-                else:
-                    values[name] = copy_value(item, memo)
+                if type(item) is Stream and id(item) not in memo:
+                    target = item.of_kind(values.get(name))
+                    if any(
+                        target is one for one in drawn
+                    ):  # they were one generator when last restored, but are two
+                        target = item.of_kind(None)
+                    drawn.append(target)
+                    memo[id(item)] = target if words is not None else item.set(target)
+                values[name] = copy_value(item, memo)
             if len(values) != n_attributes:
                 kept = {*plain, *(name for name, _ in others), *self._constants[index], *self._hidden[index]}
                 for name in [name for name in values if name not in kept]:
                     del values[name]
         for position, stream in snapshot.streams:
             space = replica.spaces[position]
-            space._np_random = memo[id(stream)] if id(stream) in memo else stream.set(space._np_random)
-            drawn.append((vars(space), "_np_random"))
+            if id(stream) not in memo:
+                memo[id(stream)] = stream.set(space._np_random)
+                drawn.append(memo[id(stream)])
+            space._np_random = memo[id(stream)]
         core = self._core.restore(replica.layers[-1], snapshot.core, memo)
         if core is not replica.layers[-1]:
             replica.layers[-1] = core
             replica.link()
-            drawn += [(vars(core), name) for name in vars(core)]
         if words is not None:
-            self._reseed(drawn, memo, words)
-
-    @staticmethod
-    def _reseed(drawn: list[tuple[dict[str, Any], str]], memo: Memo, words: np.ndarray) -> None:
-        """All generators, once each; by their names, as a pair of functions may have set others."""
-        generators = [values[name] for values, name in drawn] + memo.get("generators", [])
-        done: set[int] = set()
-        for generator in generators:
-            if id(generator) not in done and isinstance(generator, GENERATORS):
-                reseed(generator, words, len(done))
-                done.add(id(generator))
+            drawn += memo.get("generators", ())
+            if self._core.by_itself:  # its functions may have set others
+                drawn += [value for value in vars(core).values() if isinstance(value, GENERATORS)]
+            for number, generator in enumerate({id(one): one for one in drawn}.values()):
+                reseed(generator, words, number)
 
     def _adopt(self) -> None:
         """Constants that exist by now: some are made by the first reset only."""
@@ -401,5 +399,3 @@ def make_cloner(env: gymnasium.Env, report: CloneReport, functions: Functions | 
     if not report.passed:
         raise Unclonable(report.reason)
     return Cloner(env, report.means, functions, report.constants)
-
-
