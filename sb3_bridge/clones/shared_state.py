@@ -40,26 +40,27 @@ class SharedState:
     def __init__(self, kinds: list[type]):
         self.uses_jax = False
         self._seen: set[int] = set()
-        self._found: dict[str, Callable[[], Any]] = {}
+        self._found: dict[
+            tuple[str, int], Callable[[], Any]
+        ] = {}  # a replica's class may have the name of another
         for kind in kinds:
             self._visit_class(kind, is_env=True)
-        self._before = {label: fingerprint(get()) for label, get in self._found.items()}
+        self._before = {key: fingerprint(get()) for key, get in self._found.items()}
 
     def changed(self, *, all_of_it: bool = False) -> str | None:
         """Names something that changed since the last call, None where nothing did; large values only on demand."""
-        for label, before in self._before.items():
+        for key, before in self._before.items():
             if before is None or (before.size > _LARGE and not all_of_it):
                 continue
-            after = fingerprint(self._found[label]())
-            if after != before:
-                return label
+            if fingerprint(self._found[key]()) != before:
+                return key[0]
         return None
 
     def accept(self) -> None:
         """From now on changes count from the present state."""
-        for label, before in self._before.items():
+        for key, before in self._before.items():
             if before is not None and before.size <= _LARGE:
-                self._before[label] = fingerprint(self._found[label]())
+                self._before[key] = fingerprint(self._found[key]())
 
     def _visit_class(self, kind: type, is_env: bool = False) -> None:
         for base in kind.__mro__:
@@ -69,7 +70,9 @@ class SharedState:
                 continue
             self._seen.add(id(base))
             self._add(
-                f"the list of class attributes of {base.__qualname__}", lambda base=base: sorted(vars(base))
+                f"the list of class attributes of {base.__qualname__}",
+                lambda base=base: sorted(vars(base)),
+                id(base),
             )
             for name, value in list(vars(base).items()):
                 functions = list(_functions(value))
@@ -120,8 +123,8 @@ class SharedState:
         elif not isinstance(value, types.BuiltinFunctionType):
             self._add(label, get)
 
-    def _add(self, label: str, get: Callable[[], Any]) -> None:
-        self._found.setdefault(label, get)
+    def _add(self, label: str, get: Callable[[], Any], holder: int = 0) -> None:
+        self._found.setdefault((label, holder), get)
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
