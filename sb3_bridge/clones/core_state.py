@@ -119,40 +119,12 @@ class ByMuJoCo(Core):
 
 
 # These lag one substep behind the positions, so a forward pass would not give them back.
-_MUJOCO_DERIVED = [
-    "xpos",
-    "xquat",
-    "xmat",
-    "xipos",
-    "ximat",
-    "xanchor",
-    "xaxis",
-    "geom_xpos",
-    "geom_xmat",
-    "site_xpos",
-    "site_xmat",
-    "subtree_com",
-    "subtree_linvel",
-    "subtree_angmom",
-    "cinert",
-    "cvel",
-    "cdof",
-    "cacc",
-    "cfrc_int",
-    "cfrc_ext",
-    "sensordata",
-    "qacc",
-    "qfrc_actuator",
-    "qfrc_passive",
-    "qfrc_bias",
-    "qfrc_constraint",
-    "actuator_force",
-    "actuator_length",
-    "actuator_velocity",
-    "ten_length",
-    "ten_velocity",
-    "energy",
-]
+_MUJOCO_DERIVED = """
+    xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat
+    subtree_com subtree_linvel subtree_angmom cinert cvel cdof cacc cfrc_int cfrc_ext
+    sensordata qacc qfrc_actuator qfrc_passive qfrc_bias qfrc_constraint actuator_force
+    actuator_length actuator_velocity ten_length ten_velocity energy
+""".split()  # noqa: SIM905
 
 
 def is_mujoco(env: gymnasium.Env) -> bool:
