@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from sb3.clones import kinds
+from sb3.clones import kinds, shared_kinds
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
@@ -117,7 +117,7 @@ def test_an_environment_that_is_replaced_is_followed_or_refused():
     np.testing.assert_allclose(returns[0] * 7, [3.0, 5.0, 7.0], rtol=1e-5)
     np.testing.assert_allclose(returns[3] * 7, [3.003, 5.003, 7.003], rtol=1e-5)
     assert agrees(env, brancher, np.array([0, 2]))
-    env.envs[0] = kinds.ClassAttribute()
+    env.envs[0] = shared_kinds.ClassAttribute()
     with pytest.raises(Unclonable, match="ClassAttribute.total"):
         brancher.take()
 
@@ -138,7 +138,7 @@ def test_an_environment_that_cannot_be_copied_any_more_says_so(make):
     brancher = Brancher(env)
     env.reset()
     brancher.take()
-    env.set_attr("log", kinds.Freed())
+    env.set_attr("log", shared_kinds.Freed())
     with pytest.raises(Unclonable, match="Counter.log cannot be copied: Freed has a __del__"):
         brancher.take()
     env.close()

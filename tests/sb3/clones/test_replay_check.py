@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import TimeLimit
-from sb3.clones import kinds
+from sb3.clones import kinds, shared_kinds
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
@@ -57,19 +57,35 @@ def test_state_that_is_reached_by_other_ways_than_attributes_is_copied(kind: Any
     assert found == wanted
 
 
-@pytest.mark.parametrize(("kind", "reason"), kinds.REFUSED, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("kind", "reason"), shared_kinds.REFUSED, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_what_replicas_would_share_is_refused_by_name_and_nothing_happened(
     kind, reason, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     env = kind()
     env.reset(seed=0)
-    before = [env.seen(), env.time, generators(), dict(kinds.LIBRARY), kinds.CALLS[:], os.listdir()]
+    before = [
+        env.seen(),
+        env.time,
+        generators(),
+        dict(shared_kinds.LIBRARY),
+        shared_kinds.CALLS[:],
+        os.listdir(),
+    ]
     shared = {name: repr(value) for name, value in vars(kind).items() if not callable(value)}
     defaults = repr(kind.add.__defaults__)
     report = check(env)
     assert not report.passed and re.search(reason, report.reason), report.reason
-    assert [env.seen(), env.time, generators(), dict(kinds.LIBRARY), kinds.CALLS[:], os.listdir()] == before
+    assert [
+        env.seen(),
+        env.time,
+        generators(),
+        dict(shared_kinds.LIBRARY),
+        shared_kinds.CALLS[:],
+        os.listdir(),
+    ] == before
     assert {name: repr(value) for name, value in vars(kind).items() if not callable(value)} == shared
     assert repr(kind.add.__defaults__) == defaults
 
@@ -78,7 +94,7 @@ def test_a_file_that_is_open_gets_no_line_and_is_named(tmp_path):
     path = tmp_path / "log.txt"
     with open(path, "a", buffering=1) as file:
         file.write("before\n")
-        report = check(kinds.FileDescriptor(file.fileno()))
+        report = check(shared_kinds.FileDescriptor(file.fileno()))
         assert not report.passed and f"writes to {path}" in report.reason
     assert path.read_text() == "before\n"
 
@@ -133,7 +149,7 @@ def test_without_a_fork_copies_are_compared_and_generators_are_kept(monkeypatch)
     before = generators()
     report = check(kinds.Callback())
     assert report.passed, report.reason
-    for kind in (kinds.NumpyGlobal, kinds.RandomGlobal, kinds.TorchGlobal):
+    for kind in (shared_kinds.NumpyGlobal, shared_kinds.RandomGlobal, shared_kinds.TorchGlobal):
         assert "draws numbers from outside" in check(kind()).reason
     assert generators() == before
 
@@ -188,7 +204,7 @@ def test_a_signature_is_of_what_an_environment_was_made_with():
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_workers_refuse_and_accept_as_one_process_does(start_method):
-    for kind, message in [(kinds.Partial, None), (kinds.ClassAttribute, "ClassAttribute.total")]:
+    for kind, message in [(kinds.Partial, None), (shared_kinds.ClassAttribute, "ClassAttribute.total")]:
         env = SubprocVecEnv([kind] * 2, start_method=start_method)
         if message is None:
             assert Brancher(env).report.means == "attributes"
