@@ -1,4 +1,4 @@
-"""What ``dynamics="clone"`` does with every environment of Gymnasium that installs: means, replay check, microseconds.
+"""What ``dynamics="clone"`` does with every environment of Gymnasium that installs: how states are saved, replay check, microseconds.
 
     python benchmarks/clone_fidelity.py --out runs/clone_fidelity
     python benchmarks/clone_fidelity.py CartPole-v1 Hopper-v5
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [(family, name) for family, name in ids() if not args.ids or name in args.ids]
     lines = [
-        "| family | id | means | replay check | snapshot us | restore us | step us |",
+        "| family | id | saved by | replay check | snapshot us | restore us | step us |",
         "|---|---|---|---|--:|--:|--:|",
     ]
     print("\n".join(lines))

@@ -129,14 +129,16 @@ def copy_value(value: Any, memo: Memo) -> Any:
     known = memo.get(id(value), _MISSING)
     if known is not _MISSING:
         return known
-    copier = _COPIERS.get(kind)
+    copier = _FOUND.get(kind)
     if copier is None:
-        copier = _COPIERS[kind] = _copier_for(kind)
+        copier = _FOUND[kind] = _copier_for(kind)
     copied = memo[id(value)] = copier(value, memo)
     return copied
 
 
 def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
+    if kind in _COPIERS:
+        return _COPIERS[kind]
     origins = [base.__module__ or "" for base in kind.__mro__]
     if any(origin == window or origin.startswith(window + ".") for origin in origins for window in _WINDOWS):
         return lambda value, memo: None
@@ -349,7 +351,14 @@ _COPIERS: dict[type, Callable[[Any, Memo], Any]] = {
     _Method: lambda value, memo: getattr(copy_value(value.owner, memo), value.name),
 }
 
+_FOUND: dict[type, Callable[[Any, Memo], Any]] = {}
 _QUIET: dict[type, type] = {}
+
+
+def forget_classes() -> None:
+    """Of users: else this module could not be sent to workers that do not have them."""
+    _FOUND.clear()
+    _QUIET.clear()
 
 
 def quiet(kind: type) -> type:

@@ -97,13 +97,11 @@ class Server:
         for (slot, number), seed in zip(begins, seeds, strict=True):
             self._active[slot] = self._restored(slot, number, seed)
         lent = np.array(actions)  # an environment may change its action in place
-        return self._stack(
-            [self._active[slot].step(action) for slot, action in zip(slots, lent, strict=True)]
-        )
+        return self._stack([_played(self._active[slot], one) for slot, one in zip(slots, lent, strict=True)])
 
     def replay(self, number: int, action: np.ndarray) -> Any:
         """What ``action`` leads to from a kept state, with the generators as they were then; like ``step``, n = 1."""
-        return self._stack([self._restored(0, number, None).step(np.array(action)[()])])
+        return self._stack([_played(self._restored(0, number, None), np.array(action)[()])])
 
     def _stack(self, steps: list[tuple[Any, ...]]) -> Any:
         observations, rewards, terminated, truncated, _ = zip(*steps, strict=True)
@@ -113,6 +111,15 @@ class Server:
             np.array(terminated, bool).reshape(-1),
             np.array(truncated, bool).reshape(-1),
         )
+
+
+def _played(replica: Replica, action: Any) -> tuple[Any, ...]:
+    try:
+        return replica.step(action)
+    except ValueError as error:
+        if "read-only" in str(error):
+            raise Unclonable(f"a replica writes to data that never changed at first: {error}") from error
+        raise
 
 
 def _stack(space: spaces.Space, observations: list[Any]) -> Any:
@@ -200,6 +207,7 @@ class Workers:
             replay_check,
             sys.modules[__name__],
         )
+        copying.forget_classes()
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:

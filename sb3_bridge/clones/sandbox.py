@@ -28,6 +28,7 @@ _SILENCE_SECONDS, _ALL_SECONDS = (
     120.0,
 )  # until a child that does not go on, or does not end, is given up
 _COPIED_BYTES = 1 << 26  # of an open file, so that the child can go on reading it
+_ALWAYS = (os.devnull, "/dev/urandom", "/dev/random")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _REFUSED_EVENTS = {
     **dict.fromkeys(
@@ -71,7 +72,7 @@ def global_generators() -> list[bytes]:
     torch: Any = sys.modules.get("torch")
     states = [
         random.getstate(),
-        np.random.mtrand._rand.get_state(),  # type: ignore[attr-defined]
+        np.random.mtrand._rand.get_state(),
         None if torch is None else torch.get_rng_state().numpy(),
     ]
     return [pickle.dumps(state) for state in states]
@@ -105,7 +106,8 @@ def in_child(work: Callable[[], Any]) -> Any:
         os.close(reader)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # it has nothing more to say
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(pid, 0)
     is_fine, result = answer
     if not is_fine:
         raise Unclonable(result)
@@ -224,7 +226,7 @@ def _flush(buffers: list[Any]) -> None:
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open":
         path, _, flags = arguments
-        if isinstance(path, int) or not flags & _WRITING or str(path).startswith("/dev/"):
+        if isinstance(path, int) or not flags & _WRITING or path in _ALWAYS:
             return
         what = f"opens {path} for writing"
     elif event in _REFUSED_EVENTS:

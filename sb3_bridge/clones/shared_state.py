@@ -24,6 +24,7 @@ _FOREIGN = {
     "cloudpickle",
 }
 _FOREIGN |= {"pygame", "mujoco", "matplotlib", "grpo_jax", "sb3_bridge", "gymnax", "chex", "optax"}
+_JAX = {"jax", "jaxlib", "flax", "gymnax", "brax", "jumanji", "pgx"}
 _LARGE = 1 << 20  # bytes above which a value is looked at once at the end only
 
 
@@ -69,11 +70,8 @@ class SharedState:
             ):
                 continue
             self._seen.add(id(base))
-            self._add(
-                f"the list of class attributes of {base.__qualname__}",
-                lambda base=base: sorted(vars(base)),
-                id(base),
-            )
+            label = f"the list of class attributes of {base.__qualname__}"
+            self._add(label, partial(_attributes, base), id(base))
             for name, value in list(vars(base).items()):
                 functions = list(_functions(value))
                 for function in functions:
@@ -110,8 +108,9 @@ class SharedState:
 
     def _visit_value(self, label: str, get: Callable[[], Any], names: set[str]) -> None:
         value = get()
+        origin = value.__name__ if isinstance(value, types.ModuleType) else type(value).__module__
+        self.uses_jax |= origin.split(".")[0] in _JAX
         if isinstance(value, types.ModuleType):
-            self.uses_jax |= value.__name__.split(".")[0] == "jax"
             if not _is_foreign(value.__name__) and id(value) not in self._seen:
                 self._seen.add(id(value))
                 self._visit_names(vars(value), value.__name__, names)
@@ -136,6 +135,10 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
     elif isinstance(value, property):
         for part in (value.fget, value.fset):
             yield from _functions(part)
+
+
+def _attributes(kind: type) -> list[str]:
+    return sorted(vars(kind))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

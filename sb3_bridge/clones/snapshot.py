@@ -162,8 +162,7 @@ class Cloner:
       env: the real environment, in its wrappers. It is only read.
       means: how states are saved, a name of :func:`cores_for`.
       functions: the user's, where that is how states are saved.
-      constants: ``(layer, attribute)`` to leave out as long as they are the objects that they are when they are first
-        seen.
+      constants: ``(layer, attribute)`` to leave out as long as they are the objects that were first seen.
     """
 
     def __init__(

@@ -261,6 +261,28 @@ def test_large_constants_are_not_copied(is_shared):
     assert brancher.report.constants == ((0, "table"),) and peak < 8e6
 
 
+def test_a_replica_that_writes_to_what_seemed_constant_is_an_error():
+    class Late(Data):
+        def step(self, action: Any) -> Any:
+            if self.time > 30:
+                self.table[0] += 1
+            return super().step(action)
+
+    env = DummyVecEnv([lambda: Late(np.arange(4000.0))])
+    env.reset()
+    brancher = Brancher(DummyVecEnv([lambda: Data(np.arange(4000.0))]))
+    brancher._group._env.envs[0] = env.envs[0]  # type: ignore[attr-defined]
+    real: Any = env.envs[0]
+    server: Any = brancher._group._servers[0]  # type: ignore[attr-defined]
+    server.env = real
+    server.prepare(("attributes", "", 0.0, 0.0, 0.0, ((0, "table"),), ()))
+    real.time = 31
+    before = real.table.copy()
+    with pytest.raises(Unclonable, match="writes to data that never changed"):
+        brancher.branch([brancher.take()], np.array([[0, 1]]), still, horizon=1, gamma=1.0)
+    np.testing.assert_array_equal(real.table, before)
+
+
 def test_a_large_constant_that_changes_is_an_error_and_one_that_is_replaced_is_followed():
     env = DummyVecEnv([lambda: Data(np.arange(200_000.0))])
     brancher = Brancher(env)

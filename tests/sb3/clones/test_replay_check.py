@@ -20,7 +20,9 @@ from sb3_bridge.clones import replay_check, sandbox
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.replay_check import check, signature
+from sb3_bridge.clones.shared_state import SharedState
 from sb3_bridge.clones.snapshot import make_cloner
+from sb3_bridge.gymnax.env import GymnaxEnv
 
 
 def play(env: Any, actions: list[int]) -> list[Any]:
@@ -152,6 +154,11 @@ def test_without_a_fork_copies_are_compared_and_generators_are_kept(monkeypatch)
     for kind in (shared_kinds.NumpyGlobal, shared_kinds.RandomGlobal, shared_kinds.TorchGlobal):
         assert "draws numbers from outside" in check(kind()).reason
     assert generators() == before
+
+
+def test_environments_on_jax_are_not_forked():
+    for kind, uses_jax in [(GymnaxEnv, True), (kinds.Closure, False)]:
+        assert SharedState([kind]).uses_jax == uses_jax
 
 
 def test_attributes_that_the_functions_of_an_environment_forget_are_saved_all_the_same():
