@@ -52,7 +52,7 @@ def row(family: str, name: str, report: CloneReport) -> str:
         reason = report.reason.splitlines()[0]
         return f"| {family} | {name} | refused | {reason} | | | |"
     times = (report.snapshot_us, report.restore_us, report.step_us)
-    return f"| {family} | {name} | {report.means} | passed | " + " | ".join(f"{t:.1f}" for t in times) + " |"
+    return f"| {family} | {name} | {report.way} | passed | " + " | ".join(f"{t:.1f}" for t in times) + " |"
 
 
 def main() -> None:

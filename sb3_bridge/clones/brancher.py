@@ -57,7 +57,7 @@ class Brancher:
                 " access to them"
             )
         self.report = max(self._check(), key=lambda report: report.step_us)
-        most = MUJOCO_POOL_SIZE if self.report.means == MUJOCO else POOL_SIZE
+        most = MUJOCO_POOL_SIZE if self.report.way == MUJOCO else POOL_SIZE
         self._pool = max(1, most // self.num_envs)
         self._taken = 0
 

@@ -87,18 +87,18 @@ def check(env: gymnasium.Env, functions: Functions | None = None, seed: int = 0)
     reasons = []
     alone: _Alone | None = None
     for core in cores_for(env.unwrapped, functions):
-        means = core.name
+        way = core.name
         try:
             if CAN_FORK and not uses_jax:
                 alone = alone or _Alone(*in_child(partial(_play_alone, _bare, env, seed)))
-                found = in_child(partial(_play_watched, _bare, env, means, functions, alone, seed))
+                found = in_child(partial(_play_watched, _bare, env, way, functions, alone, seed))
             else:
-                twin = partial(_twin, means, functions)
+                twin = partial(_twin, way, functions)
                 once = _Alone(*_here(partial(_play_alone, twin, env, seed)))
-                found = _here(partial(_play_watched, twin, env, means, functions, once, seed))
+                found = _here(partial(_play_watched, twin, env, way, functions, once, seed))
             return CloneReport(*found)
         except Unclonable as error:
-            reasons.append(f"{means}: {error}")
+            reasons.append(f"{way}: {error}")
             if alone is None and CAN_FORK and not uses_jax:  # whatever saves its states, it cannot be played
                 return CloneReport("", reason=str(error))
     return CloneReport("", reason="\n".join(reasons))
@@ -140,8 +140,8 @@ def _bare(env: gymnasium.Env) -> Any:
     return Replica(layers, [], {}).layers[0]
 
 
-def _twin(means: str, functions: Functions | None, env: gymnasium.Env) -> Any:
-    return Cloner(env, means, functions).replica().layers[0]
+def _twin(way: str, functions: Functions | None, env: gymnasium.Env) -> Any:
+    return Cloner(env, way, functions).replica().layers[0]
 
 
 def _play_alone(original: Callable[[gymnasium.Env], Any], real: gymnasium.Env, seed: int) -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ def _same(env: gymnasium.Env, held: dict[Any, Any], seen: dict[Any, Any]) -> dic
 def _play_watched(
     original: Callable[[gymnasium.Env], Any],
     real: gymnasium.Env,
-    means: str,
+    way: str,
     functions: Functions | None,
     alone: _Alone,
     seed: int,
@@ -213,7 +213,7 @@ def _play_watched(
     rng = np.random.default_rng(seed)
     if _digest(env.reset(seed=seed)[0]) != alone.first:
         raise Unclonable("reset(seed=...) gives different observations: they do not depend on the seed alone")
-    watch = _Watch(Cloner(env, means, functions, alone.constants), alone)
+    watch = _Watch(Cloner(env, way, functions, alone.constants), alone)
     actions, run = alone.actions, _Run()
     last = len(actions) - _ACTIONS
     end = alone.end or last
@@ -291,7 +291,7 @@ class _Watch:
             raise Unclonable(f"{', '.join(changed)} seemed constant, but changed")
         snapshot = self.cloner.save()
         return CloneReport(
-            self.cloner.means,
+            self.cloner.way,
             snapshot_us=_microseconds(self.cloner.save),
             restore_us=_microseconds(lambda: self.cloner.restore(self._one, snapshot)),
             step_us=self._alone.step_us,

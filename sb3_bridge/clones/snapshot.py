@@ -49,7 +49,7 @@ class CloneReport:
     """What the replay check found.
 
     Attributes:
-      means: how states are saved; empty where the environment is refused.
+      way: how states are saved; empty where the environment is refused.
       reason: why it is refused, empty otherwise; one line for each way that was tried.
       snapshot_us: microseconds to save a state.
       restore_us: microseconds to restore one into a replica.
@@ -58,7 +58,7 @@ class CloneReport:
       varying: ``(layer, attribute)`` that did change; all others are what the environment was made with.
     """
 
-    means: str
+    way: str
     reason: str = ""
     snapshot_us: float = 0.0
     restore_us: float = 0.0
@@ -69,7 +69,7 @@ class CloneReport:
     @property
     def passed(self) -> bool:
         """Whether restored environments repeat what the real one does, and leave it untouched."""
-        return bool(self.means)
+        return bool(self.way)
 
     @property
     def description(self) -> str:
@@ -77,7 +77,7 @@ class CloneReport:
         if not self.passed:
             return f"cannot be cloned exactly: {'; '.join(self.reason.splitlines())}"
         return (
-            f"exact clones by {self.means} (replay check passed; {self.snapshot_us:.1f} us a snapshot,"
+            f"exact clones by {self.way} (replay check passed; {self.snapshot_us:.1f} us a snapshot,"
             f" {self.restore_us:.1f} a restore, {self.step_us:.1f} a step)"
         )
 
@@ -160,7 +160,7 @@ class Cloner:
 
     Args:
       env: the real environment, in its wrappers. It is only read.
-      means: how states are saved, a name of :func:`cores_for`.
+      way: how states are saved, a name of :func:`cores_for`.
       functions: the user's, where that is how states are saved.
       constants: ``(layer, attribute)`` to leave out as long as they are the objects that were first seen.
     """
@@ -168,15 +168,15 @@ class Cloner:
     def __init__(
         self,
         env: gymnasium.Env,
-        means: str,
+        way: str,
         functions: Functions | None = None,
         constants: tuple[tuple[int, str], ...] = (),
     ):
         self.layers = layers_of(env)
         core = self.layers[-1]
-        self.means = means
-        self._core = next(one for one in cores_for(core, functions) if one.name == means)
-        self._n_saved = len(self.layers) - (means == DEEPCOPY)
+        self.way = way
+        self._core = next(one for one in cores_for(core, functions) if one.name == way)
+        self._n_saved = len(self.layers) - (way == DEEPCOPY)
         self._spaces = _spaces_of(self.layers)
         self._hidden = [self._hidden_in(layer) for layer in self.layers]
         self._hidden[-1] |= self._core.hidden
@@ -397,4 +397,4 @@ def make_cloner(env: gymnasium.Env, report: CloneReport, functions: Functions | 
     """
     if not report.passed:
         raise Unclonable(report.reason)
-    return Cloner(env, report.means, functions, report.constants)
+    return Cloner(env, report.way, functions, report.constants)

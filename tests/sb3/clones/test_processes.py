@@ -57,7 +57,7 @@ def test_a_replay_is_what_the_environments_do(make, start_method):
 def test_a_replay_finds_what_functions_forget_out_of_reach_as_soon_as_it_shows():
     env = DummyVecEnv([lambda: kinds.HalfSavedHidden(late=1500)])
     brancher = Brancher(env)
-    assert brancher.report.means == "get_state/set_state"
+    assert brancher.report.way == "get_state/set_state"
     env.reset()
     agreed = []
     for step in range(1600):

@@ -164,7 +164,7 @@ def test_environments_on_jax_are_not_forked():
 def test_attributes_that_the_functions_of_an_environment_forget_are_saved_all_the_same():
     env = kinds.HalfSaved(late=1500)
     report = check(env)
-    assert report.means == "get_state/set_state", report.reason
+    assert report.way == "get_state/set_state", report.reason
     cloner = make_cloner(env, report)
     replica = cloner.replica()
     env.reset(seed=0)
@@ -214,7 +214,7 @@ def test_workers_refuse_and_accept_as_one_process_does(start_method):
     for kind, message in [(kinds.Partial, None), (shared_kinds.ClassAttribute, "ClassAttribute.total")]:
         env = SubprocVecEnv([kind] * 2, start_method=start_method)
         if message is None:
-            assert Brancher(env).report.means == "attributes"
+            assert Brancher(env).report.way == "attributes"
         else:
             with pytest.raises(Unclonable, match=message):
                 Brancher(env)

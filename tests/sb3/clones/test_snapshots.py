@@ -41,7 +41,7 @@ def sampled(env: Any, n: int, seed: int) -> list[Any]:
 def test_every_restore_repeats_what_the_original_does(name):
     env = gym.make(name)
     report = check(env)
-    assert report.passed and report.means == "attributes", report.reason
+    assert report.passed and report.way == "attributes", report.reason
     assert min(report.snapshot_us, report.restore_us, report.step_us) > 0
     cloner = make_cloner(env, report)
     env.reset(seed=3)
@@ -154,7 +154,7 @@ class Custom(gym.Env):
 
 def test_aliases_containers_and_own_generators_are_restored_and_heavy_constants_left_out():
     report = check(Custom())
-    assert report.passed and report.means == "attributes", report.reason
+    assert report.passed and report.way == "attributes", report.reason
     assert report.constants == ((0, "table"),)
 
 
@@ -212,7 +212,7 @@ class Sealed(gym.Env):
 def test_hooks_come_first_and_a_false_hook_is_refused_with_the_reason():
     assert cores_for(Sealed())[0].name == "get_state/set_state"
     report = check(Sealed())
-    assert report.means == "get_state/set_state", report.reason
+    assert report.way == "get_state/set_state", report.reason
     report = check(Sealed(honest=False))
     assert not report.passed
     assert "get_state/set_state: after a restore at step 0, the same actions do not repeat" in report.reason
@@ -228,7 +228,7 @@ def test_a_users_pair_is_used_instead_of_everything_else():
     def restore(env: Any, state: float) -> None:
         env.world.x = state
 
-    assert check(Sealed(honest=False), (save, restore)).means == "snapshot functions"
+    assert check(Sealed(honest=False), (save, restore)).way == "snapshot functions"
     report = check(Sealed(), (lambda env: None, lambda env, state: None))
     assert not report.passed and report.reason.count("\n") == 0
 
@@ -246,7 +246,7 @@ class Copied(Sealed):
 
 def test_deepcopy_is_the_last_resort():
     report = check(TimeLimit(Copied(), 9))
-    assert report.means == "deepcopy", report.reason
+    assert report.way == "deepcopy", report.reason
     env = TimeLimit(Copied(), 9)
     cloner = make_cloner(env, report)
     env.reset()
@@ -304,7 +304,7 @@ def test_mujoco_repeats_bit_for_bit(name):
     pytest.importorskip("mujoco", reason="gymnasium[mujoco] is not installed")
     env = gym.make(name)
     report = check(env)
-    assert report.means == "MuJoCo state", report.reason
+    assert report.way == "MuJoCo state", report.reason
     env.unwrapped.model.opt.gravity[2] = -5.0  # a change after construction
     cloner = make_cloner(env, report)
     env.reset(seed=1)
