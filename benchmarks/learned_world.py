@@ -22,7 +22,7 @@ import numpy as np
 import grpo_jax
 from grpo_jax.learning import model as learned
 from grpo_jax.training import loop
-from grpo_jax.training.rollout import Trajectory
+from grpo_jax.types import Trajectory
 
 COMMON = {"n_envs": 1, "n_steps": 256, "batch_size": 64, "n_epochs": 10}
 TOTAL, MEASURED, N_EPISODES = 20_000, 16, 20
@@ -56,17 +56,21 @@ def observe(
 collect = jax.jit(functools.partial(loop.collect, keep_next_observation=True))
 
 
+def _learn(config: Any, world: Any, state: Any, trajectory: Trajectory, progress: float) -> Any:
+    return loop.improve(config, state, loop.compare(config, world, state, trajectory, progress), progress)
+
+
 @jax.jit
 def learn(config: Any, world: Any, state: Any, trajectory: Trajectory, progress: float) -> Any:
     """One update of the policy by groups in the learned world."""
     environments = trajectory.environments.replace(state=world.at(trajectory.observation))
-    return loop.learn(config, world, state, trajectory.replace(environments=environments), progress)
+    return _learn(config, world, state, trajectory.replace(environments=environments), progress)
 
 
 @jax.jit
 def learn_without(config: Any, state: Any, trajectory: Trajectory, progress: float) -> Any:
     """One update of the policy by the episodes at hand."""
-    return loop.learn(config, None, state, trajectory, progress)
+    return _learn(config, None, state, trajectory, progress)
 
 
 def train(env_id: str, seed: int) -> list[dict[str, float]]:

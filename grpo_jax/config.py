@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import jax
 import optax
+
+from grpo_jax.scalars import as_integer, as_number, as_switch, check_number
 
 Schedule = Callable[[Any], Any]
 """An optax schedule: from the number of optimizer steps so far to a value."""
@@ -157,8 +158,8 @@ class GRPOConfig:
     max_grad_norm: float = _traced(0.5)
     """Bound on the norm of the actor's gradient, and on that of the critic's; on both together, as in PPO, where episodes
     are compared. [traced]"""
-    spread_floor: float = _traced(1e-5)
-    """Standard deviation of a group's returns (relative to their size, from 1 on) that counts as no spread. [traced]"""
+    spread_floor: float = _traced(1e-6)
+    """Standard deviation of a group's returns, as a share of the largest of them, that counts as no spread. [traced]"""
     optimizer: Optimizer | None = None
     """Makes an optax optimizer from a learning rate, in Python only; None: Adam with eps=1e-5."""
     log_std_init: float = 0.0
@@ -166,16 +167,14 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("net_arch", "critic_net_arch"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and all(isinstance(width, Integral) for width in value):
-                object.__setattr__(self, name, tuple(int(width) for width in value))
+            if isinstance(widths := getattr(self, name), (list, tuple)):
+                integers = tuple(as_integer(width) for width in widths)
+                if all(type(width) is int for width in integers):
+                    object.__setattr__(self, name, integers)
         # gamma=1 and gamma=1.0 are one program, and a NumPy number is a number.
-        kinds: tuple[tuple[Any, Any, Any], ...] = ((_WITHIN, Real, float), (_AT_LEAST, Integral, int))
-        for names, kind, convert in kinds:
+        for names, convert in ((_WITHIN, as_number), (_AT_LEAST, as_integer), (_SWITCHES, as_switch)):
             for name in names:
-                value = getattr(self, name)
-                if isinstance(value, kind) and not isinstance(value, bool):
-                    object.__setattr__(self, name, convert(value))
+                object.__setattr__(self, name, convert(getattr(self, name)))
         _validate(self)
 
     @property
@@ -331,7 +330,7 @@ _SWITCHES = (
 def _validate(config: GRPOConfig) -> None:
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
-        if value not in get_args(choices):
+        if not isinstance(value, str) or value not in get_args(choices):
             raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(choices))}")
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
@@ -340,20 +339,17 @@ def _validate(config: GRPOConfig) -> None:
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}{why}")
     for name, (low, high) in _WITHIN.items():
         value = getattr(config, name)
-        # Tracers, arrays and schedules have no value that could be looked at here.
-        if isinstance(value, float) and not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{name}={value!r} must be finite and between {low:g} and {high:g}")
-        if isinstance(value, (bool, str, list, tuple)) or (value is None and name not in _OPTIONAL):
-            raise TypeError(f"{name}={value!r} must be a number")
         if callable(value) and name not in _SCHEDULED:
             raise TypeError(f"{name}={value!r} must be a number; schedules are for {', '.join(_SCHEDULED)}")
+        if not (callable(value) or (value is None and name in _OPTIONAL)):
+            check_number(name, value, low, high)
     for name in _SWITCHES:
         if not isinstance(value := getattr(config, name), bool):
             raise TypeError(f"{name}={value!r} must be True or False")
     for name in ("net_arch", "critic_net_arch"):
         widths = getattr(config, name)
         if widths is not None and (
-            not isinstance(widths, tuple) or any(not isinstance(width, int) or width < 1 for width in widths)
+            not isinstance(widths, tuple) or any(type(width) is not int or width < 1 for width in widths)
         ):
             raise ValueError(f"{name}={widths!r} must hold positive layer sizes, such as (64, 64)")
     if config.n_steps % config.branch_every:

@@ -141,6 +141,9 @@ ActionSpace = Discrete | MultiDiscrete | MultiBinary | Box
 Encoded = Any  # an array, or a dict of arrays
 
 
+_KINDS = ("Discrete", "MultiDiscrete", "MultiBinary", "Box", "Dict")
+
+
 def is_image(space: Space) -> bool:
     """Whether a space is a stack of 2-d feature maps ``[height, width, channels]``, 3x3 pixels or more."""
     if not isinstance(space, Box) or len(space.shape) != 3:
@@ -189,12 +192,19 @@ def encoded_size(space: Space) -> int:
 
 
 def from_gymnasium(space: Any, name: str = "space") -> Space:
-    """Converts a Gymnasium or gymnax space, told apart by their class names and fields.
+    """Converts a Gymnasium or gymnax space or a subclass of one, recognised by the names of its classes.
 
     Raises:
       NotImplementedError: for a space that no policy here can handle; names it and the fix.
     """
-    kind = type(space).__name__
+    names = [parent.__name__ for parent in type(space).__mro__]
+    kind = next((name for name in names if name in _KINDS), names[0])
+    if kind in ("Box", "MultiBinary", "MultiDiscrete") and 0 in tuple(space.shape):
+        raise NotImplementedError(
+            f"{name}: {space} holds no numbers: shape={tuple(space.shape)}; leave it out"
+        )
+    if kind == "Dict" and not space.spaces:
+        raise NotImplementedError(f"{name}: {space} has no entries; give it one")
     if kind == "Discrete":
         if int(getattr(space, "start", 0)) != 0:
             raise NotImplementedError(f"{name}: Discrete(start={space.start}) must start at 0")

@@ -1,4 +1,7 @@
-"""What travels between the rooms. Shapes: B decision states, G candidates, P distribution parameters."""
+"""What travels between the rooms.
+
+Shapes: B decision states, G candidates, P distribution parameters; N environments, T steps of a rollout.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,72 @@ class Step(struct.PyTreeNode):
     def counted_reward(self) -> jax.Array:
         """What episode statistics count: ``task_reward`` where it is told apart from ``reward``."""
         return self.reward if self.task_reward is None else self.task_reward
+
+
+class Environments(struct.PyTreeNode):
+    """N environments side by side; every leaf ``[N, ...]``.
+
+    Attributes:
+      state: world states.
+      observation: of these states.
+      episode_return: of the running episode, undiscounted, in the task's own reward.
+      episode_length: of the running episode, int32.
+      last_return: of the last finished episode; 0 before the first.
+      last_length: of the last finished episode; 0 before the first, and only then.
+    """
+
+    state: PyTree
+    observation: Observation
+    episode_return: jax.Array
+    episode_length: jax.Array
+    last_return: jax.Array
+    last_length: jax.Array
+
+
+class Trajectory(struct.PyTreeNode):
+    """What was seen; every leaf ``[T, N, ...]``.
+
+    Attributes:
+      environments: before the step: decision states, their observations, time since the reset.
+      action_mask: bool, or None.
+      distribution: parameters of pi_old; None where they were not kept, ``learn`` then computes them.
+      action: executed, in the policy's units.
+      reward: what GRPO maximises.
+      task_reward: what episode statistics count; None where that is ``reward`` itself.
+      terminated: bool.
+      truncated: bool.
+      next_observation: of the state that was reached, before any reset; None where no critic asks for it.
+    """
+
+    environments: Environments
+    action_mask: jax.Array | None
+    distribution: jax.Array | None
+    action: jax.Array
+    reward: jax.Array
+    task_reward: jax.Array | None
+    terminated: jax.Array
+    truncated: jax.Array
+    next_observation: Observation | None
+
+    @property
+    def state(self) -> PyTree:
+        """Decision states."""
+        return self.environments.state
+
+    @property
+    def observation(self) -> Observation:
+        """Of the decision states."""
+        return self.environments.observation
+
+    @property
+    def time(self) -> jax.Array:
+        """Steps since the reset; int32 ``[T, N]``."""
+        return self.environments.episode_length
+
+    @property
+    def ended(self) -> jax.Array:
+        """Whether the step was the last one of its episode; bool ``[T, N]``."""
+        return self.terminated | self.truncated
 
 
 class Group(struct.PyTreeNode):

@@ -1,169 +1,175 @@
-"""Where alternatives come from in environments that are stepped on the host: clones, a learned world, or the user's."""
+"""Where candidates are followed in environments that are stepped on the host: clones, a learned world, or the user's."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol
 
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
+from grpo_jax.groups import compare
 from grpo_jax.groups.branch import Branches
 from grpo_jax.learning import model as models
 from grpo_jax.noise import bits_to_keys, split
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.training import batches, loop
-from grpo_jax.training.rollout import Trajectory
-from grpo_jax.types import Group, Metrics, PyTree
-from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
+from grpo_jax.training import loop
+from grpo_jax.types import Group, Metrics, PyTree, Trajectory
+from grpo_jax.worlds.base import RewardOverride, World
 from grpo_jax.worlds.function import FunctionWorld
-from grpo_jax.worlds.learned import LearnedWorld, check_vectors
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.functions.transition import resolve_transition
-from sb3_bridge.policies import arguments
 from sb3_bridge.policies.policy import GRPOPolicy, functions_of
 from sb3_bridge.rollout.host import acting
+from sb3_bridge.vec_wrappers import VecStep
 
-Name = Literal["auto", "simulator", "clone", "learned"]
-Transition = Callable[[Any, Any], Any]
-Dynamics = Name | Transition | Functions
-Kind = Literal["simulator", "clone", "learned", "function", "episodes"]
-"""What ``dynamics`` comes to: ``"episodes"`` is no alternatives at all."""
-
-BUDGET_MS = 5.0
-"""Milliseconds of branches for a decision step, up to which ``"auto"`` clones; PPO takes about 0.5 for all it does."""
 MEASURED_HORIZON = 16
 CAPACITY = 50_000
 """Transitions that a learned world remembers."""
 
 
-class Choice(NamedTuple):
-    """Where alternatives will come from.
+class Followed(NamedTuple):
+    """What came of the candidates of a rollout; where neither is given, episodes are compared.
 
     Attributes:
-      kind: see :data:`Kind`.
-      reason: why, in words for the log; empty where the user said so.
-      brancher: of ``"clone"``.
+      world: to follow them in, by the program that updates the policy.
+      branches: the candidates and their returns, where they were followed already.
+      n_steps: environment steps that this took.
     """
 
-    kind: Kind
-    reason: str = ""
-    brancher: Brancher | None = None
+    world: World | None = None
+    branches: tuple[Group, Branches] | None = None
+    n_steps: int = 0
 
 
-def check_dynamics(dynamics: Any) -> None:
-    """Refuses what ``dynamics`` cannot be.
+class Alternatives(Protocol):
+    """Somewhere to follow candidates."""
 
-    Raises:
-      ValueError: says what it can be.
-    """
-    is_pair = isinstance(dynamics, tuple) and len(dynamics) == 2 and all(map(callable, dynamics))
-    if not (is_pair or callable(dynamics) or dynamics in get_args(Name)):
-        raise ValueError(
-            f"dynamics={dynamics!r} must be one of {', '.join(map(repr, get_args(Name)))}, a transition function"
-            " f(state, action) -> next_state, or a pair (get_state, set_state) of functions of the unwrapped env"
-        )
+    @property
+    def description(self) -> str:
+        """One line for the log."""
 
+    def follow(
+        self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
+    ) -> Followed:
+        """Follows the candidates of a rollout, or says where they can be.
 
-def choose(
-    dynamics: Dynamics,
-    env: VecEnv,
-    observation_space: spaces.Space,
-    cost: Callable[[Brancher], float],
-) -> Choice:
-    """What ``dynamics`` means in an env that no simulator stands for.
-
-    Args:
-      dynamics: the user's, checked.
-      env: the env in all its wrappers.
-      observation_space: of the policy.
-      cost: from a brancher to the milliseconds that the branches of a decision step will take.
-
-    Raises:
-      Unclonable: ``"clone"`` where that cannot be done, and why.
-    """
-    if callable(dynamics):
-        return Choice("function")
-    if dynamics == "learned":
-        return Choice("learned")
-    if dynamics == "clone" or isinstance(dynamics, tuple):
-        return Choice("clone", brancher=Brancher(env, dynamics if isinstance(dynamics, tuple) else None))
-    try:
-        brancher = Brancher(env)
-        milliseconds = cost(brancher)
-        if milliseconds <= BUDGET_MS:
-            return Choice("clone", f"branches take {digits(milliseconds)} ms a decision step", brancher)
-        why = (
-            f"branches of clones would take {digits(milliseconds)} ms a decision step, more than {BUDGET_MS:g};"
-            " dynamics='clone' takes them all the same"
-        )
-    except Unclonable as error:
-        why = str(error)
-    try:
-        check_learnable(env, observation_space)
-    except (NotImplementedError, ValueError) as error:
-        return Choice("episodes", f"{why}; no learned world: {error}")
-    return Choice("learned", why)
+        Args:
+          config: the settings.
+          policy: which branches follow.
+          trajectory: of the rollout; with ``state``, what the reward function sees of its decision states.
+          words: of the iteration's PRNG key, uint32 ``[2]``.
+        """
 
 
 class Clones:
     """Exact branches: copies of the environments are restored to the decision states and stepped from there.
 
+    Copies prove themselves while they are used: the executed action of a decision state is stepped in one too, and must
+    lead where it really led. The first mismatch ends their use.
+
     Args:
       brancher: of the env.
       reward: the user's, or None.
+      is_demanded: whether the user asked for clones: what fails is then an error, else ``failure`` says why.
     """
 
-    def __init__(self, brancher: Brancher, reward: Reward | None):
-        self._brancher, self._reward = brancher, reward
+    def __init__(self, brancher: Brancher, reward: Reward | None, is_demanded: bool):
+        self._brancher, self._reward, self._is_demanded = brancher, reward, is_demanded
         self._handles: list[int] = []
         self._wanted = np.zeros((0, brancher.num_envs), bool)
+        self._check_every = 1
+        self.failure = ""
 
     @property
     def description(self) -> str:
         """How states are saved, in one line."""
         return self._brancher.report.description
 
-    def start(self, wanted: np.ndarray) -> None:
-        """A new rollout begins; ``wanted`` bool ``[T, N]`` are the decision states that will be branched."""
+    def start(self, config: GRPOConfig, iteration: int) -> None:
+        """A new rollout begins."""
         self._brancher.free()
         self._handles.clear()
-        self._wanted = wanted
+        wanted = np.asarray(compare.branched(config, iteration))
+        self._wanted = wanted.reshape(config.n_steps, config.n_envs)
+        # A check costs a restore and a step: next to nothing where branches are long.
+        self._check_every = max(1, 16 // (config.horizon * config.n_rollouts))
 
     def before_step(self) -> None:
         """Keeps the decision states that the environments are in, where one of them is wanted."""
-        is_wanted = self._wanted[len(self._handles)].any()
-        self._handles.append(self._brancher.take() if is_wanted else -1)
+        handle = -1
+        if not self.failure and self._wanted[len(self._handles)].any():
+            handle = self._try(self._brancher.take, default=-1)
+        self._handles.append(handle)
 
-    def evaluate(
+    def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
+        """Compares what clones do with what really happened."""
+        handle = self._handles[-1]
+        if not hasattr(self._brancher, "replay"):  # TEMPORARY
+            return
+        if handle >= 0 and handle % self._check_every == 0:
+            self._try(functools.partial(self._check, handle, actions, reached, rewards, result))
+
+    def _check(
+        self, handle: int, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep
+    ) -> None:
+        seen, its_rewards, terminated, truncated = self._brancher.replay(handle, actions)
+        seen = self._brancher.view.original(seen)
+        pairs = [
+            ("reward", np.asarray(its_rewards, np.float32), np.asarray(rewards, np.float32)),
+            ("end of the episode", terminated | truncated, result.dones),
+            ("truncation", truncated & ~terminated, result.truncated),
+        ]
+        fields = seen.items() if isinstance(seen, dict) else [("", seen)]
+        for name, array in fields:
+            real = reached[name] if isinstance(reached, dict) else reached
+            pairs.append((f"observation{f'[{name!r}]' if name else ''}", array, np.asarray(real)))
+        for name, mine, real in pairs:
+            for index in range(len(real)):
+                if name.startswith("observation") and result.dones[index] and not self.sees_last:
+                    continue
+                if not np.array_equal(mine[index], real[index], equal_nan=mine.dtype.kind == "f"):
+                    raise Unclonable(
+                        f"environment {index}: its clone does not do what it does itself: after the action"
+                        f" {actions[index]} in step {len(self._handles)} of the rollout the clone's {name} is"
+                        f" {_short(mine[index])}, the environment's is {_short(real[index])}. A part of its state is"
+                        " not copied, or shared with the copies (a closure, a class attribute, a global, a native"
+                        " library), or it draws from outside (np.random, a clock)"
+                    )
+
+    sees_last: bool = True
+    """Whether the last observation of an episode is known as the environment gave it (VecNormalize hides it)."""
+
+    def follow(
         self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
-    ) -> tuple[tuple[Group, Branches], int]:
-        """Candidates of the decision states, the group returns of those that were wanted, and the steps that took.
+    ) -> Followed:
+        """The group returns of the candidates of those decision states that were wanted."""
+        if self.failure:
+            return Followed()
+        return self._try(
+            functools.partial(self._follow, config, policy, trajectory, words), default=Followed()
+        )
 
-        Args:
-          config: the settings.
-          policy: which branches follow.
-          trajectory: of the rollout; with ``state``, what the reward function sees of its decision states.
-          words: of the iteration's PRNG key.
-        """
+    def _follow(
+        self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
+    ) -> Followed:
         structure, state = policy.structure, policy.state
         bare = trajectory.replace(environments=trajectory.environments.replace(state=None))
         group, actions = _propose(config, structure, state, bare, words)
         act, is_box = acting(structure), isinstance(policy.action_space, spaces.Box)
 
-        def follow(observations: Any, uniforms: np.ndarray) -> np.ndarray:
-            choice, stretched = act(state, observations, uniforms)
-            return np.asarray(stretched if is_box else choice)
+        def choose(observations: Any, uniforms: np.ndarray) -> np.ndarray:
+            acted = act(state, observations, uniforms)
+            return np.asarray(acted.stretched if is_box else acted.choice)
 
         def value(observations: Any) -> np.ndarray:
             return np.asarray(functions_of(structure).value(state, observations))
@@ -172,7 +178,7 @@ class Clones:
         returns, n_steps = self._brancher.branch(
             self._handles,
             np.asarray(actions),
-            follow,
+            choose,
             horizon=config.horizon,
             gamma=float(config.gamma),
             n_uniforms=structure.distribution.n_uniforms,
@@ -188,7 +194,20 @@ class Clones:
             wanted=self._wanted.reshape(-1),
         )
         self._handles.clear()
-        return (group, Branches(jnp.asarray(returns), counter.zero())), n_steps
+        return Followed(branches=(group, Branches(jnp.asarray(returns), counter.zero())), n_steps=n_steps)
+
+    def _try(self, do: Callable[[], Any], default: Any = None) -> Any:
+        try:
+            return do()
+        except Unclonable as error:
+            self._brancher.free()
+            if self._is_demanded:
+                raise Unclonable(
+                    f"dynamics='clone' cannot be gone on with: {error}. Use dynamics='auto', which goes on without"
+                    " clones, 'learned', candidates='episodes', or a pair (get_state, set_state) that copies all"
+                ) from error
+            self.failure = str(error)
+            return default
 
 
 class Learned:
@@ -218,15 +237,15 @@ class Learned:
         )
         self.metrics: Metrics = {}
 
-    def world(
-        self, config: GRPOConfig, structure: Policy, trajectory: Trajectory, words: np.ndarray
-    ) -> World | None:
+    def follow(
+        self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
+    ) -> Followed:
         """Learns from a rollout; the world, if it predicted that rollout well enough beforehand."""
         horizon = min(config.horizon, MEASURED_HORIZON)
-        self._model, self.metrics = _observe(self._model, structure, trajectory, horizon)
+        self._model, metrics = _observe(self._model, policy.structure, trajectory, horizon)
         self._model, _ = models.fit(self._model, bits_to_keys(jnp.asarray(words)))
-        self.metrics = jax.device_get(self.metrics)
-        return self._model.world if models.usable(self.metrics) else None
+        self.metrics = jax.device_get(metrics)
+        return Followed(self._model.world if models.usable(self.metrics) else None)
 
     def state_dict(self) -> PyTree:
         """All that was learned and seen, as nested dicts of arrays."""
@@ -235,8 +254,20 @@ class Learned:
         return flax.serialization.to_state_dict(model.replace(replay=model.replay.replace(data=seen)))
 
     def load_state_dict(self, state: PyTree) -> None:
-        """Takes over what ``state_dict`` gave."""
+        """Takes over what ``state_dict`` gave; a world that predicts other things is left, with a warning."""
         model: models.Model = flax.serialization.from_state_dict(self._model, state)
+
+        def shapes(learned: models.Model) -> PyTree:
+            return jax.tree.map(np.shape, (learned.world, learned.optimizer))
+
+        if shapes(model) != shapes(self._model):
+            warnings.warn(
+                "the learned world of the file predicts other things than this model asks of it (reward_function was"
+                " added or left out): it is learned anew",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
         room = self._model.replay.data
 
         def fill(empty: jax.Array, seen: Any) -> jax.Array:
@@ -258,7 +289,7 @@ class Function:
       TypeError, ValueError: what is wrong with the function; or there is no reward function.
     """
 
-    def __init__(self, function: Transition, policy: GRPOPolicy, reward: Reward | None):
+    def __init__(self, function: Callable[[Any, Any], Any], policy: GRPOPolicy, reward: Reward | None):
         if reward is None:
             raise ValueError(
                 "dynamics=f tells what an action leads to, not what that is worth: pass"
@@ -277,55 +308,20 @@ class Function:
         self.description = f"your transition function ({transition.form})"
         self._world = RewardOverride(inner, reward)
 
-    def world(
-        self, config: GRPOConfig, structure: Policy, trajectory: Trajectory, words: np.ndarray
-    ) -> World | None:
+    def follow(
+        self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
+    ) -> Followed:
         """The user's world, which knows all it ever will."""
-        del config, structure, trajectory, words
-        return self._world
-
-
-def check_learnable(env: VecEnv, observation_space: spaces.Space) -> None:
-    """Refuses what no world can be learned of.
-
-    Raises:
-      NotImplementedError: observations that are no vectors of real numbers.
-      ValueError: a VecNormalize with ``norm_obs``.
-    """
-    check_unnormalized(env, "'learned'")
-    check_vectors(arguments.to_observation_space(observation_space))
-
-
-def check_unnormalized(env: VecEnv, dynamics: str) -> None:
-    """Refuses observations that VecNormalize changes where a world predicts them.
-
-    Raises:
-      ValueError: a VecNormalize with ``norm_obs``.
-    """
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize) and env.norm_obs:
-            raise ValueError(
-                f"dynamics={dynamics} needs observations whose scale does not change: use VecNormalize(norm_obs=False), or"
-                " dynamics='clone'"
-            )
-        env = env.venv
-
-
-def states_of(world: World, observation: Any) -> PyTree:
-    """The states that branches of visited observations ``[T, N, ...]`` start from."""
-    if isinstance(world, RewardOverride):
-        return RewardOverrideState(states_of(world.world, observation), observation)
-    assert isinstance(world, LearnedWorld | FunctionWorld)
-    return world.at(observation)
-
-
-def digits(number: float) -> str:
-    """Two digits that say something, and no exponent."""
-    return np.format_float_positional(number, precision=2, fractional=False, trim="-")
+        del config, policy, trajectory, words
+        return Followed(self._world)
 
 
 def _never(key: jax.Array) -> Any:
     raise NotImplementedError("branches start from visited states: nothing is ever reset")
+
+
+def _short(value: Any) -> str:
+    return " ".join(np.array2string(np.asarray(value), precision=9, threshold=16, edgeitems=2).split())
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -334,7 +330,7 @@ def _propose(
 ) -> tuple[Group, jax.Array]:
     distribution = policy.parameters(state, trajectory.observation)
     candidate_key, _ = split(loop.iteration_keys(bits_to_keys(words)).groups, 2)
-    group = batches.propose(config, policy, trajectory.replace(distribution=distribution), candidate_key)
+    group = compare.propose(config, policy, trajectory.replace(distribution=distribution), candidate_key)
     return group, policy.to_world(group.action)
 
 

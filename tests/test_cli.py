@@ -201,6 +201,9 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.Capture
         (["train", "CartPole-v1", "--horizon", "0"], "horizon=0"),
         (["train", "CartPole-v1", "--learning-rate", "nan"], "learning_rate=nan"),
         (["train", "CartPole-v1", "--batch-size", "0"], "batch_size=0"),
+        (["train", "CartPole-v1", "--gamma", "1.5"], "gamma=1.5 must be finite and between 0 and 1"),
+        (["train", "CartPole-v1", "--kl-coef", "inf"], "kl_coef=inf must be finite"),
+        (["train", "CartPole-v1", "--net-arch", "0"], "net_arch=(0,) must hold positive layer sizes"),
         (["train", "CartPole-v1", "--n-seeds", "0"], "n_seeds=0"),
         (["train", "CartPole-v1", "--total-timesteps", "0"], "total_timesteps=0"),
         (["train", "CartPole-v1", "--network", "cnn"], "network='cnn'"),
@@ -229,6 +232,7 @@ def test_bad_input_is_one_line(
     [
         (["train", "CartPole-v1", "--horizn", "3"], "--horizn"),
         (["train", "CartPole-v1", "--horizon", "x"], "--horizon"),
+        (["train", "CartPole-v1", "--n-steps", "1.5"], "--n-steps"),
         (["train", "CartPole-v1", "--baseline", "x"], "--baseline"),
         (["train"], "ENV"),
         ([], "train"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import json
 
 import chex
@@ -295,10 +296,71 @@ def test_a_schedule_is_asked_for_the_optimizer_steps():
     np.testing.assert_allclose(scheduled(schedule, "linear", 4, 0.5), 0.3, rtol=1e-6)
 
 
-def test_numbers_of_other_types_are_the_numbers_they_are():
-    config = GRPOConfig(gamma=1, horizon=np.int64(3), learning_rate=np.float32(0.5))
-    assert (type(config.gamma), type(config.horizon), config.learning_rate) == (float, int, 0.5)
-    with pytest.raises(ValueError, match="learning_rate=nan"):
-        GRPOConfig(learning_rate=np.float32("nan"))
-    with pytest.raises(TypeError, match="gamma=True must be a number"):
-        GRPOConfig(gamma=True)
+SIZES, RATES = ("n_steps", "horizon", "branch_every", "max_branches"), ("gamma", "clip_range", "kl_coef")
+SWITCHES = ("bootstrap", "common_random_numbers", "share_features_extractor")
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("kind", [int, np.int8, np.uint64, np.array, jnp.int32], ids=str)
+def test_any_integer_is_an_int(name, kind):
+    value = getattr(GRPOConfig(**{name: kind(4)}), name)
+    assert (type(value), value) == (int, 4)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, 1.5, 4.0, np.float32(4), np.array([4]), "4", None, float("nan"), 4j, -1],
+    ids=repr,
+)
+def test_what_is_no_integer_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}=.* must be an integer of at least"):
+        GRPOConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("kind", [float, np.float16, np.float64, np.array, fractions.Fraction], ids=str)
+def test_any_real_number_is_a_float(name, kind):
+    value = getattr(GRPOConfig(**{name: kind(0.5)}), name)
+    assert (type(value), value) == (float, 0.5)
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize(
+    "value",
+    [True, np.False_, "0.5", [0.5], {}, object(), 0.5j, np.array("a"), np.array([True]), jnp.array(True)],
+)
+def test_what_is_no_number_is_refused(name, value):
+    with pytest.raises(TypeError, match=rf"{name}=.* must be a number"):
+        GRPOConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("number", [np.nan, np.inf, -1.0, -np.inf], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [lambda x: x, np.array, lambda x: np.array([0.5, x]), jnp.array, lambda x: jnp.array([x, 0.5])]
+)
+def test_numbers_out_of_bounds_are_refused_in_arrays_too(name, number, kind):
+    with pytest.raises(ValueError, match=rf"{name}=.* must be finite and between 0 and"):
+        GRPOConfig(**{name: kind(number)})
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_are_booleans(name):
+    for value in (True, np.True_):
+        assert getattr(GRPOConfig(**{name: value}), name) is True
+    for value in (1, 0, "no", "True", None, 1.0, np.array([True])):
+        with pytest.raises(TypeError, match=rf"{name}=.* must be True or False"):
+            GRPOConfig(**{name: value})
+
+
+@pytest.mark.parametrize("widths", [(True, 64), (64, 0), (64, np.nan), ("64",), (8.0,)])
+def test_layers_have_whole_sizes(widths):
+    with pytest.raises(ValueError, match="net_arch=.* must hold positive layer sizes"):
+        GRPOConfig(net_arch=widths)
+    assert GRPOConfig(net_arch=[np.int64(8), np.array(4)]).net_arch == (8, 4)
+
+
+def test_an_integer_beyond_floats_is_not_finite():
+    with pytest.raises(ValueError, match="ent_coef=inf must be finite"):
+        GRPOConfig(ent_coef=10**400)

@@ -39,9 +39,24 @@ def test_a_preset_fits_its_environment(env_id, key):
         assert not isinstance(world.action_space, spaces.Box)
 
 
-def test_without_a_preset_there_are_the_defaults():
-    assert preset("NoSuchWorld-v0") == GRPOConfig()
-    assert preset_timesteps("NoSuchWorld-v0") == 100_000
+@pytest.mark.parametrize(
+    ("env_id", "near"),
+    [
+        ("cartpole", "CartPole-v1"),
+        ("CartPole", "CartPole-v1"),
+        ("CartPole-v0", "CartPole-v1"),
+        ("breakout", "Breakout-MinAtar"),
+        ("gymnax/Pendulum-v1", "Pendulum-v1"),
+        ("LunarLander-v3", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_an_id_without_a_preset_is_an_error_that_names_near_ones(env_id, near):
+    for function in (preset, preset_timesteps):
+        with pytest.raises(ValueError, match=r"env_id=.* has no preset; did you mean .*GRPOConfig") as error:
+            function(env_id)
+        assert near in str(error.value).split("did you mean")[1].split(",")[0]
 
 
 def test_a_preset_does_not_remember_what_was_made_of_it():

@@ -277,3 +277,58 @@ def test_the_bounds_of_an_image_do_not_fill_the_screen():
     assert repr(Box([-1, -2], 3, (2,))) == "Box(low=[-1.0, -2.0], high=3.0, shape=(2,), dtype='float32')"
     assert repr(Box(0, 1, (1, 3, 3), channels_first=True)).endswith("dtype='float32', channels_first=True)")
     assert len(repr(Box(0, 255, (84, 84, 4), "uint8"))) < 100
+
+
+class OddBox(gymnasium.spaces.Box):
+    pass
+
+
+class OddDiscrete(gymnasium.spaces.Discrete):
+    pass
+
+
+class OddMultiDiscrete(gymnasium.spaces.MultiDiscrete):
+    pass
+
+
+class OddMultiBinary(gymnasium.spaces.MultiBinary):
+    pass
+
+
+class OddDict(gymnasium.spaces.Dict):
+    pass
+
+
+class OddTuple(gymnasium.spaces.Tuple):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (OddBox(-1, 1, (2,)), Box(-1, 1, (2,))),
+        (OddDiscrete(3), Discrete(3)),
+        (OddMultiDiscrete([2, 3]), MultiDiscrete((2, 3))),
+        (OddMultiBinary(4), MultiBinary(4)),
+        (OddDict(a=OddDiscrete(2)), Dict((("a", Discrete(2)),))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_subclasses_are_the_spaces_that_they_derive_from(space, expected):
+    assert spaces.from_gymnasium(space) == expected
+
+
+def test_a_subclass_of_what_is_not_supported_is_refused():
+    with pytest.raises(NotImplementedError, match="observations: OddTuple spaces are not supported"):
+        spaces.from_gymnasium(OddTuple((OddDiscrete(2),)), "observations")
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4, 4)])
+def test_a_space_without_numbers_is_refused_by_name(shape):
+    empty = gymnasium.spaces.Box(-1, 1, shape)
+    with pytest.raises(NotImplementedError, match=r"action_space: .*holds no numbers: shape="):
+        spaces.from_gymnasium(empty, "action_space")
+    with pytest.raises(NotImplementedError, match=r"observations\['x'\]: .*holds no numbers"):
+        spaces.from_gymnasium(gymnasium.spaces.Dict(x=empty), "observations")
+    with pytest.raises(NotImplementedError, match="observations: .*has no entries"):
+        spaces.from_gymnasium(gymnasium.spaces.Dict(), "observations")

@@ -72,6 +72,8 @@ def _train(options: Any) -> int:
     jax.eval_shape(lambda key: grpo_jax.init(config, world, key), jax.random.key(run.seed))
     directory = RunDirectory(options.out)
     directory.create(run, overwrite=options.overwrite)
+    if run.env not in grpo_jax.preset_ids():
+        print(f"{run.env} has no preset: settings that no flag names are the defaults")
     return _go_on(directory, run, world, None)
 
 

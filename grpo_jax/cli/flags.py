@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_type_hints
 
 from grpo_jax.config import GRPOConfig, Schedule
-from grpo_jax.presets import preset, preset_ids, preset_timesteps
+from grpo_jax.presets import DEFAULT_TIMESTEPS, preset, preset_ids, preset_timesteps
 
 FINAL_EPISODES = 128
 """Episodes of each seed that a run is judged by at its end."""
@@ -93,7 +93,8 @@ def _parse_with(argv: list[str], env_id: str) -> Command:
     import tyro
 
     # A twin of GRPOConfig: numbers where schedules could stand, and no validation inside of the parser.
-    flags, docs, defaults = [], _field_docs(), preset(env_id)
+    has_preset = env_id in preset_ids()
+    flags, docs, defaults = [], _field_docs(), preset(env_id) if has_preset else GRPOConfig()
     for name, hint in get_type_hints(GRPOConfig).items():
         if name == "optimizer":  # a function cannot be typed
             continue
@@ -107,7 +108,7 @@ def _parse_with(argv: list[str], env_id: str) -> Command:
     train = dataclasses.make_dataclass("Train", [("config", settings, config)], bases=(Train,), frozen=True)
     default = train(
         env=tyro.MISSING,
-        total_timesteps=preset_timesteps(env_id),
+        total_timesteps=preset_timesteps(env_id) if has_preset else DEFAULT_TIMESTEPS,
         out=Path("runs") / (env_id or "ENV"),
     )
     commands: Any = [

@@ -7,6 +7,8 @@ independent ones do not (temporally extended exploration, arXiv:2006.01782; acti
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from grpo_jax import counter
 from grpo_jax.config import Backup
+from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.spaces import encoded_size
 from grpo_jax.types import Counter, Observation, PyTree
@@ -40,22 +43,42 @@ class Branches(struct.PyTreeNode):
 
     Attributes:
       returns: ``[B, G]`` group returns.
-      simulator_steps: world steps that were spent, those behind an end not counted.
+      simulator_steps: world steps that were spent; those after an end are not counted.
     """
 
     returns: jax.Array
     simulator_steps: Counter
 
 
-class _Front(struct.PyTreeNode):
-    """Where all branches of a chunk stand; every leaf ``[G, M, C, ...]``."""
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """How branches are made; see :func:`group_returns`."""
+
+    world: World
+    act: Act
+    horizon: int
+    gamma: float | jax.Array
+    n_uniforms: int
+    n_rollouts: int
+    backup: Backup
+    persistence: float | jax.Array | None
+    past_truncation: bool
+    value: Value | None
+    common_random_numbers: bool
+
+
+class _Progress(struct.PyTreeNode):
+    """How far all branches of a chunk have come; every leaf ``[G, M, C, ...]``.
+
+    States come last: an innermost axis of many elements is what a CPU's vector units want.
+    """
 
     state: PyTree
-    action: jax.Array
+    action: jax.Array  # of the next step
     total: jax.Array  # discounted reward so far
     discount: jax.Array  # gamma ** steps, of the next reward
     alive: jax.Array
-    cut: Observation  # where a living branch stands, or a truncated one was cut; None without bootstrap
+    cut: Observation  # of the last state that a branch reached; None without a critic
     open_end: jax.Array  # bool: worth something beyond the branch
     n_steps: Counter
 
@@ -129,22 +152,22 @@ def group_returns(
         return padded.reshape(n_chunks, chunk, *leaf.shape[1:])
 
     wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk) < n_states)
+    rules = _Rules(
+        world=world,
+        act=act,
+        horizon=horizon,
+        gamma=gamma,
+        n_uniforms=n_uniforms,
+        n_rollouts=n_rollouts,
+        backup=backup,
+        persistence=persistence,
+        past_truncation=past_truncation,
+        value=value,
+        common_random_numbers=common_random_numbers,
+    )
 
     def run(args: Any) -> tuple[jax.Array, Counter]:
-        return _run_chunk(
-            world,
-            act,
-            *args,
-            horizon=horizon,
-            gamma=gamma,
-            n_uniforms=n_uniforms,
-            n_rollouts=n_rollouts,
-            backup=backup,
-            persistence=persistence,
-            past_truncation=past_truncation,
-            value=value,
-            common_random_numbers=common_random_numbers,
-        )
+        return _run_chunk(rules, *args)
 
     chunks = (*jax.tree.map(to_chunks, (keys, states, actions)), wanted)
     if n_chunks == 1:
@@ -186,115 +209,104 @@ def chunk_size(n_states: int, branches_per_state: int, max_branches: int) -> int
 
 
 def _run_chunk(
-    world: World,
-    act: Act,
-    keys: jax.Array,
-    states: PyTree,
-    actions: jax.Array,
-    wanted: jax.Array,
-    *,
-    horizon: int,
-    gamma: float | jax.Array,
-    n_uniforms: int,
-    n_rollouts: int,
-    backup: Backup,
-    persistence: float | jax.Array | None,
-    past_truncation: bool,
-    value: Value | None,
-    common_random_numbers: bool,
+    rules: _Rules, keys: jax.Array, states: PyTree, actions: jax.Array, wanted: jax.Array
 ) -> tuple[jax.Array, Counter]:
     """All branches of C states side by side; ``(returns [C, G], number of world steps)``."""
-    n_states, n_group = actions.shape[:2]
-    n_streams = 1 if common_random_numbers else n_group
-    # States come last: an innermost axis of many elements is what a CPU's vector units want.
-    shape = (n_group, n_rollouts, n_states)
-    dtype = jnp.result_type(float)
-
-    def draw(keys: jax.Array, n_words: int) -> jax.Array:
-        """uint32 [H, S, M, C, words] of S random streams: one for all candidates of a state, or one each."""
-        bits = draw_bits(keys, (n_streams, n_rollouts, horizon, n_words))
-        return jnp.transpose(bits, (3, 1, 2, 0, 4))
-
+    n_group = actions.shape[1]
     # Two draws: XLA drops the first where the world ignores its key.
-    key_words = draw(keys[:, 0], KEY_WORDS)
-    n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
-    all_uniforms = bits_to_uniform(draw(keys[:, 1], n_drawn))
-    step_group = jax.vmap(jax.vmap(world.step))  # over M, C
-    step_all = jax.vmap(step_group, in_axes=(None if common_random_numbers else 0, 0, 0))  # over G
-    mask_all = jax.vmap(jax.vmap(jax.vmap(world.action_mask)))
+    key_words = _draw(rules, keys[:, 0], n_group, KEY_WORDS)
+    n_drawn = rules.n_uniforms + (rules.persistence is not None)  # the last one: does the action persist?
+    uniforms = bits_to_uniform(_draw(rules, keys[:, 1], n_group, n_drawn))
 
-    def advance(front: _Front, k: jax.Array | int) -> tuple[_Front, Observation]:
-        step_keys = bits_to_keys(key_words[k])
-        step_keys = step_keys[0] if common_random_numbers else step_keys
-        step = step_all(step_keys, front.state, front.action)
-        if horizon > 1:  # else no policy reads it, only the critic, in the end
-            step = step.replace(observation=_in_rows(step.observation))
-        alive = front.alive
-        cut = front.cut
-        if value is not None:
-            cut = jax.tree.map(
-                lambda old, new: jnp.where(_expand(alive, new), new, old), cut, step.observation
-            )
-        front = front.replace(
-            state=step.state,
-            # What a world pays or does behind an end never counts, not even NaN.
-            total=front.total + jnp.where(alive, front.discount * step.reward, 0.0),
-            discount=jnp.where(alive, front.discount * gamma, front.discount),
-            cut=cut,
-            open_end=jnp.where(alive, ~step.terminated, front.open_end),
-            alive=alive & ~(step.terminated if past_truncation else step.terminated | step.truncated),
-            n_steps=counter.add(front.n_steps, jnp.sum(alive, dtype=jnp.int32)),
-        )
-        return front, step.observation
-
-    def follow(front: _Front, observation: Observation, k: jax.Array) -> jax.Array:
-        uniforms = jnp.broadcast_to(all_uniforms[k], (*shape, n_drawn))
-        mask = mask_all(front.state)
-        action = act(observation, mask, uniforms[..., :n_uniforms]).astype(front.action.dtype)
-        if persistence is None:
-            return action
-        check_persistence(mask)
-        persists = uniforms[..., n_uniforms] < persistence
-        return jnp.where(_expand(persists, action), front.action, action)
-
-    def body(carry: tuple[jax.Array, _Front]) -> tuple[jax.Array, _Front]:
-        k, front = carry
-        front, observation = advance(front, k)
+    def body(carry: tuple[jax.Array, _Progress]) -> tuple[jax.Array, _Progress]:
+        k, progress = carry
+        progress, observation = _advance(rules, progress, key_words[k])
         # The action after the last step is one too many. It is cheaper than a `cond`, which costs a third of the
         # loop's speed, or than a last step outside of the loop, for which the world would be compiled twice.
-        return k + 1, front.replace(action=follow(front, observation, k))
+        return k + 1, progress.replace(action=_next_action(rules, progress, observation, uniforms[k]))
 
-    def unfinished(carry: tuple[jax.Array, _Front]) -> jax.Array:
-        k, front = carry
-        return (k < horizon) & _any(front.alive)
+    def unfinished(carry: tuple[jax.Array, _Progress]) -> jax.Array:
+        k, progress = carry
+        return (k < rules.horizon) & _any(progress.alive)
 
-    def spread(leaf: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[1:]))
+    progress = _start(rules, keys, states, actions, wanted)
+    if rules.horizon > 1:
+        _, progress = jax.lax.while_loop(unfinished, body, (jnp.int32(0), progress))
+    else:
+        progress, _ = _advance(rules, progress, key_words[0])
+    total = progress.total
+    if rules.value is not None:
+        value = rules.value(_in_rows(progress.cut))
+        total = add_reward(total, progress.discount, value, functools.partial(_where, progress.open_end))
+    return back_up(total, rules.backup, axis=1).T, progress.n_steps
 
-    observation = None
-    if value is not None:
-        seen = jax.eval_shape(world.reset, keys[0, 0])[0]
-        observation = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape), leaf.dtype), seen)
-    front = _Front(
-        state=jax.tree.map(spread, states),
+
+def _draw(rules: _Rules, keys: jax.Array, n_group: int, n_words: int) -> jax.Array:
+    """uint32 ``[H, S, M, C, words]`` of S random streams: one for all candidates of a state, or one each."""
+    n_streams = 1 if rules.common_random_numbers else n_group
+    bits = draw_bits(keys, (n_streams, rules.n_rollouts, rules.horizon, n_words))
+    return jnp.transpose(bits, (3, 1, 2, 0, 4))
+
+
+def _start(
+    rules: _Rules, keys: jax.Array, states: PyTree, actions: jax.Array, wanted: jax.Array
+) -> _Progress:
+    """All branches in their decision states, about to take their candidates."""
+    shape = (actions.shape[1], rules.n_rollouts, actions.shape[0])
+    dtype = jnp.result_type(float)
+    cut = None
+    if rules.value is not None:
+        seen = jax.eval_shape(rules.world.reset, keys[0, 0])[0]
+        cut = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape), leaf.dtype), seen)
+    return _Progress(
+        state=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape[1:])), states),
         action=jnp.broadcast_to(jnp.swapaxes(actions, 0, 1)[:, None], (*shape, *actions.shape[2:])),
         total=jnp.zeros(shape, dtype),
         discount=jnp.ones(shape, dtype),
         alive=jnp.broadcast_to(wanted, shape),
-        cut=observation,
+        cut=cut,
         open_end=jnp.zeros(shape, bool),
         n_steps=counter.zero(),
     )
-    if horizon > 1:
-        _, front = jax.lax.while_loop(unfinished, body, (jnp.int32(0), front))
-    else:
-        front, _ = advance(front, 0)
 
-    total = front.total
-    if value is not None:
-        total = total + jnp.where(front.open_end, front.discount * value(_in_rows(front.cut)), 0.0)
-    backed_up = jnp.max(total, axis=1) if backup == "max" else jnp.mean(total, axis=1)
-    return backed_up.T, front.n_steps
+
+def _advance(rules: _Rules, progress: _Progress, key_words: jax.Array) -> tuple[_Progress, Observation]:
+    """One step of all branches; also what was observed then."""
+    step_group = jax.vmap(jax.vmap(rules.world.step))  # over M, C
+    shared = rules.common_random_numbers
+    step_all = jax.vmap(step_group, in_axes=(None if shared else 0, 0, 0))  # over G
+    step_keys = bits_to_keys(key_words)
+    step = step_all(step_keys[0] if shared else step_keys, progress.state, progress.action)
+    if rules.horizon > 1:  # else no policy reads it, only the critic, in the end
+        step = step.replace(observation=_in_rows(step.observation))
+    alive, cut = progress.alive, progress.cut
+    if rules.value is not None:
+        cut = jax.tree.map(lambda old, new: jnp.where(_expand(alive, new), new, old), cut, step.observation)
+    progress = progress.replace(
+        state=step.state,
+        # What a world pays or does after an end never counts, not even NaN.
+        total=add_reward(progress.total, progress.discount, step.reward, functools.partial(_where, alive)),
+        discount=jnp.where(alive, progress.discount * rules.gamma, progress.discount),
+        cut=cut,
+        open_end=jnp.where(alive, open_end(step.terminated), progress.open_end),
+        alive=alive & ~ends(step.terminated, step.truncated, rules.past_truncation),
+        n_steps=counter.add(progress.n_steps, jnp.sum(alive, dtype=jnp.int32)),
+    )
+    return progress, step.observation
+
+
+def _next_action(
+    rules: _Rules, progress: _Progress, observation: Observation, uniforms: jax.Array
+) -> jax.Array:
+    """What the policy does next in every branch, or the action before, where that persists; ``[G, M, C, *A]``."""
+    uniforms = jnp.broadcast_to(uniforms, (*progress.alive.shape, uniforms.shape[-1]))
+    mask = jax.vmap(jax.vmap(jax.vmap(rules.world.action_mask)))(progress.state)
+    action = rules.act(observation, mask, uniforms[..., : rules.n_uniforms]).astype(progress.action.dtype)
+    if rules.persistence is None:
+        return action
+    check_persistence(mask)
+    persists = uniforms[..., rules.n_uniforms] < rules.persistence
+    return jnp.where(_expand(persists, action), progress.action, action)
 
 
 def _in_rows(observation: Observation) -> Observation:
@@ -312,6 +324,10 @@ def _in_rows(observation: Observation) -> Observation:
         return with_layout_constraint(leaf, Layout(major_to_minor=tuple(range(leaf.ndim))))
 
     return jax.tree.map(in_rows, observation)
+
+
+def _where(counts: jax.Array, earned: jax.Array) -> jax.Array:
+    return jnp.where(counts, earned, 0.0)
 
 
 def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ JAX's arrays and NumPy's are both welcome; shapes are any that broadcast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.config import Backup
@@ -25,15 +26,21 @@ def ends(terminated: Array, truncated: Array, past_truncation: bool) -> Array:
     return terminated if past_truncation else terminated | truncated
 
 
-def add_reward(total: Array, discount: Array | float, reward: Array) -> Array:
+def add_reward(
+    total: Array,
+    discount: Array | float,
+    reward: Array,
+    keep: Callable[[Array], Array] = lambda earned: earned,
+) -> Array:
     """The return after one more step (or with the value of an open end): total + discount * reward.
 
     Args:
       total: what the branch earned so far, discounted.
       discount: gamma^k, after k steps.
       reward: of the step; or V(s_k) of the state where the branch was cut.
+      keep: puts 0 in the place of what was earned in branches for which this does not count, NaN included.
     """
-    return total + discount * reward
+    return total + keep(discount * reward)
 
 
 def open_end(terminated: Array) -> Array:

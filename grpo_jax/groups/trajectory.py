@@ -7,33 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import Baseline, Scale, TrajectoryForm
-from grpo_jax.groups.advantage import Advantages, group_advantages
-
-
-def first_episode(ended: jax.Array) -> jax.Array:
-    """Which steps belong to the first episode of each environment; bool ``[T, N]`` -> bool ``[T, N]``."""
-    chex.assert_rank(ended, 2)
-    ends_before = jnp.cumsum(ended, axis=0) - ended
-    return ends_before == 0
-
-
-def ends_within(ended: jax.Array) -> jax.Array:
-    """Which steps belong to an episode that ends within the rollout; bool ``[T, N]`` -> bool ``[T, N]``."""
-    chex.assert_rank(ended, 2)
-    return jnp.cumsum(ended[::-1], axis=0)[::-1] > 0
-
-
-def returns_to_go(rewards: jax.Array, alive: jax.Array, gamma: float | jax.Array) -> jax.Array:
-    """Discounted sums of the rewards of the first episode from each step on; ``[T, N]`` -> ``[T, N]``."""
-    chex.assert_equal_shape([rewards, alive])
-
-    def backwards(future: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reward, is_alive = step
-        total = jnp.where(is_alive, reward + gamma * future, 0.0)
-        return total, total
-
-    _, totals = jax.lax.scan(backwards, jnp.zeros_like(rewards[0]), (rewards, alive), reverse=True)
-    return totals
+from grpo_jax.groups.advantage import (
+    SCALES,
+    SPREAD_FLOOR,
+    Advantages,
+    group_advantages,
+    has_spread,
+    offset_of,
+)
+from grpo_jax.groups.returns import returns_to_go
 
 
 def trajectory_advantages(
@@ -45,7 +27,7 @@ def trajectory_advantages(
     form: TrajectoryForm = "outcome",
     baseline: Baseline = "mean",
     scale: Scale = "group",
-    spread_floor: float | jax.Array = 1e-5,
+    spread_floor: float | jax.Array = SPREAD_FLOOR,
 ) -> Advantages:
     """Advantages of every step of the episodes of each group.
 
@@ -94,6 +76,7 @@ def trajectory_advantages(
         active=per_step(result.active) & alive,
         spread=per_step(result.spread),
         finite=per_step(result.finite),
+        below_floor=per_step(result.below_floor) & alive,
     )
 
 
@@ -104,7 +87,8 @@ def episode_advantages(
     *,
     baseline: Baseline = "mean",
     scale: Scale = "batch",
-    spread_floor: float | jax.Array = 1e-5,
+    spread_floor: float | jax.Array = SPREAD_FLOOR,
+    magnitude: jax.Array | None = None,
 ) -> Advantages:
     """Advantages of single steps, each compared with the other steps of its group; groups may differ in size.
 
@@ -116,6 +100,8 @@ def episode_advantages(
       baseline: ``mean`` (or ``policy``, weights being equal), or ``leave_one_out``.
       scale: see :func:`group_advantages`.
       spread_floor: see :func:`group_advantages`.
+      magnitude: ``[B]`` of the numbers that a return was computed from, where it is the difference of larger ones, whose
+        rounding it inherits; None: that of the return.
 
     Returns:
       ``Advantages`` with fields ``[B, 1]`` and ``[B]``: groups of one executed action each.
@@ -129,27 +115,33 @@ def episode_advantages(
     def total(values: jax.Array) -> jax.Array:
         return jax.ops.segment_sum(values, segment, num_segments=n_steps)
 
-    count = jnp.maximum(total(known.astype(returns.dtype)), 1.0)
+    def greatest(values: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(jnp.where(known, values, -jnp.inf), segment, num_segments=n_steps)
+
+    high, low = greatest(returns), -greatest(-returns)
+    offset = offset_of(low, high)
+    returns = returns - offset[segment]
+    n_known = total(known.astype(returns.dtype))
+    count = jnp.maximum(n_known, 1.0)
     mean = total(jnp.where(known, returns, 0.0)) / count
     deviation = jnp.where(known, returns - mean[segment], 0.0)
     variance = total(deviation**2) / count
-    size = jnp.maximum(1.0, total(jnp.where(known, jnp.abs(returns), 0.0)) / count)
+    spread = jnp.sqrt(variance)
     finite = (total((valid & ~known).astype(returns.dtype)) == 0) & jnp.isfinite(variance)
-    has_spread = finite & (count > 1) & (jnp.sqrt(variance) > spread_floor * size)
-    active = has_spread[segment] & known
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high)) if magnitude is None else greatest(magnitude)
+    largest = jnp.where(n_known > 0, largest, 0.0)
+    differs, above = has_spread(spread, low, high, largest, spread_floor)
+    comparable = finite & (count > 1)
+    active = (comparable & above)[segment] & known
 
     advantage = deviation
     if baseline == "leave_one_out":
         advantage = deviation * (count / jnp.maximum(count - 1.0, 1.0))[segment]
-    if scale == "group":
-        advantage = advantage / jnp.where(has_spread, jnp.sqrt(variance), 1.0)[segment]
-    elif scale == "batch":
-        n_active = jnp.sum(active)
-        mean_square = jnp.sum(jnp.where(active, deviation**2, 0.0)) / jnp.maximum(n_active, 1)
-        advantage = advantage / jnp.where(n_active > 0, jnp.sqrt(mean_square), 1.0)
+    advantage = advantage / SCALES[scale](spread[segment], deviation**2, active)
     return Advantages(
         advantage=jnp.where(active, advantage, 0.0)[:, None],
         active=active,
-        spread=jnp.sqrt(variance)[segment],
+        spread=spread[segment],
         finite=finite[segment],
+        below_floor=(comparable & differs & ~above)[segment] & known,
     )

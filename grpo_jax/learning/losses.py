@@ -3,18 +3,57 @@
 Written in *probability mass*: m_i = w_i pi(a_i|s) / pi_old(a_i|s), where w_i is the candidate's weight. For an
 enumerated group w_i = pi_old(a_i|s), so m_i is pi(a_i|s) itself and nothing overflows where pi_old is tiny.
 Shapes ``[B, G]`` throughout: B decision states, G candidates.
+
+Surrogates are functions of :class:`Terms`, KL estimators of :class:`Divergence`; the config's names for them are the keys
+of ``SURROGATES`` and ``KL_ESTIMATORS``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from grpo_jax.config import KLEstimator
+from grpo_jax.config import KLEstimator, Surrogate
 
 MAX_LOG_RATIO = 20.0
 """Beyond e^20 a sampled candidate's ratio counts as constant: finite, and without a gradient."""
+
+ABSENT = -1e9
+"""The logit of a candidate that is not there."""
+
+
+class Terms(struct.PyTreeNode):
+    """What a surrogate is made of; each reads the coefficients that it has a use for.
+
+    Attributes:
+      log_prob: ``[B, G]`` log pi(a_i|s), which is differentiated.
+      old_log_prob: ``[B, G]`` log pi_old(a_i|s).
+      log_weight: ``[B, G]`` log w_i.
+      advantage: ``[B, G]``.
+      valid: ``[B, G]`` bool, or None where all candidates are.
+      clip_low: how far the ratio may fall below 1.
+      clip_high: how far it may rise above 1.
+      dual_clip: c > 1, bounds ppo's term from below by c A where A < 0; None: no bound.
+      sapo_temperature: tau where A > 0.
+      sapo_temperature_negative: tau elsewhere.
+      tpo_temperature: tau of tpo's target.
+    """
+
+    log_prob: jax.Array
+    old_log_prob: jax.Array
+    log_weight: jax.Array
+    advantage: jax.Array
+    valid: jax.Array | None = None
+    clip_low: float | jax.Array = 0.2
+    clip_high: float | jax.Array = 0.2
+    dual_clip: float | jax.Array | None = None
+    sapo_temperature: float | jax.Array = 1.0
+    sapo_temperature_negative: float | jax.Array = 1.05
+    tpo_temperature: float | jax.Array = 1.0
 
 
 def mass(log_prob: jax.Array, old_log_prob: jax.Array, log_weight: jax.Array) -> jax.Array:
@@ -23,111 +62,123 @@ def mass(log_prob: jax.Array, old_log_prob: jax.Array, log_weight: jax.Array) ->
     return jnp.exp(jnp.minimum((log_prob - old_log_prob) + log_weight, MAX_LOG_RATIO))
 
 
-def ppo(
-    log_prob: jax.Array,
-    old_log_prob: jax.Array,
-    log_weight: jax.Array,
-    advantage: jax.Array,
-    *,
-    clip_low: float | jax.Array,
-    clip_high: float | jax.Array,
-    dual_clip: float | jax.Array | None = None,
-) -> jax.Array:
+def ppo(terms: Terms) -> jax.Array:
     """w min(rho A, clip(rho, 1-low, 1+high) A) (arXiv:1707.06347, eq. 7; separate bounds: DAPO, arXiv:2503.14476).
 
-    Args:
-      log_prob: ``[B, G]`` log pi(a_i|s).
-      old_log_prob: ``[B, G]`` log pi_old(a_i|s).
-      log_weight: ``[B, G]`` log w_i.
-      advantage: ``[B, G]``.
-      clip_low: how far the ratio may fall below 1.
-      clip_high: how far it may rise above 1.
-      dual_clip: c > 1, bounds the term from below by c A where A < 0 (arXiv:1912.09729, eq. 5); None: no bound.
-
-    Returns:
-      ``[B, G]`` terms to maximise; their sum over a group is the state's objective.
+    With ``dual_clip`` at least c w A where A < 0 (arXiv:1912.09729, eq. 5). Returns ``[B, G]`` terms to maximise;
+    their sum over a group is the state's objective.
     """
-    m, w = mass(log_prob, old_log_prob, log_weight), jnp.exp(log_weight)
-    clipped = jnp.clip(m, w * (1.0 - clip_low), w * (1.0 + clip_high))
-    terms = jnp.minimum(m * advantage, clipped * advantage)
-    if dual_clip is not None:
-        terms = jnp.where(advantage < 0, jnp.maximum(terms, dual_clip * w * advantage), terms)
-    return terms
+    m, w = mass(terms.log_prob, terms.old_log_prob, terms.log_weight), jnp.exp(terms.log_weight)
+    clipped = jnp.clip(m, w * (1.0 - terms.clip_low), w * (1.0 + terms.clip_high))
+    objective = jnp.minimum(m * terms.advantage, clipped * terms.advantage)
+    if terms.dual_clip is not None:
+        bounded = jnp.maximum(objective, terms.dual_clip * w * terms.advantage)
+        objective = jnp.where(terms.advantage < 0, bounded, objective)
+    return objective
 
 
-def cispo(
-    log_prob: jax.Array,
-    old_log_prob: jax.Array,
-    log_weight: jax.Array,
-    advantage: jax.Array,
-    *,
-    clip_high: float | jax.Array,
-) -> jax.Array:
+def cispo(terms: Terms) -> jax.Array:
     """w sg(min(rho, 1+high)) A log pi (arXiv:2506.13585, eq. 4): the weight is clipped, no candidate's gradient is lost.
 
     The weight has no bound from below, as in the paper's experiments: with one, what a bad candidate is pushed down by
-    would not fade with its probability, and log pi would fall without end.
+    would not fade with its probability, and log pi would fall without end. Returns ``[B, G]``.
     """
-    m, w = mass(log_prob, old_log_prob, log_weight), jnp.exp(log_weight)
-    return jax.lax.stop_gradient(jnp.minimum(m, w * (1.0 + clip_high))) * advantage * log_prob
+    m, w = mass(terms.log_prob, terms.old_log_prob, terms.log_weight), jnp.exp(terms.log_weight)
+    weight = jax.lax.stop_gradient(jnp.minimum(m, w * (1.0 + terms.clip_high)))
+    return weight * terms.advantage * terms.log_prob
 
 
-def sapo(
-    log_prob: jax.Array,
-    old_log_prob: jax.Array,
-    log_weight: jax.Array,
-    advantage: jax.Array,
-    *,
-    temperature: float | jax.Array = 1.0,
-    temperature_negative: float | jax.Array = 1.05,
-) -> jax.Array:
-    """w (4/tau) sigmoid(tau (rho - 1)) A (arXiv:2511.20347): a soft gate, tau by the advantage's sign."""
-    tau = jnp.where(advantage > 0, temperature, temperature_negative)
-    ratio = jnp.exp(jnp.clip(log_prob - old_log_prob, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    return jnp.exp(log_weight) * (4.0 / tau) * jax.nn.sigmoid(tau * (ratio - 1.0)) * advantage
+def sapo(terms: Terms) -> jax.Array:
+    """w (4/tau) sigmoid(tau (rho - 1)) A (arXiv:2511.20347): a soft gate, tau by the advantage's sign; ``[B, G]``."""
+    tau = jnp.where(terms.advantage > 0, terms.sapo_temperature, terms.sapo_temperature_negative)
+    ratio = jnp.exp(jnp.clip(terms.log_prob - terms.old_log_prob, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return jnp.exp(terms.log_weight) * (4.0 / tau) * jax.nn.sigmoid(tau * (ratio - 1.0)) * terms.advantage
 
 
-def tpo(
-    log_prob: jax.Array,
-    old_log_prob: jax.Array,
-    log_weight: jax.Array,
-    advantage: jax.Array,
-    valid: jax.Array,
-    *,
-    temperature: float | jax.Array = 1.0,
-) -> jax.Array:
+def tpo(terms: Terms) -> jax.Array:
     """q log p with the target q ~ w exp(A / tau) and p ~ w pi / pi_old over the group (arXiv:2604.06159).
 
-    For an enumerated group p is the policy and q ~ pi_old exp(A / tau).
+    For an enumerated group p is the policy and q ~ pi_old exp(A / tau). Returns ``[B, G]``.
     """
-    out = -1e9  # the logit of a candidate that is not there
-    target = jax.nn.softmax(jnp.where(valid, log_weight + advantage / temperature, out), axis=-1)
-    fitted = jax.nn.log_softmax(jnp.where(valid, log_weight + log_prob - old_log_prob, out), axis=-1)
+    valid = jnp.ones(terms.log_prob.shape, bool) if terms.valid is None else terms.valid
+    wanted = terms.log_weight + terms.advantage / terms.tpo_temperature
+    target = jax.nn.softmax(jnp.where(valid, wanted, ABSENT), axis=-1)
+    reached = terms.log_weight + terms.log_prob - terms.old_log_prob
+    fitted = jax.nn.log_softmax(jnp.where(valid, reached, ABSENT), axis=-1)
     return jnp.where(valid, jax.lax.stop_gradient(target) * fitted, 0.0)
 
 
-def kl_estimate(
-    log_prob: jax.Array, reference_log_prob: jax.Array, log_weight: jax.Array, estimator: KLEstimator
-) -> jax.Array:
-    """w times an estimate of KL(pi || pi_ref) at each candidate (Schulman 2020, joschu.net/blog/kl-approx.html).
+SURROGATES: dict[Surrogate, Callable[[Terms], jax.Array]] = {
+    "ppo": ppo,
+    "cispo": cispo,
+    "sapo": sapo,
+    "tpo": tpo,
+}
+"""Objectives, to be maximised, by the names that the config has for them."""
 
-    k1 = log(pi/pi_ref); k2 = k1^2 / 2; k3 = pi_ref/pi - 1 - log(pi_ref/pi), which is what GRPO's paper uses
-    (arXiv:2402.03300, eq. 4). Sum over a group for the state's estimate; ``[B, G]``.
+
+class Divergence(struct.PyTreeNode):
+    """What an estimate of KL(pi || pi_ref) is made of.
+
+    Attributes:
+      log_prob: ``[B, G]`` log pi(a_i|s).
+      reference_log_prob: ``[B, G]`` log pi_ref(a_i|s).
+      log_weight: ``[B, G]`` log w_i.
+      valid: ``[B, G]`` bool.
+      closed_form: ``[B]`` the KL itself, where it is known.
     """
-    log_ratio = reference_log_prob - log_prob
-    if estimator == "k1":
-        # With weights that are constants, k1's own gradient is E[grad log pi] = 0 whatever pi_ref is: take k2's, which
-        # is the KL's.
-        k2 = 0.5 * log_ratio**2
-        estimate = jax.lax.stop_gradient(-log_ratio) + (k2 - jax.lax.stop_gradient(k2))
-    elif estimator == "k2":
-        estimate = 0.5 * log_ratio**2
-    elif estimator == "k3":
-        bounded = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        estimate = jnp.exp(bounded) - 1.0 - bounded
-    else:
-        raise ValueError(f"kl_estimator={estimator!r} has no form per candidate; use k1, k2 or k3")
-    return jnp.exp(log_weight) * estimate
+
+    log_prob: jax.Array
+    reference_log_prob: jax.Array
+    log_weight: jax.Array
+    valid: jax.Array
+    closed_form: jax.Array | None = None
+
+    @property
+    def log_ratio(self) -> jax.Array:
+        """log(pi_ref / pi) of each candidate; ``[B, G]``."""
+        return self.reference_log_prob - self.log_prob
+
+    def expected(self, estimate: jax.Array) -> jax.Array:
+        """Sum over a group of w times an estimate ``[B, G]`` at each candidate; ``[B]``."""
+        return jnp.sum(jnp.where(self.valid, jnp.exp(self.log_weight) * estimate, 0.0), axis=1)
+
+
+def exact(divergence: Divergence) -> jax.Array:
+    """The KL in closed form, ``[B]``."""
+    if divergence.closed_form is None:
+        raise ValueError("kl_estimator='exact' needs the KL in closed form; without it use k1, k2 or k3")
+    return divergence.closed_form
+
+
+def k1(divergence: Divergence) -> jax.Array:
+    """Mean of log(pi/pi_ref) (Schulman 2020, joschu.net/blog/kl-approx.html), ``[B]``; its gradient is that of k2.
+
+    With weights that are constants, k1's own gradient is E[grad log pi] = 0 whatever pi_ref is; k2's is the KL's.
+    """
+    log_ratio = divergence.log_ratio
+    square = 0.5 * log_ratio**2
+    return divergence.expected(jax.lax.stop_gradient(-log_ratio) + (square - jax.lax.stop_gradient(square)))
+
+
+def k2(divergence: Divergence) -> jax.Array:
+    """Mean of log(pi/pi_ref)^2 / 2 (Schulman 2020), ``[B]``."""
+    return divergence.expected(0.5 * divergence.log_ratio**2)
+
+
+def k3(divergence: Divergence) -> jax.Array:
+    """Mean of pi_ref/pi - 1 - log(pi_ref/pi) (Schulman 2020), as in GRPO's paper (arXiv:2402.03300, eq. 4); ``[B]``."""
+    bounded = jnp.clip(divergence.log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return divergence.expected(jnp.exp(bounded) - 1.0 - bounded)
+
+
+KL_ESTIMATORS: dict[KLEstimator, Callable[[Divergence], jax.Array]] = {
+    "exact": exact,
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+}
+"""Estimates of KL(pi || pi_ref) in each decision state, by the names that the config has for them."""
 
 
 def mean_over(rows: jax.Array, values: jax.Array) -> jax.Array:
@@ -147,38 +198,3 @@ def value_loss(
     if clip_range is not None:
         value = old_value + jnp.clip(value - old_value, -clip_range, clip_range)
     return (value - target) ** 2
-
-
-def lambda_returns(
-    rewards: jax.Array,
-    values: jax.Array,
-    next_values: jax.Array,
-    terminated: jax.Array,
-    ended: jax.Array,
-    gamma: float | jax.Array,
-    gae_lambda: float | jax.Array,
-) -> jax.Array:
-    """TD(lambda) returns of the executed trajectories (GAE plus value, arXiv:1506.02438, eq. 16).
-
-    Args:
-      rewards: ``[T, N]``.
-      values: ``[T, N]`` V(s_t).
-      next_values: ``[T, N]`` V of the state that was reached, before any reset.
-      terminated: ``[T, N]`` bool, no value beyond.
-      ended: ``[T, N]`` bool, terminated or truncated: the next row is another episode.
-      gamma: discount factor.
-      gae_lambda: lambda.
-
-    Returns:
-      ``[T, N]``.
-    """
-    chex.assert_equal_shape([rewards, values, next_values, terminated, ended])
-    deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values
-
-    def backwards(gae: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        delta, end = step
-        gae = delta + gamma * gae_lambda * jnp.where(end, 0.0, gae)
-        return gae, gae
-
-    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(rewards[0]), (deltas, ended), reverse=True)
-    return advantages + values

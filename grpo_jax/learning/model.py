@@ -15,8 +15,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from grpo_jax.learning.replay import Replay as Replay
+from grpo_jax.learning.replay import Transitions as Transitions
+from grpo_jax.learning.replay import join_axes
+from grpo_jax.learning.replay import remember as remember
+from grpo_jax.learning.replay import transitions_of as transitions_of
 from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
-from grpo_jax.policies.policy import Policy
 from grpo_jax.spaces import ActionSpace, Box, Space
 from grpo_jax.types import Metrics, Params, PyTree
 from grpo_jax.worlds.base import RewardFunction
@@ -37,49 +41,6 @@ ROUND, PATIENCE = 20, 4  # optimizer steps between validations, validations with
 STILL = 0.3  # of a change's standard deviation in training: errors are not measured in smaller units
 END_WEIGHT = 5.0  # of the cross-entropy: ends are rare, and are learned last
 MARGIN = 0.1  # of the range seen, by which predictions may leave it
-LARGEST = 1e15  # beyond, squares overflow
-
-
-class Transitions(struct.PyTreeNode):
-    """Real steps; leaves ``[..., *]``, ``[T, N, *]`` where their order matters.
-
-    Attributes:
-      observation: ``[..., D]``.
-      action: ``[..., *A]`` in the world's units.
-      reward: ``[...]``.
-      next_observation: ``[..., D]``, what was reached, before any reset.
-      terminated: bool ``[...]``.
-      truncated: bool ``[...]``; nothing that is learned.
-    """
-
-    observation: jax.Array
-    action: jax.Array
-    reward: jax.Array
-    next_observation: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
-
-
-class Replay(struct.PyTreeNode):
-    """The last transitions, in a ring.
-
-    Attributes:
-      data: ``[capacity, *]``.
-      n_seen: int32, how many were ever put in.
-    """
-
-    data: Transitions
-    n_seen: jax.Array
-
-    @property
-    def capacity(self) -> int:
-        """How many transitions there is room for."""
-        return int(self.data.reward.shape[0])
-
-    @property
-    def count(self) -> jax.Array:
-        """How many transitions are held; int32."""
-        return jnp.minimum(self.n_seen, self.capacity)
 
 
 class Model(struct.PyTreeNode):
@@ -107,14 +68,14 @@ def init_model(
     """A model that has seen nothing.
 
     Args:
-      observation_space: a Box of shape ``[D]``, floating.
+      observation_space: a floating Box of D numbers in any shape, no image.
       action_space: any.
       key: PRNG key of the first parameters.
       reward_function: JAX-traceable ``(state, action, next_state) -> []`` for one transition; None: it is learned.
       capacity: transitions that are kept.
 
     Raises:
-      NotImplementedError: observations that are no vectors of real numbers.
+      NotImplementedError: observations that are images, categories or dicts.
       ValueError: capacity below 1.
     """
     if capacity < 1:
@@ -133,47 +94,6 @@ def init_model(
         truncated=jnp.zeros(capacity, bool),
     )
     return Model(world, Replay(data, jnp.int32(0)), _OPTIMIZER.init(world.params))
-
-
-def transitions_of(policy: Policy, trajectory: Any) -> Transitions:
-    """What a recorded ``training.rollout.Trajectory`` ``[T, N]`` teaches.
-
-    Raises:
-      ValueError: it was collected without ``keep_next_observation``.
-    """
-    if trajectory.next_observation is None:
-        raise ValueError("trajectory.next_observation is None; collect with keep_next_observation=True")
-    return Transitions(
-        observation=trajectory.observation,
-        action=policy.to_world(trajectory.action),
-        reward=trajectory.reward,
-        next_observation=trajectory.next_observation,
-        terminated=trajectory.terminated,
-        truncated=trajectory.truncated,
-    )
-
-
-@jax.jit
-def remember(replay: Replay, transitions: Transitions) -> Replay:
-    """Puts transitions ``[..., *]`` in the place of the oldest ones; those with NaN, inf or beyond 1e15 are left out.
-
-    Raises:
-      ValueError: more at once than the replay has room for.
-    """
-    n_axes = transitions.reward.ndim
-    if transitions.reward.size > replay.capacity:
-        raise ValueError(
-            f"{transitions.reward.size} transitions at once are more than capacity={replay.capacity}; raise it"
-        )
-    flat: Transitions = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[n_axes:]), transitions)
-    numbers = jnp.concatenate([flat.observation, flat.next_observation, flat.reward[:, None]], axis=-1)
-    sound = jnp.all(jnp.abs(numbers) < LARGEST, axis=-1)  # False for NaN
-    slots = (replay.n_seen + jnp.cumsum(sound) - 1) % replay.capacity
-    slots = jnp.where(sound, slots, replay.capacity)
-    data = jax.tree.map(
-        lambda old, new: old.at[slots].set(new.astype(old.dtype), mode="drop"), replay.data, flat
-    )
-    return Replay(data, replay.n_seen + jnp.sum(sound, dtype=jnp.int32))
 
 
 @jax.jit
@@ -262,6 +182,7 @@ def measure(world: LearnedWorld, transitions: Transitions, horizon: int) -> Metr
       without any); ``disagreement`` of one step; ``cut``, share of the windows that disagreement cuts; and ``error``,
       the larger one of h_step_error and reward_error, which decides whether the world is ``usable``.
     """
+    transitions = join_axes(transitions, world.starts)
     n_steps = transitions.reward.shape[0]
     horizon = min(horizon, n_steps)
     n_starts = n_steps - horizon + 1

@@ -103,62 +103,27 @@ def loss(
     - sum over candidates of the surrogate, averaged over the decision states that are ``compared``, - ent_coef entropy
     + kl_coef KL(pi || pi_ref) + vf_coef value loss, averaged over all that are ``alive``.
     """
-    group = batch.group
     state = state.replace(params=params)
     parameters = policy.parameters(state, batch.observation, batch.action_mask)
-    log_prob = policy.distribution.log_prob(parameters[:, None], group.action)
-    log_prob = jnp.where(group.valid, log_prob, group.log_prob)
-    args = (log_prob, group.log_prob, group.log_weight, batch.advantage)
-    if config.surrogate == "ppo":
-        terms = losses.ppo(*args, clip_low=clip_low, clip_high=clip_high, dual_clip=config.dual_clip)
-    elif config.surrogate == "cispo":
-        terms = losses.cispo(*args, clip_high=clip_high)
-    elif config.surrogate == "sapo":
-        terms = losses.sapo(
-            *args,
-            temperature=config.sapo_temperature,
-            temperature_negative=config.sapo_temperature_negative,
-        )
-    else:
-        terms = losses.tpo(*args, group.valid, temperature=config.tpo_temperature)
-
+    terms = _terms(config, policy, parameters, batch, clip_low, clip_high)
     average = functools.partial(losses.mean_over, batch.alive)
-    compared = batch.alive & batch.compared
-    average_compared = functools.partial(losses.mean_over, compared)
-    counted = group.valid & batch.active[:, None]
-    policy_loss = -average_compared(jnp.sum(jnp.where(counted, terms, 0.0), axis=1))
+    average_compared = functools.partial(losses.mean_over, batch.alive & batch.compared)
+    counted = batch.group.valid & batch.active[:, None]
+    objective = losses.SURROGATES[config.surrogate](terms)
+    policy_loss = -average_compared(jnp.sum(jnp.where(counted, objective, 0.0), axis=1))
     entropy = average(policy.distribution.entropy(parameters))
     assert not callable(config.ent_coef), "update() has asked the schedule"
     total = policy_loss - config.ent_coef * entropy
-
-    weight = jnp.where(counted, jnp.exp(group.log_weight), 0.0)
-    log_ratio = log_prob - group.log_prob
-    above = log_ratio > jnp.log1p(clip_high)
-    below = log_ratio < jnp.log1p(-jnp.minimum(clip_low, 1.0))
-    # As PPO counts: all ratios beyond the bounds. Then those whose gradient is cut, as no other surrogate's is.
-    cuts = config.surrogate == "ppo"
-    high, low = cuts & above & (batch.advantage > 0), cuts & below & (batch.advantage < 0)
-    beyond = jnp.stack([above | below, high, low])
-    clip_fraction, clip_fraction_high, clip_fraction_low = average_compared(jnp.sum(weight * beyond, axis=-1))
     metrics = {
         "policy_loss": policy_loss,
         "entropy": entropy,
         # With an axis for candidates, as log_prob: XLA then finds out that the softmax is one and the same.
         "approx_kl": average(policy.distribution.kl(batch.distribution[:, None], parameters[:, None])[:, 0]),
-        "clip_fraction": clip_fraction,
-        "clip_fraction_high": clip_fraction_high,
-        "clip_fraction_low": clip_fraction_low,
     }
+    names = ("clip_fraction", "clip_fraction_high", "clip_fraction_low")
+    metrics |= dict(zip(names, average_compared(_clipped(config, terms, counted)), strict=True))
     if batch.reference is not None and config.kl_coef is not None:
-        if config.kl_estimator == "exact":
-            kl = policy.distribution.kl(parameters, batch.reference)
-        else:
-            reference_log_prob = policy.distribution.log_prob(batch.reference[:, None], group.action)
-            estimates = losses.kl_estimate(
-                log_prob, reference_log_prob, group.log_weight, config.kl_estimator
-            )
-            kl = jnp.sum(jnp.where(group.valid, estimates, 0.0), axis=1)
-        metrics["kl"] = average(kl)
+        metrics["kl"] = average(_kl(config, policy, parameters, terms, batch))
         total = total + config.kl_coef * metrics["kl"]
     if batch.value is not None and batch.value_target is not None:
         value = policy.value(state, batch.observation)
@@ -168,6 +133,61 @@ def loss(
         total = total + config.vf_coef * metrics["value_loss"]
     metrics["loss"] = total
     return total, metrics
+
+
+def _terms(
+    config: GRPOConfig,
+    policy: Policy,
+    parameters: jax.Array,
+    batch: Batch,
+    clip_low: jax.Array | float,
+    clip_high: jax.Array | float,
+) -> losses.Terms:
+    """What the surrogate is made of; candidates that are not valid stay where they were."""
+    group = batch.group
+    log_prob = policy.distribution.log_prob(parameters[:, None], group.action)
+    return losses.Terms(
+        log_prob=jnp.where(group.valid, log_prob, group.log_prob),
+        old_log_prob=group.log_prob,
+        log_weight=group.log_weight,
+        advantage=batch.advantage,
+        valid=group.valid,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=config.dual_clip,
+        sapo_temperature=config.sapo_temperature,
+        sapo_temperature_negative=config.sapo_temperature_negative,
+        tpo_temperature=config.tpo_temperature,
+    )
+
+
+def _clipped(config: GRPOConfig, terms: losses.Terms, counted: jax.Array) -> jax.Array:
+    """Shares of each state's candidates whose ratio is beyond the bounds, as PPO counts; ``[3, B]``.
+
+    All of them; then those above and those below whose gradient is cut, as no other surrogate's is.
+    """
+    weight = jnp.where(counted, jnp.exp(terms.log_weight), 0.0)
+    log_ratio = terms.log_prob - terms.old_log_prob
+    above = log_ratio > jnp.log1p(terms.clip_high)
+    below = log_ratio < jnp.log1p(-jnp.minimum(terms.clip_low, 1.0))
+    cuts = config.surrogate == "ppo"
+    high, low = cuts & above & (terms.advantage > 0), cuts & below & (terms.advantage < 0)
+    return jnp.sum(weight * jnp.stack([above | below, high, low]), axis=-1)
+
+
+def _kl(
+    config: GRPOConfig, policy: Policy, parameters: jax.Array, terms: losses.Terms, batch: Batch
+) -> jax.Array:
+    """KL(pi || pi_ref) of each state, ``[B]``, as the config wants it estimated."""
+    assert batch.reference is not None
+    divergence = losses.Divergence(
+        log_prob=terms.log_prob,
+        reference_log_prob=policy.distribution.log_prob(batch.reference[:, None], batch.group.action),
+        log_weight=terms.log_weight,
+        valid=batch.group.valid,
+        closed_form=policy.distribution.kl(parameters, batch.reference),
+    )
+    return losses.KL_ESTIMATORS[config.kl_estimator](divergence)
 
 
 def update(
@@ -193,22 +213,68 @@ def update(
     Returns:
       The new learner, and metrics averaged over the optimizer steps.
     """
-    clip_low = scheduled(config.clip_range, config.clip_range_decay, learner.n_updates, progress)
+    n_before = learner.n_updates
+    clip_low = scheduled(config.clip_range, config.clip_range_decay, n_before, progress)
     clip_high = clip_low
     if config.clip_range_high is not None:
-        clip_high = scheduled(config.clip_range_high, config.clip_range_decay, learner.n_updates, progress)
-    config = config.replace(
-        ent_coef=scheduled(config.ent_coef, config.ent_coef_decay, learner.n_updates, progress)
+        clip_high = scheduled(config.clip_range_high, config.clip_range_decay, n_before, progress)
+    config = config.replace(ent_coef=scheduled(config.ent_coef, config.ent_coef_decay, n_before, progress))
+    rows = _order(config, key)
+    step = _stepper(config, policy, learner.policy, batch, clip_low, clip_high, progress)
+
+    def body(carry: _Carry) -> _Carry:
+        i, learner, sums, _ = carry
+        learner, metrics, finite, too_far = step(
+            learner, jax.lax.dynamic_index_in_dim(rows, i, keepdims=False)
+        )
+        # One vector: XLA compiles a kernel for each number that is added on its own.
+        row = jnp.stack([metrics[name] for name in names])
+        row = jnp.append(jnp.where(finite, row, 0.0), ~finite)
+        return i + 1, learner, sums + row, too_far
+
+    def goes_on(carry: _Carry) -> jax.Array:
+        i, _, _, too_far = carry
+        remains = i < config.n_updates
+        return remains if config.target_kl is None else remains & ~too_far
+
+    shapes = jax.eval_shape(step, learner, rows[0])[1]
+    names, dtype = sorted(shapes), shapes["loss"].dtype
+    taken, learner, sums, _ = jax.lax.while_loop(
+        goes_on, body, (jnp.int32(0), learner, jnp.zeros(len(names) + 1, dtype), jnp.bool_(False))
     )
+    means = sums / taken
+    metrics = {name: means[i] for i, name in enumerate(names)}
+    metrics["nonfinite_updates"] = sums[-1]
+    last_rate = scheduled(config.learning_rate, config.learning_rate_decay, learner.n_updates, progress)
+    metrics["learning_rate"] = jnp.asarray(last_rate, dtype)
+    metrics["clip_range"] = jnp.asarray(clip_low, dtype)
+    metrics["ent_coef"] = jnp.asarray(config.ent_coef, dtype)
+    metrics["n_updates"] = (learner.n_updates - n_before).astype(dtype)
+    return learner, metrics
+
+
+def _order(config: GRPOConfig, key: jax.Array) -> jax.Array:
+    """Which decision states each minibatch holds: row numbers ``[n_updates, batch_size]``."""
     size = min(config.batch_size, config.n_states)
     # One sort for all epochs: the order of random words is a random order.
     order = jnp.argsort(draw_bits(as_key(key), (config.n_epochs, config.n_states)), axis=1)
     # The last minibatch of an epoch is filled up with rows that do not exist.
     n_missing = config.n_minibatches * size - config.n_states
     order = jnp.pad(order, ((0, 0), (0, n_missing)), constant_values=config.n_states)
-    rows = order.reshape(config.n_updates, size)
+    return order.reshape(config.n_updates, size)
+
+
+def _stepper(
+    config: GRPOConfig,
+    policy: Policy,
+    state: PolicyState,
+    batch: Batch,
+    clip_low: jax.Array | float,
+    clip_high: jax.Array | float,
+    progress: jax.Array | float,
+) -> Callable[[Learner, jax.Array], tuple[Learner, Metrics, jax.Array, jax.Array]]:
+    """An optimizer step: ``(learner, rows) -> (learner, metrics, is finite, goes beyond target_kl)``."""
     gradient = jax.value_and_grad(loss, has_aux=True)
-    state, n_before = learner.policy, learner.n_updates
     take_rows = row_taker(batch)
 
     @jax.jit  # one trace, for the shapes and for the loop
@@ -240,38 +306,7 @@ def update(
         )
         return learner, metrics, finite, too_far
 
-    def body(carry: _Carry) -> _Carry:
-        i, learner, sums, _ = carry
-        learner, metrics, finite, too_far = step(
-            learner, jax.lax.dynamic_index_in_dim(rows, i, keepdims=False)
-        )
-        # One vector: XLA compiles a kernel for each number that is added on its own.
-        row = jnp.stack([metrics[name] for name in names])
-        row = jnp.append(jnp.where(finite, row, 0.0), ~finite)
-        return i + 1, learner, sums + row, too_far
-
-    def goes_on(carry: _Carry) -> jax.Array:
-        i, _, _, too_far = carry
-        remains = i < config.n_updates
-        return remains if config.target_kl is None else remains & ~too_far
-
-    shapes = jax.eval_shape(step, learner, rows[0])[1]
-    names = sorted(shapes)
-    zeros = jnp.zeros(len(names) + 1, shapes["loss"].dtype)
-    taken, learner, sums, _ = jax.lax.while_loop(
-        goes_on, body, (jnp.int32(0), learner, zeros, jnp.bool_(False))
-    )
-    means = sums / taken
-    metrics = {name: means[i] for i, name in enumerate(names)}
-    metrics["nonfinite_updates"] = sums[-1]
-    metrics["learning_rate"] = jnp.asarray(
-        scheduled(config.learning_rate, config.learning_rate_decay, learner.n_updates, progress),
-        metrics["loss"].dtype,
-    )
-    metrics["clip_range"] = jnp.asarray(clip_low, metrics["loss"].dtype)
-    metrics["ent_coef"] = jnp.asarray(config.ent_coef, metrics["loss"].dtype)
-    metrics["n_updates"] = (learner.n_updates - n_before).astype(metrics["loss"].dtype)
-    return learner, metrics
+    return step
 
 
 def update_reference(config: GRPOConfig, learner: Learner, iteration: jax.Array) -> Learner:

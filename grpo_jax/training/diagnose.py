@@ -15,7 +15,7 @@ SPREAD_ITERATIONS = 10
 
 
 class NoSpreadWarning(UserWarning):
-    """The groups of a run have nothing to tell: all candidates earn the same."""
+    """There is nothing to learn from the groups of a run: their candidates all earn the same, or nearly so."""
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:
@@ -30,24 +30,34 @@ def check_finite(metrics: Mapping[str, Any]) -> None:
         )
 
 
-def warn_without_spread(config: GRPOConfig, frac_zero_std: Any) -> None:
+def warn_without_spread(config: GRPOConfig, frac_zero_std: Any, frac_below_floor: Any = 0.0) -> None:
     """Warns where more than 99% of the groups had no spread, and says which parameter to change and why.
 
     Args:
       config: of the run.
       frac_zero_std: that metric of the first iterations, any shape.
+      frac_below_floor: the same; of those groups, the ones whose candidates did differ, by less than the floor.
     """
-    share = float(np.mean(frac_zero_std))
+    share, below = float(np.mean(frac_zero_std)), float(np.mean(frac_below_floor))
     if share <= 0.99:
+        return
+    if below > 0.01:
+        what = (
+            f"The candidates of {below:.1%} of the groups differed, but by no more than spread_floor="
+            f"{_number(config.spread_floor)} times their largest return: such groups are left out"
+            f" ({max(share - below, 0.0):.1%} of the groups were equal). If these differences are real, lower"
+            " spread_floor (float32 can tell apart about 1e-6), or subtract the constant part of the reward."
+        )
+        warnings.warn(what, NoSpreadWarning, stacklevel=3)
         return
     why = f"{share:.1%} of the groups had no spread so far: their candidates all earned the same return."
     if config.candidates == "trajectory":
-        advice = "Raise group_size, or use a reward_function that tells the episodes of a group apart."
+        advice = "Raise group_size, or use a reward_function that differs between the episodes of a group."
     elif config.candidates == "episodes":
         advice = (
             f"n_envs={config.n_envs} times n_steps={config.n_steps} must hold several whole episodes, with different"
             " rewards: raise n_steps, or use bootstrap=True (a critic values what the rollout cuts), or a"
-            " reward_function that tells episodes apart."
+            " reward_function that differs between episodes."
         )
     else:
         advice = (
@@ -56,3 +66,8 @@ def warn_without_spread(config: GRPOConfig, frac_zero_std: Any) -> None:
             " reward_function that shows the consequence earlier."
         )
     warnings.warn(f"{why} Such groups teach nothing. {advice}", NoSpreadWarning, stacklevel=3)
+
+
+def _number(value: Any) -> str:
+    """A traced setting that may be a number or an array."""
+    return f"{float(np.mean(value)):g}"

@@ -64,8 +64,13 @@ def evaluate_episodes(
       max_steps: where to stop episodes that never end.
 
     Raises:
+      TypeError: state is no ``TrainState`` or env no ``World``, swapped ones included.
       ValueError: n_episodes or max_steps below 1.
     """
+    if not isinstance(state, TrainState) or not isinstance(env, World):
+        raise TypeError(
+            f"state={type(state).__name__} and env={type(env).__name__} must be a TrainState and a World, in that order"
+        )
     if n_episodes < 1 or max_steps < 1:
         raise ValueError(f"n_episodes={n_episodes} and max_steps={max_steps} must be at least 1")
     return _play(state.policy, state.learner.policy, env, as_key(key), n_episodes, deterministic, max_steps)

@@ -1,12 +1,15 @@
-"""The loop: one iteration is rollout, groups, update; a run is many iterations in one program."""
+"""The loop: an iteration collects, compares and improves; a run is many iterations in one program."""
 
 from __future__ import annotations
 
 import functools
+import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from grpo_jax import counter
@@ -14,14 +17,21 @@ from grpo_jax.config import GRPOConfig, scheduled
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages
 from grpo_jax.groups.branch import Branches
-from grpo_jax.learning.losses import mean_over
+from grpo_jax.groups.compare import (
+    branched,
+    compare_branches,
+    compare_episodes,
+    compare_trajectories,
+    follow,
+    propose,
+)
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, make_policy
-from grpo_jax.training import batches
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.rollout import Environments, Trajectory, rollout, start
-from grpo_jax.types import Batch, Counter, Group, Metrics, Params
+from grpo_jax.training.metrics import episode_metrics, explained_variance, group_metrics
+from grpo_jax.training.rollout import rollout, start
+from grpo_jax.types import Batch, Counter, Environments, Group, Metrics, Params, Trajectory
 from grpo_jax.worlds.base import World
 
 
@@ -67,11 +77,41 @@ class TrainState(struct.PyTreeNode):
         return self.learner.policy.params
 
 
+class Comparison(NamedTuple):
+    """What ``compare`` found.
+
+    Attributes:
+      batch: what the update learns from, ``[n_steps * n_envs, ...]``.
+      advantages: of its groups.
+      simulator_steps: world steps that this took.
+    """
+
+    batch: Batch
+    advantages: Advantages
+    simulator_steps: Counter
+
+
 class Result(NamedTuple):
     """What ``train`` returns: the last state, and metrics with a leading axis ``[n_iterations]``."""
 
     state: TrainState
     metrics: Metrics
+
+
+def check_arguments(config: GRPOConfig, env: World) -> None:
+    """Refuses what is no config or no world.
+
+    Raises:
+      TypeError: names the argument; says so where the two are swapped.
+    """
+    if isinstance(config, World) and isinstance(env, GRPOConfig):
+        raise TypeError(
+            "config and env are swapped: the config comes first, then the env, as in train(config, env, key, ...)"
+        )
+    if not isinstance(config, GRPOConfig):
+        raise TypeError(f"config={config!r} must be a GRPOConfig; grpo_jax.preset(id) gives one")
+    if not isinstance(env, World):
+        raise TypeError(f"env={env!r} must be a World; grpo_jax.make(env) makes one")
 
 
 def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
@@ -82,10 +122,7 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
       env: a world, as ``make`` returns it.
       key: PRNG key of the whole run; one key, one run, bit for bit.
     """
-    if not isinstance(config, GRPOConfig):
-        raise TypeError(f"config={config!r} must be a GRPOConfig; grpo_jax.preset(id) gives one")
-    if not isinstance(env, World):
-        raise TypeError(f"env={env!r} must be a World; grpo_jax.make(env) makes one")
+    check_arguments(config, env)
     policy = make_policy(config, env.observation_space, env.action_space)
     candidates.resolve(config, policy.distribution)  # refuses what cannot be, before anything is traced
     keys = split(as_key(key), 3)
@@ -104,7 +141,7 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
 def iteration(
     config: GRPOConfig, env: World, state: TrainState, n_iterations: int | jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Rollout, groups, update: the whole algorithm once; ``collect``, then ``learn``.
+    """The whole algorithm once: ``collect``, ``compare``, ``improve``.
 
     Args:
       config: the settings.
@@ -117,8 +154,9 @@ def iteration(
     """
     progress = state.iteration / n_iterations
     state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap, progress=progress)
-    state, metrics = learn(config, env, state, trajectory, progress)
-    return state, metrics | _episode_metrics(state.environments, trajectory)
+    comparison = compare(config, env, state, trajectory, progress)
+    state, metrics = improve(config, state, comparison, progress)
+    return state, metrics | episode_metrics(state.environments, trajectory)
 
 
 def collect(
@@ -129,7 +167,7 @@ def collect(
     keep_next_observation: bool,
     progress: jax.Array | float = 0.0,
 ) -> tuple[TrainState, Trajectory]:
-    """The first half of an iteration: the policy acts.
+    """The first part of an iteration: the policy acts.
 
     Args:
       config: the settings.
@@ -158,59 +196,78 @@ def collect(
     return state.replace(environments=environments), trajectory
 
 
-def learn(
+def compare(
     config: GRPOConfig,
     env: World | None,
     state: TrainState,
     trajectory: Trajectory,
-    progress: jax.Array | float,
+    progress: jax.Array | float = 0.0,
     evaluated: tuple[Group, Branches] | None = None,
-) -> tuple[TrainState, Metrics]:
-    """The second half of an iteration: groups, then the update.
+) -> Comparison:
+    """The second part of an iteration: what was done is compared with what else could have been done.
 
     Args:
       config: the settings.
       env: the world that is branched in; None where nothing is, or was already.
       state: the state whose policy acted.
       trajectory: what it did, ``[n_steps, n_envs]``.
-      progress: share of the run that is done, in [0, 1], for decaying rates.
+      progress: share of the run that is done, in [0, 1], for a decaying persistence.
       evaluated: candidates and their group returns, where they were followed elsewhere (on the host).
 
     Returns:
-      The state afterwards, and scalar metrics.
+      A ``Comparison``.
+
+    Raises:
+      ValueError: candidates that are branched, but neither ``env`` nor ``evaluated``.
     """
     policy, learner = state.policy, state.learner
     if trajectory.distribution is None:
         distribution = policy.parameters(learner.policy, trajectory.observation, trajectory.action_mask)
         trajectory = trajectory.replace(distribution=distribution)
-    keys = iteration_keys(state.key)
-    simulator_steps = counter.zero()
     if config.candidates == "trajectory":
-        batch, advantages = batches.compare_trajectories(config, policy, trajectory)
-    elif config.candidates == "episodes":
-        batch, advantages = batches.compare_episodes(config, policy, learner.policy, trajectory)
-    else:
-        wanted = batches.branched(config, state.iteration)
-        if evaluated is None:
-            assert env is not None, f"candidates={config.candidates!r} need a world to branch in"
-            candidate_key, branch_key = split(keys.groups, 2)
-            group = batches.propose(config, policy, trajectory, candidate_key)
-            persistence = _persistence(config, learner, progress)
-            branches = batches.follow(
-                config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
+        return Comparison(*compare_trajectories(config, policy, trajectory), counter.zero())
+    if config.candidates == "episodes":
+        return Comparison(*compare_episodes(config, policy, learner.policy, trajectory), counter.zero())
+    wanted = branched(config, state.iteration)
+    if evaluated is None:
+        if env is None:
+            raise ValueError(
+                f"candidates={config.candidates!r} needs a world to branch in: env=None has none"
             )
-        else:
-            group, branches = evaluated
-        simulator_steps = branches.simulator_steps
-        batch, advantages = batches.compare(
-            config, policy, learner.policy, trajectory, group, branches, wanted
+        candidate_key, branch_key = split(iteration_keys(state.key).groups, 2)
+        group = propose(config, policy, trajectory, candidate_key)
+        persistence = _persistence(config, learner, progress)
+        branches = follow(
+            config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
         )
+    else:
+        group, branches = evaluated
+    batch, advantages = compare_branches(config, policy, learner.policy, trajectory, group, branches, wanted)
+    return Comparison(batch, advantages, branches.simulator_steps)
+
+
+def improve(
+    config: GRPOConfig, state: TrainState, comparison: Comparison, progress: jax.Array | float = 0.0
+) -> tuple[TrainState, Metrics]:
+    """The third part of an iteration: the policy (and its critic) learn.
+
+    Args:
+      config: the settings.
+      state: the state whose policy acted.
+      comparison: of what it did.
+      progress: share of the run that is done, in [0, 1], for decaying rates.
+
+    Returns:
+      The state afterwards, and scalar metrics.
+    """
+    batch, advantages, simulator_steps = comparison
+    policy, learner, keys = state.policy, state.learner, iteration_keys(state.key)
     if learner.reference is not None:
         reference = policy.parameters(learner.reference, batch.observation, batch.action_mask)
         batch = batch.replace(reference=reference)
     learner, metrics = update(config, policy, learner, batch, keys.update, progress)
     if batch.value is not None and batch.value_target is not None:
-        metrics["explained_variance"] = _explained_variance(batch.value, batch.value_target)
+        metrics["explained_variance"] = explained_variance(batch.value, batch.value_target)
     learner = learner.replace(policy=policy.update_statistics(learner.policy, batch.observation))
     learner = update_reference(config, learner, state.iteration)
 
@@ -224,7 +281,7 @@ def learn(
         decision_steps=counter.add(state.decision_steps, n_decisions),
         simulator_steps=counter.merge(state.simulator_steps, simulator_steps),
     )
-    metrics |= _group_metrics(batch, advantages)
+    metrics |= group_metrics(batch, advantages)
     metrics["decision_steps"] = counter.to_float(state.decision_steps)
     metrics["simulator_steps"] = counter.to_float(state.simulator_steps)
     return state, metrics
@@ -236,7 +293,8 @@ def train(
     """A whole training run as one pure function: jit it, vmap it over keys or config fields, shard it.
 
     Called outside of any transformation it is jitted, checks afterwards that nothing became NaN or inf, and warns
-    (``NoSpreadWarning``) if the groups had nothing to tell.
+    (``NoSpreadWarning``) if there was nothing to learn from the groups. Statistics of episodes are NaN before the first
+    one has finished (0 under ``jax_debug_nans``).
 
     Args:
       config: the settings; traced fields may be tracers or arrays.
@@ -250,21 +308,25 @@ def train(
       The last state and the metrics of all iterations.
 
     Raises:
+      TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
       ValueError: total_timesteps below 1, or a config that does not fit the env.
       FloatingPointError: losses, gradients or group returns were not finite.
     """
+    check_arguments(config, env)
     n_iterations = iterations_for(config, total_timesteps)
     if _is_traced(config, env, key, state):
         return _train(config, env, as_key(key), state, n_iterations)
-    result = _train_jitted(config, env, as_key(key), state, n_iterations)
+    result = _train_jitted(config, env, as_key(key), state, n_iterations, jax.debug_nans.value)
     check_finite(result.metrics)
-    warn_without_spread(config, result.metrics["frac_zero_std"][:SPREAD_ITERATIONS])
+    first = {name: values[:SPREAD_ITERATIONS] for name, values in result.metrics.items()}
+    warn_without_spread(config, first["frac_zero_std"], first["frac_below_floor"])
     return result
 
 
 def iterations_for(config: GRPOConfig, total_timesteps: int) -> int:
     """Iterations that total_timesteps decision steps take, rounded up."""
-    if isinstance(total_timesteps, bool) or total_timesteps != int(total_timesteps) or total_timesteps < 1:
+    is_number = isinstance(total_timesteps, Real) and not isinstance(total_timesteps, (bool, np.bool_))
+    if not is_number or not math.isfinite(total_timesteps) or total_timesteps % 1 or total_timesteps < 1:
         raise ValueError(f"total_timesteps={total_timesteps!r} must be an integer of at least 1")
     return -(-int(total_timesteps) // config.n_states)
 
@@ -281,7 +343,17 @@ def _train(
     return Result(*jax.lax.scan(body, state, None, length=n_iterations))
 
 
-_train_jitted = functools.partial(jax.jit, static_argnames="n_iterations")(_train)
+@functools.partial(jax.jit, static_argnames=("n_iterations", "debug_nans"))
+def _train_jitted(
+    config: GRPOConfig,
+    env: World,
+    key: jax.Array,
+    state: TrainState | None,
+    n_iterations: int,
+    debug_nans: bool,
+) -> Result:
+    del debug_nans  # is read while tracing (``unknown``), so each setting needs a program of its own
+    return _train(config, env, key, state, n_iterations)
 
 
 def _persistence(config: GRPOConfig, learner: Learner, progress: jax.Array | float) -> jax.Array | None:
@@ -299,41 +371,6 @@ def _restart_groups(
     keys = split(key, n_groups)
     fresh = start(env, jnp.repeat(keys, config.group_size, axis=0))
     return fresh.replace(last_return=environments.last_return, last_length=environments.last_length)
-
-
-def _episode_metrics(environments: Environments, trajectory: Trajectory) -> Metrics:
-    """Episode statistics: means over the environments of their last finished episode, NaN before the first."""
-    known = ~jnp.isnan(environments.last_return)
-    n_known = jnp.sum(known)
-
-    def mean(values: jax.Array) -> jax.Array:
-        return jnp.where(
-            n_known > 0, jnp.sum(jnp.where(known, values, 0.0)) / jnp.maximum(n_known, 1), jnp.nan
-        )
-
-    ended = trajectory.ended
-    return {
-        "episode_return": mean(environments.last_return),
-        "episode_length": mean(environments.last_length),
-        "n_episodes": jnp.sum(ended).astype(jnp.result_type(float)),
-    }
-
-
-def _group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
-    """How much the groups had to tell."""
-    compared = batch.alive & batch.compared
-    return {
-        "group_spread": mean_over(compared, advantages.spread),
-        # 1 also where no step belongs to a group: nothing can be learned then either.
-        "frac_zero_std": 1.0 - mean_over(compared, advantages.active),
-        "nonfinite_groups": jnp.sum(compared & ~advantages.finite).astype(jnp.result_type(float)),
-    }
-
-
-def _explained_variance(value: jax.Array, target: jax.Array) -> jax.Array:
-    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN where nothing varies."""
-    variance = jnp.var(target)
-    return jnp.where(variance > 0, 1.0 - jnp.var(target - value) / variance, jnp.nan)
 
 
 def _is_traced(*trees: Any) -> bool:

@@ -9,28 +9,8 @@ from flax import struct
 from grpo_jax.groups.branch import check_persistence
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Observation, PyTree, Step
+from grpo_jax.types import Environments, Step, Trajectory
 from grpo_jax.worlds.base import World
-
-
-class Environments(struct.PyTreeNode):
-    """N environments side by side; every leaf ``[N, ...]``.
-
-    Attributes:
-      state: world states.
-      observation: of these states.
-      episode_return: of the running episode, undiscounted, in the task's own reward.
-      episode_length: of the running episode, int32.
-      last_return: of the last finished episode; NaN before the first.
-      last_length: of the last finished episode; NaN before the first.
-    """
-
-    state: PyTree
-    observation: Observation
-    episode_return: jax.Array
-    episode_length: jax.Array
-    last_return: jax.Array
-    last_length: jax.Array
 
 
 class _Previous(struct.PyTreeNode):
@@ -43,64 +23,17 @@ class _Previous(struct.PyTreeNode):
 _Carry = tuple[Environments, _Previous | None]
 
 
-class Trajectory(struct.PyTreeNode):
-    """What was seen; every leaf ``[T, N, ...]``.
-
-    Attributes:
-      environments: before the step: decision states, their observations, time since the reset.
-      action_mask: bool, or None.
-      distribution: parameters of pi_old; None where they were not kept, ``learn`` then computes them.
-      action: executed, in the policy's units.
-      reward: what GRPO maximises.
-      task_reward: what episode statistics count; None where that is ``reward`` itself.
-      terminated: bool.
-      truncated: bool.
-      next_observation: of the state that was reached, before any reset; None where no critic asks for it.
-    """
-
-    environments: Environments
-    action_mask: jax.Array | None
-    distribution: jax.Array | None
-    action: jax.Array
-    reward: jax.Array
-    task_reward: jax.Array | None
-    terminated: jax.Array
-    truncated: jax.Array
-    next_observation: Observation | None
-
-    @property
-    def state(self) -> PyTree:
-        """Decision states."""
-        return self.environments.state
-
-    @property
-    def observation(self) -> Observation:
-        """Of the decision states."""
-        return self.environments.observation
-
-    @property
-    def time(self) -> jax.Array:
-        """Steps since the reset; int32 ``[T, N]``."""
-        return self.environments.episode_length
-
-    @property
-    def ended(self) -> jax.Array:
-        """Whether the step was the last one of its episode; bool ``[T, N]``."""
-        return self.terminated | self.truncated
-
-
 def start(world: World, keys: jax.Array) -> Environments:
     """Resets one environment for each key ``[N]``; equal keys give equal states."""
     observation, state = jax.vmap(world.reset)(keys)
     n_envs, dtype = keys.shape[0], jnp.result_type(float)
-    unknown = jnp.full(n_envs, jnp.nan, dtype)
     return Environments(
         state=state,
         observation=observation,
         episode_return=jnp.zeros(n_envs, dtype),
         episode_length=jnp.zeros(n_envs, jnp.int32),
-        last_return=unknown,
-        last_length=unknown,
+        last_return=jnp.zeros(n_envs, dtype),
+        last_length=jnp.zeros(n_envs, dtype),
     )
 
 

@@ -16,7 +16,7 @@ from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.loop import TrainState, init, iteration, iterations_for
+from grpo_jax.training.loop import TrainState, check_arguments, init, iteration, iterations_for
 from grpo_jax.worlds.base import World
 
 CHUNK_SECONDS = 0.25
@@ -104,11 +104,13 @@ def run(
 
     Raises:
       FloatingPointError: losses, gradients or group returns were not finite.
+      TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
       ValueError: bad arguments.
 
     Warns:
-      NoSpreadWarning: the groups of the first iterations had nothing to tell; says what to change.
+      NoSpreadWarning: there was nothing to learn from the groups of the first iterations; says what to change.
     """
+    check_arguments(config, env)
     n_iterations = iterations_for(config, total_timesteps)
     if n_seeds is not None and n_seeds < 1:
         raise ValueError(f"n_seeds={n_seeds} must be at least 1")
@@ -121,7 +123,8 @@ def run(
         keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
         state = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
     done = int(np.max(np.asarray(state.iteration)))
-    lowered = program.lower(config, env, state, np.int32(0), np.int32(n_iterations), n_seeds is not None)
+    arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
+    lowered = program.lower(*arguments, n_seeds is not None, jax.debug_nans.value)
     advance = compile_quickly(lowered) if quick_compile else lowered.compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
@@ -139,8 +142,12 @@ def run(
         check_finite(metrics)
         if is_new and (done >= SPREAD_ITERATIONS or done == n_iterations):
             is_new = False
-            first = [part["frac_zero_std"] for part in history]
-            warn_without_spread(config, np.concatenate(first, axis=-1)[..., :SPREAD_ITERATIONS])
+            first = _joined(history)
+            warn_without_spread(
+                config,
+                first["frac_zero_std"][..., :SPREAD_ITERATIONS],
+                first["frac_below_floor"][..., :SPREAD_ITERATIONS],
+            )
         if callback is not None:
             chunk = Chunk(
                 state=state,
@@ -158,12 +165,13 @@ def run(
                 break
         if callback_every is None:
             length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
-    joined = (
-        {name: np.concatenate([part[name] for part in history], axis=-1) for name in history[0]}
-        if history
-        else {}
-    )
-    return state, joined
+    return state, _joined(history)
+
+
+def _joined(history: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Metrics of all chunks, one after the other."""
+    names = history[0] if history else ()
+    return {name: np.concatenate([part[name] for part in history], axis=-1) for name in names}
 
 
 QUICK: dict[str, str | bool] = {
@@ -198,8 +206,10 @@ def _iterations(
     length: jax.Array,
     n_iterations: jax.Array,
     vmapped: bool,
+    debug_nans: bool,
 ) -> tuple[TrainState, _Table]:
-    """``length`` iterations, at most ``MAX_CHUNK``; rows of the table are unspecified behind ``length``."""
+    """``length`` iterations, at most ``MAX_CHUNK``; rows of the table are unspecified after ``length``."""
+    del debug_nans  # is read while tracing ``iteration``, so each setting needs a program of its own
 
     def one(state: TrainState) -> tuple[TrainState, _Table]:
         # A jitted function of its own: one trace for the shapes and for the loop.
@@ -220,5 +230,5 @@ def _iterations(
     return jax.vmap(one)(state) if vmapped else one(state)
 
 
-_chunk = jax.jit(_iterations, static_argnames="vmapped")
-_chunk_in_place = jax.jit(_iterations, static_argnames="vmapped", donate_argnames="state")
+_chunk = jax.jit(_iterations, static_argnames=("vmapped", "debug_nans"))
+_chunk_in_place = jax.jit(_iterations, static_argnames=("vmapped", "debug_nans"), donate_argnames="state")

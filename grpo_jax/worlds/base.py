@@ -45,6 +45,23 @@ class World(abc.ABC):
         del state
         return None
 
+    def at(self, observation: Observation, time: jax.Array | None = None) -> PyTree:
+        """The states of visited observations, of any leading axes: ``[..., *shape]`` -> leaves ``[..., *]``.
+
+        Args:
+          observation: what was observed, ``[..., *shape]``; a dict of such arrays for ``Dict``.
+          time: steps since the reset, int ``[...]`` or what broadcasts to it; None for 0. Worlds without a clock
+            ignore it.
+
+        Raises:
+          NotImplementedError: a state of this world is more than its observation.
+        """
+        del observation, time
+        raise NotImplementedError(
+            f"{type(self).__name__}.at: a state of this world is more than its observation, so a visited observation"
+            " does not say where to branch from; branch from the states that reset and step gave"
+        )
+
 
 @dataclass(frozen=True)
 class PerSample:
@@ -104,6 +121,10 @@ class RewardOverride(World):
 
     def action_mask(self, state: RewardOverrideState) -> jax.Array | None:
         return self.world.action_mask(state.inner)
+
+    def at(self, observation: Observation, time: jax.Array | None = None) -> RewardOverrideState:
+        observation = jax.tree.map(jnp.asarray, observation)
+        return RewardOverrideState(self.world.at(observation, time), observation)
 
 
 def override_reward(world: World, reward_function: RewardFunction) -> RewardOverride:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from grpo_jax.noise import bits_to_uniform, draw_bits
-from grpo_jax.spaces import ActionSpace, Box, Space, encode
+from grpo_jax.spaces import ActionSpace, Box, Space, encode, is_image
 from grpo_jax.types import Observation, Params, Step
 from grpo_jax.worlds.base import RewardFunction, World, example_action
 
@@ -113,7 +114,7 @@ class Normaliser(struct.PyTreeNode):
 
 
 class LearnedState(struct.PyTreeNode):
-    """An observation ``[D]``, and the disagreement ``[]`` that was collected on the way to it."""
+    """An observation ``[D]``, its axes joined, and the disagreement ``[]`` that was collected on the way to it."""
 
     observation: jax.Array
     uncertainty: jax.Array
@@ -134,7 +135,7 @@ class LearnedWorld(World):
       max_uncertainty: ``[]``, in standard deviations of a one-step change.
       ensemble: static structure.
       reward_function: ``(state, action, next_state) -> []`` for one transition, or None: the reward is learned.
-      observation_space: a vector, static.
+      observation_space: D real numbers of any shape, no image; static.
       action_space: static.
     """
 
@@ -147,15 +148,18 @@ class LearnedWorld(World):
     observation_space: Space = struct.field(pytree_node=False)
     action_space: ActionSpace = struct.field(pytree_node=False)
 
-    def at(self, observation: Observation) -> LearnedState:
-        """The state of an observation: ``[..., D]`` -> leaves ``[..., *]``."""
+    def at(self, observation: Observation, time: jax.Array | None = None) -> LearnedState:
+        """The state of an observation: ``[..., *shape]`` -> leaves ``[..., *]``; its disagreement starts at 0."""
+        del time  # there is no clock
         observation = jnp.asarray(observation, self.starts.dtype)
-        return LearnedState(observation, jnp.zeros(observation.shape[:-1], observation.dtype))
+        batch = observation.shape[: observation.ndim - len(self.observation_space.shape)]  # type: ignore[union-attr]
+        flat = observation.reshape(*batch, self.starts.shape[1])
+        return LearnedState(flat, jnp.zeros(batch, flat.dtype))
 
     def reset(self, key: jax.Array) -> tuple[jax.Array, LearnedState]:
         row = jnp.int32(bits_to_uniform(draw_bits(key, ())) * self.starts.shape[0])
-        state = self.at(self.starts[row])
-        return state.observation, state
+        start = self.starts[row]
+        return self._shaped(start), LearnedState(start, jnp.zeros((), start.dtype))
 
     def predict(self, observation: jax.Array, action: jax.Array) -> Prediction:
         """What each member says: observations ``[..., D]``, actions ``[..., *A]`` in the world's units."""
@@ -186,7 +190,7 @@ class LearnedWorld(World):
         observation, reward, end = self.reached(state.observation, action, prediction, noise)
         uncertainty = state.uncertainty + disagreement(prediction)
         return Step(
-            observation=observation,
+            observation=self._shaped(observation),
             state=LearnedState(observation, uncertainty),
             reward=reward,
             terminated=uniforms[n_targets] < end,
@@ -221,9 +225,12 @@ class LearnedWorld(World):
         if self.reward_function is None:
             reward = targets[n_features]
         else:
-            reward = self.reward_function(observation, action, reached)
+            reward = self.reward_function(self._shaped(observation), action, self._shaped(reached))
         reward = jnp.asarray(reward, jnp.result_type(float)).reshape(())
         return reached, reward, jnp.mean(nn.sigmoid(prediction.end_logit))
+
+    def _shaped(self, observation: jax.Array) -> jax.Array:
+        return observation.reshape(self.observation_space.shape)  # type: ignore[union-attr]
 
 
 def disagreement(prediction: Prediction) -> jax.Array:
@@ -246,7 +253,7 @@ def untrained(
     """A world that has seen nothing yet.
 
     Args:
-      observation_space: a Box of shape ``[D]``, floating.
+      observation_space: a floating Box of D numbers in any shape, no image.
       action_space: any.
       key: PRNG key of the first parameters.
       reward_function: JAX-traceable, of one transition; None: the reward is learned.
@@ -254,10 +261,10 @@ def untrained(
       n_starts: visited observations that ``reset`` will draw from.
 
     Raises:
-      NotImplementedError: observations that are no vectors of real numbers.
+      NotImplementedError: observations that are images, categories or dicts.
     """
     check_vectors(observation_space)
-    (n_features,) = observation_space.shape  # type: ignore[union-attr]
+    n_features = math.prod(observation_space.shape)  # type: ignore[union-attr]
     n_targets = n_features + (reward_function is None)
     dtype = jnp.result_type(float)
     ensemble = Ensemble(WIDTHS, n_targets)
@@ -294,9 +301,8 @@ def check_vectors(space: Space) -> None:
     Raises:
       NotImplementedError: names the space and what to use instead.
     """
-    is_vector = isinstance(space, Box) and len(space.shape) == 1
-    if not (is_vector and jnp.issubdtype(space.dtype, jnp.floating)):  # type: ignore[union-attr]
+    if not (isinstance(space, Box) and jnp.issubdtype(space.dtype, jnp.floating)) or is_image(space):
         raise NotImplementedError(
-            f"a learned world predicts vectors of real numbers, but observation_space={space}; use"
-            " dynamics='clone' (exact, any observation), a transition function dynamics=f, or trajectory groups"
+            f"a learned world predicts real numbers, but observation_space={space}; use dynamics='clone' (exact, any"
+            " observation), a transition function dynamics=f, or trajectory groups"
         )

@@ -16,8 +16,8 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from grpo_jax.noise import KEY_WORDS
-from grpo_jax.training.rollout import Environments, start, step_environments
-from grpo_jax.types import Observation
+from grpo_jax.training.rollout import start, step_environments
+from grpo_jax.types import Environments, Observation
 from grpo_jax.worlds.base import World
 from sb3_bridge.gymnax.env import (
     RENDER_FPS,

@@ -194,18 +194,47 @@ def test_fewer_than_two_candidates_are_inactive(baseline, scale):
     assert np.all(np.isfinite(result.spread)) and np.all(result.finite)
 
 
-def test_spread_floor():
-    """A standard deviation up to floor * max(1, mean |R|) counts as none."""
-    returns = np.array([[0.0, 0.02], [0.0, 0.01], [1000.0, 1000.02], [-100.0, 100.0]])
+@pytest.mark.parametrize("size", [2.0**-40, 1.0, 2.0**40])
+def test_the_spread_floor_is_a_share_of_the_largest_return(size):
+    """Standard deviations 0.01, 0.01, 100, 0 at largest returns 0.02, 1000.02, 100, 7, in whatever unit."""
+    returns = size * np.array([[0.0, 0.02], [1000.0, 1000.02], [-100.0, 100.0], [7.0, 7.0]])
     half = np.full((4, 2), 0.5)
-    run = functools.partial(jitted, returns, half, half > 0, np.zeros(4, int), baseline="mean", scale="batch")
-    # Standard deviations 0.01, 0.005, 0.01, 100 at sizes 1, 1, 1000, 100.
-    np.testing.assert_array_equal(run(spread_floor=0.008).active, [True, False, False, True])
-    np.testing.assert_array_equal(run(spread_floor=0.02).active, [False, False, False, True])
+    run = functools.partial(jitted, returns, half, half > 0, np.zeros(4, int), baseline="mean")
+    default = run()
+    np.testing.assert_array_equal(default.active, [True, True, True, False])
+    assert not np.any(default.below_floor)
+    high = run(spread_floor=1e-4)
+    np.testing.assert_array_equal(high.active, [True, False, True, False])
+    np.testing.assert_array_equal(high.below_floor, [False, True, False, False])  # the last one is equal
     np.testing.assert_array_equal(run(spread_floor=2.0).active, [False] * 4)
-    np.testing.assert_array_equal(run(spread_floor=0.0).active, [True] * 4)
-    # The masked groups are not in the batch's scale: without them it is 100, not less.
-    np.testing.assert_allclose(run(spread_floor=0.02).advantage[3], [-1.0, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(run(spread_floor=2.0).below_floor, [True, True, True, False])
+    np.testing.assert_array_equal(run(spread_floor=0.0).active, [True, True, True, False])
+    # The masked groups are not in the batch's scale.
+    np.testing.assert_allclose(run(spread_floor=0.9).advantage[2], [-1.0, 1.0], rtol=1e-6)
+
+
+@for_all
+def test_a_large_constant_in_all_returns_changes_nothing(baseline, scale):
+    """Quarters beside 2^18: what float32 holds exactly, though neither their sums nor their squares."""
+    rng = np.random.default_rng(0)
+    returns = rng.integers(-8, 8, (64, 16)) / 4
+    weights = rng.integers(1, 9, (64, 16)).astype(float)
+    weights /= weights.sum(axis=1, keepdims=True)
+    run = functools.partial(jitted, baseline=baseline, scale=scale)
+    everyone, executed = returns < 9, rng.integers(0, 16, 64)
+    near, far = (run(r, weights, everyone, executed) for r in (returns, returns + 2.0**18))
+    assert np.all(far.active)
+    np.testing.assert_allclose(far.advantage, near.advantage, atol=0.05 if baseline == "shrinkage" else 1e-4)
+
+
+def test_rounding_is_no_spread_and_no_reason_to_lower_the_floor():
+    """Equal candidates whose rewards came in another order: 1000 of them, summed one by one in float32."""
+    rewards = np.random.default_rng(0).uniform(0.5, 1.5, 1000).astype(np.float32)
+    orders = [rewards, rewards[::-1], np.sort(rewards), np.roll(rewards, 500)]
+    returns = np.array([[np.cumsum(order)[-1] for order in orders]])
+    assert np.ptp(returns) > 0
+    result = jitted(returns, np.full((1, 4), 0.25), returns > 0, np.zeros(1, int), baseline="mean")
+    assert not result.active[0]
 
 
 def shrinkage_baseline(returns):

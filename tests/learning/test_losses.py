@@ -1,6 +1,8 @@
-"""Surrogates, KL estimates, value loss and lambda-returns against numbers computed by hand; and their extremes."""
+"""Surrogates, KL estimates and value loss against numbers computed by hand; and their extremes."""
 
+import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 import tabular
 
+from grpo_jax import config
+from grpo_jax.groups import advantage
 from grpo_jax.learning import losses
 
 jit_or_not = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
@@ -19,6 +23,13 @@ NEW = OLD + np.log(RATIO)
 WEIGHT = np.full((2, 4), np.log(0.25))
 ADVANTAGE = np.array([[1.0, 1.0, -1.0, -1.0], [2.0, -2.0, 0.0, 1.0]])
 ARGS = (NEW, OLD, WEIGHT, ADVANTAGE)
+
+
+def surrogate(function, **coefficients):
+    """The surrogate as a function of arrays: ``(log_prob, old_log_prob, log_weight, advantage, valid) -> [B, G]``."""
+    return lambda *arrays: function(losses.Terms(*arrays, **coefficients))
+
+
 SAME = [0.5, -0.5, 0.0, 0.25]  # the second state: A / 4 whatever the clipping
 
 
@@ -35,7 +46,7 @@ SAME = [0.5, -0.5, 0.0, 0.25]  # the second state: A / 4 whatever the clipping
     ],
 )
 def test_ppo(settings, expected, wrap):
-    terms = wrap(functools.partial(losses.ppo, **settings))(*ARGS)
+    terms = wrap(surrogate(losses.ppo, **settings))(*ARGS)
     np.testing.assert_allclose(terms, [np.array(expected) / 4, SAME], rtol=1e-5, atol=1e-7)
 
 
@@ -49,7 +60,7 @@ def test_ppo(settings, expected, wrap):
 )
 def test_ppo_gradient(settings, expected):
     """rho A where nothing is clipped, else nothing."""
-    gradient = jax.grad(lambda log_prob: jnp.sum(losses.ppo(log_prob, *ARGS[1:], **settings)))(
+    gradient = jax.grad(lambda log_prob: jnp.sum(surrogate(losses.ppo, **settings)(log_prob, *ARGS[1:])))(
         jnp.asarray(NEW)
     )
     np.testing.assert_allclose(gradient, [np.array(expected) / 4, SAME], rtol=1e-5, atol=1e-7)
@@ -58,7 +69,7 @@ def test_ppo_gradient(settings, expected):
 @jit_or_not
 def test_cispo(wrap):
     """min(rho, 1.3) A log pi with a constant weight: the gradient is min(rho, 1.3) A for every candidate."""
-    function = functools.partial(losses.cispo, clip_high=0.3)
+    function = surrogate(losses.cispo, clip_high=0.3)
     weight = np.array([[0.5, 1.3, -0.5, -1.3], [2.0, -2.0, 0.0, 1.0]]) / 4
     np.testing.assert_allclose(wrap(function)(*ARGS), weight * NEW, rtol=1e-5, atol=1e-7)
     gradient = wrap(jax.grad(lambda log_prob: jnp.sum(function(log_prob, *ARGS[1:]))))(jnp.asarray(NEW))
@@ -72,16 +83,16 @@ def test_cispo_lets_go_of_a_bad_candidate(weights):
     new = np.array([[-20.0, np.log(0.5), np.log(0.5)]])
     weight = old if weights == "enumerated" else np.zeros((1, 3))
     advantage = np.array([[-1.0, 0.5, 0.5]])
-    gradient = jax.grad(
-        lambda log_prob: jnp.sum(losses.cispo(log_prob, old, weight, advantage, clip_high=0.2))
-    )(jnp.asarray(new))
+    gradient = jax.grad(lambda log_prob: jnp.sum(surrogate(losses.cispo)(log_prob, old, weight, advantage)))(
+        jnp.asarray(new)
+    )
     assert -1e-7 < gradient[0, 0] < 0 < gradient[0, 1]
 
 
 @jit_or_not
 def test_sapo(wrap):
     """sigmoid(1/2) = 0.62245933, sigmoid(-1/2) = 0.37754067; with tau 2: sigmoid(1) = 0.73105858."""
-    function = functools.partial(losses.sapo, temperature=1.0, temperature_negative=2.0)
+    function = surrogate(losses.sapo, sapo_temperature=1.0, sapo_temperature_negative=2.0)
     terms = wrap(function)(*ARGS)
     expected = [4 * 0.37754067, 4 * 0.62245933, -2 * 0.26894142, -2 * 0.73105858]
     # At ratio 1: (4 / tau) / 2 A.
@@ -99,14 +110,14 @@ def test_tpo(wrap):
     new = np.log([[0.2, 0.2, 0.6]])
     advantage = np.log([[2.0, 1.0, 4.0]])
     valid = np.array([[True, True, True]])
-    function = wrap(losses.tpo)
+    function = wrap(surrogate(losses.tpo))
     terms = function(new, old, old, advantage, valid)
     q = np.array([4, 1, 4]) / 9
     np.testing.assert_allclose(terms, [q * np.log([0.2, 0.2, 0.6])], rtol=1e-5)
     terms = function(new, old, old, advantage, np.array([[True, True, False]]))
     np.testing.assert_allclose(terms, [[0.8 * np.log(0.5), 0.2 * np.log(0.5), 0.0]], rtol=1e-5)
     # tau 1/2 squares exp(A): q ~ (2, 1/4, 4).
-    terms = wrap(functools.partial(losses.tpo, temperature=0.5))(new, old, old, advantage, valid)
+    terms = wrap(surrogate(losses.tpo, tpo_temperature=0.5))(new, old, old, advantage, valid)
     np.testing.assert_allclose(terms, [np.array([8, 1, 16]) / 25 * np.log([0.2, 0.2, 0.6])], rtol=1e-5)
 
 
@@ -117,9 +128,7 @@ def test_tpo_gradient_on_logits_is_p_minus_q():
 
     def negative(logits):
         return -jnp.sum(
-            losses.tpo(
-                jax.nn.log_softmax(logits), old, old, advantage, np.ones((2, 5), bool), temperature=0.7
-            )
+            surrogate(losses.tpo, tpo_temperature=0.7)(jax.nn.log_softmax(logits), old, old, advantage)
         )
 
     q = tabular.softmax(old_logits + advantage / 0.7)
@@ -137,24 +146,49 @@ def test_mass(wrap):
     np.testing.assert_allclose(wrap(losses.mass)(np.log([[0.9]]), tiny, tiny), [[0.9]], rtol=0.1)
 
 
+def estimated_kl(name, log_prob, reference_log_prob, log_weight):
+    """An estimate of KL(pi || pi_ref) ``[B]`` where all candidates are valid."""
+    valid = jnp.ones(log_prob.shape, bool)
+    return losses.KL_ESTIMATORS[name](losses.Divergence(log_prob, reference_log_prob, log_weight, valid))
+
+
 @jit_or_not
 def test_kl_estimates(wrap):
-    """pi = 1/2 (twice), pi_ref = 1/4 and 1: log ratios -ln 2 and ln 2."""
-    args = (np.log([[0.5, 0.5]]), np.log([[0.25, 1.0]]), np.log([[0.25, 0.75]]))
+    """Groups of one: pi = 1/2 (twice), pi_ref = 1/4 and 1: log ratios -ln 2 and ln 2. Then both as one group."""
+    args = (np.log([[0.5], [0.5]]), np.log([[0.25], [1.0]]), np.log([[0.25], [0.75]]))
     ln2 = np.log(2)
     expected = {
-        "k1": [[0.25 * ln2, -0.75 * ln2]],
-        "k2": [[0.25 * ln2**2 / 2, 0.75 * ln2**2 / 2]],
-        "k3": [[0.25 * (0.5 - 1 + ln2), 0.75 * (2 - 1 - ln2)]],
+        "k1": [0.25 * ln2, -0.75 * ln2],
+        "k2": [0.25 * ln2**2 / 2, 0.75 * ln2**2 / 2],
+        "k3": [0.25 * (0.5 - 1 + ln2), 0.75 * (2 - 1 - ln2)],
     }
-    for estimator, numbers in expected.items():
-        actual = wrap(functools.partial(losses.kl_estimate, estimator=estimator))(*args)
-        np.testing.assert_allclose(actual, numbers, rtol=1e-5)
+    for name, numbers in expected.items():
+        estimate = wrap(functools.partial(estimated_kl, name))
+        np.testing.assert_allclose(estimate(*args), numbers, rtol=1e-5)
+        together = estimate(*(leaf.reshape(1, 2) for leaf in args))
+        np.testing.assert_allclose(together, [sum(numbers)], rtol=1e-5)
+        forbidden = losses.Divergence(*(leaf.reshape(1, 2) for leaf in args), np.array([[True, False]]))
+        np.testing.assert_allclose(losses.KL_ESTIMATORS[name](forbidden), numbers[:1], rtol=1e-5)
 
 
-def test_kl_estimates_refuse_exact():
+def test_the_exact_kl_must_be_given():
+    given = losses.Divergence(OLD, OLD, OLD, OLD < 0, closed_form=np.array([1.0, 2.0]))
+    np.testing.assert_array_equal(losses.KL_ESTIMATORS["exact"](given), [1.0, 2.0])
     with pytest.raises(ValueError, match="use k1, k2 or k3"):
-        losses.kl_estimate(OLD, OLD, OLD, "exact")
+        losses.KL_ESTIMATORS["exact"](given.replace(closed_form=None))
+
+
+def test_the_tables_hold_what_the_config_names():
+    """The config's names of the pieces are the keys of the tables that the pieces are looked up in."""
+    assert set(get_args(config.Surrogate)) == set(losses.SURROGATES)
+    assert set(get_args(config.KLEstimator)) == set(losses.KL_ESTIMATORS)
+    assert set(get_args(config.Baseline)) == set(advantage.BASELINES)
+    assert set(get_args(config.Scale)) == set(advantage.SCALES)
+    fields = {field.name: field.default for field in dataclasses.fields(losses.Terms)}
+    defaults = config.GRPOConfig()
+    for name in ("dual_clip", "sapo_temperature", "sapo_temperature_negative", "tpo_temperature"):
+        assert fields[name] == getattr(defaults, name), name
+    assert fields["clip_low"] == fields["clip_high"] == defaults.clip_range
 
 
 def random_policies(seed):
@@ -165,13 +199,13 @@ def random_policies(seed):
 
 def test_kl_estimates_in_the_mean():
     pi, reference, exact = random_policies(0)
-    estimate = {
-        k: losses.kl_estimate(np.log(pi), np.log(reference), np.log(pi), k) for k in ("k1", "k2", "k3")
-    }
-    np.testing.assert_allclose(np.sum(estimate["k1"], axis=1), exact, rtol=1e-4)
-    np.testing.assert_allclose(np.sum(estimate["k3"], axis=1), exact, rtol=1e-4)
-    assert np.all(estimate["k3"] >= 0.0) and np.all(estimate["k2"] >= 0.0)
-    assert np.any(estimate["k1"] < 0.0)
+    for name in ("k1", "k3"):
+        estimate = estimated_kl(name, np.log(pi), np.log(reference), np.log(pi))
+        np.testing.assert_allclose(estimate, exact, rtol=1e-4)
+    # Each candidate as a group of its own.
+    column = [np.log(leaf).reshape(-1, 1) for leaf in (pi, reference, pi)]
+    assert np.all(estimated_kl("k3", *column) >= 0.0) and np.all(estimated_kl("k2", *column) >= 0.0)
+    assert np.any(estimated_kl("k1", *column) < 0.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
@@ -180,8 +214,7 @@ def test_gradient_of_the_kl_estimates(estimator):
     pi, reference, exact = random_policies(1)
 
     def estimate(logits):
-        terms = losses.kl_estimate(jax.nn.log_softmax(logits), np.log(reference), np.log(pi), estimator)
-        return jnp.sum(terms)
+        return jnp.sum(estimated_kl(estimator, jax.nn.log_softmax(logits), np.log(reference), np.log(pi)))
 
     expected = pi * (np.log(pi / reference) - exact[:, None])
     np.testing.assert_allclose(jax.grad(estimate)(jnp.log(pi)), expected, atol=1e-6)
@@ -192,20 +225,15 @@ def test_gradient_of_k3():
     pi, reference, _ = random_policies(2)
 
     def estimate(logits):
-        return jnp.sum(losses.kl_estimate(jax.nn.log_softmax(logits), np.log(reference), np.log(pi), "k3"))
+        return jnp.sum(estimated_kl("k3", jax.nn.log_softmax(logits), np.log(reference), np.log(pi)))
 
     np.testing.assert_allclose(jax.grad(estimate)(jnp.log(pi)), pi - reference, atol=1e-6)
 
 
 # Extremes: values and gradients stay finite.
 
-SURROGATES = {
-    "ppo": lambda *args: losses.ppo(*args[:4], clip_low=0.2, clip_high=0.2),
-    "dual": lambda *args: losses.ppo(*args[:4], clip_low=0.2, clip_high=0.2, dual_clip=3.0),
-    "cispo": lambda *args: losses.cispo(*args[:4], clip_high=0.2),
-    "sapo": lambda *args: losses.sapo(*args[:4]),
-    "tpo": losses.tpo,
-}
+SURROGATES = {name: surrogate(function) for name, function in losses.SURROGATES.items()}
+SURROGATES["dual"] = surrogate(losses.ppo, dual_clip=3.0)
 EXTREMES = {
     "logits": (np.array([[1e4, -1e4, 0.0]]), np.array([[-1e4, 1e4, 0.0]])),
     "same logits": (np.array([[1e4, -1e4, 0.0]]), np.array([[1e4, -1e4, 0.0]])),
@@ -237,8 +265,8 @@ def test_extremes_of_enumerated_groups(surrogate):
 
     check = finite(function)
     for logits, old_logits in EXTREMES.values():
-        for advantage in values_of_advantage:
-            check(logits, old_logits, advantage)
+        for worth in values_of_advantage:
+            check(logits, old_logits, worth)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -248,8 +276,8 @@ def test_extremes_of_sampled_groups(surrogate):
     old = np.array([[-5.0, -500.0, -2000.0]])
     check = finite(SURROGATES[surrogate])
     for log_ratio in (1e3, -1e3, 0.0):
-        for advantage in values_of_advantage:
-            _, gradient = check(old + log_ratio, old, weight, np.array(advantage), np.ones((1, 3), bool))
+        for worth in values_of_advantage:
+            _, gradient = check(old + log_ratio, old, weight, np.array(worth), np.ones((1, 3), bool))
             if surrogate in ("ppo", "sapo", "dual") and log_ratio < 0:
                 np.testing.assert_allclose(gradient, 0.0, atol=1e-6)  # a ratio of 0 has no gradient
     one = np.zeros((1, 1))
@@ -258,7 +286,7 @@ def test_extremes_of_sampled_groups(surrogate):
 
 
 def test_tpo_without_any_valid_candidate():
-    for terms in finite(losses.tpo)(OLD, OLD, WEIGHT, ADVANTAGE, np.zeros((2, 4), bool)):
+    for terms in finite(SURROGATES["tpo"])(OLD, OLD, WEIGHT, ADVANTAGE, np.zeros((2, 4), bool)):
         np.testing.assert_array_equal(terms, 0.0)
 
 
@@ -267,7 +295,7 @@ def test_extremes_of_kl_estimates(estimator):
     def function(logits, reference_logits):
         log_prob = jax.nn.log_softmax(logits)
         weight = jax.lax.stop_gradient(log_prob)
-        return losses.kl_estimate(log_prob, jax.nn.log_softmax(reference_logits), weight, estimator)
+        return estimated_kl(estimator, log_prob, jax.nn.log_softmax(reference_logits), weight)
 
     check = finite(function)
     for logits, reference in EXTREMES.values():
@@ -281,24 +309,3 @@ def test_value_loss(wrap):
     # At most 0.5 away from the old value: 1.5, -0.5, 0.5.
     clipped = wrap(functools.partial(losses.value_loss, clip_range=0.5))(value, old, target)
     np.testing.assert_allclose(clipped, [2.25, 0.25, 2.25])
-
-
-@jit_or_not
-@pytest.mark.parametrize(
-    ("gae_lambda", "expected"),
-    [
-        # gamma 1/2. Environment 0: never ends, cut after three rows. Environment 1: terminates, then truncated.
-        (0.0, [[1 + 5.0, 1.0], [2 + 10.0, 2 + 15.0], [3 + 20.0, 3 + 20.0]]),
-        (1.0, [[1 + 1 + 0.25 * (3 + 20.0), 1.0], [2 + 0.5 * 23.0, 2 + 15.0], [23.0, 23.0]]),
-        # G = r + gamma ((1 - lambda) V' + lambda G'): 2 + 0.5 (10 + 11.5) = 12.75; 1 + 0.5 (5 + 6.375) = 6.6875.
-        (0.5, [[6.6875, 1.0], [12.75, 17.0], [23.0, 23.0]]),
-    ],
-)
-def test_lambda_returns(gae_lambda, expected, wrap):
-    rewards = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
-    values = np.array([[7.0, 7.0], [10.0, 8.0], [20.0, 9.0]])
-    next_values = np.array([[10.0, 99.0], [20.0, 30.0], [40.0, 40.0]])
-    terminated = np.array([[False, True], [False, False], [False, False]])
-    ended = np.array([[False, True], [False, True], [False, False]])
-    targets = wrap(losses.lambda_returns)(rewards, values, next_values, terminated, ended, 0.5, gae_lambda)
-    np.testing.assert_allclose(targets, expected, rtol=1e-6)

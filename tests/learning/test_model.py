@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import gymnasium
 import jax
@@ -295,14 +296,18 @@ def test_a_policy_learns_from_groups_in_the_learned_world():
     environments = trajectories[0].environments
     environments = environments.replace(state=model.world.at(environments.observation))
     trajectory = trajectories[0].replace(environments=environments)
-    learn = jax.jit(loop.learn)
-    after, metrics = learn(config, model.world, state, trajectory, 0.0)
+
+    @jax.jit
+    def learn(config, world, state, trajectory):
+        return loop.improve(config, state, loop.compare(config, world, state, trajectory))
+
+    after, metrics = learn(config, model.world, state, trajectory)
     assert float(metrics["frac_zero_std"]) < 0.1 and float(metrics["group_spread"]) > 0.05
     assert float(metrics["nonfinite_groups"]) == 0.0
     assert 256 * 2 * 4 < float(metrics["simulator_steps"]) <= 256 * 2 * 16
     # A model that was trained further is another argument of the same program.
     further, _ = learned.fit(model, KEY)
-    learn(config, further.world, after, trajectory, 0.0)
+    learn(config, further.world, after, trajectory)
     assert learn._cache_size() == 1
 
 
@@ -329,3 +334,53 @@ def test_gymnasiums_pendulum_with_its_own_reward():
     assert float(metrics["reward_error"]) < 0.25
     assert float(metrics["end_error"]) < 0.05 and np.isnan(metrics["end_recall"])
     assert float(model.world.max_uncertainty) == MAX_UNCERTAINTY
+
+
+@pytest.mark.parametrize("shape", [(), (1, 2), (2, 2), (2, 1, 3)])
+def test_real_numbers_of_any_shape_are_learned_as_their_vector(shape):
+    space, size = spaces.Box(-np.inf, np.inf, shape), math.prod(shape)
+    rng = np.random.default_rng(0)
+    flat = rng.normal(size=(8, 3, size)).astype(np.float32)
+    common = (rng.normal(size=(8, 3, 1)), rng.normal(size=(8, 3)))
+    ends = (np.zeros((8, 3), bool), np.zeros((8, 3), bool))
+    worlds = []
+    for axes in (shape, (size,)):
+        x = flat.reshape(8, 3, *axes)
+        data = Transitions(x, *common, x + 0.5, *ends)
+        model = learned.init_model(spaces.Box(-np.inf, np.inf, axes), PUSH, KEY, capacity=32)
+        before = learned.measure(model.world, data, 2)
+        model, _ = learned.fit(model.replace(replay=learned.remember(model.replay, data)), KEY, 20)
+        worlds.append((model.world, before))
+    (world, before), (vectors, expected) = worlds
+    jax.tree.map(np.testing.assert_array_equal, before, expected)
+    observation, state = world.reset(KEY)
+    assert observation.shape == shape
+    step, same = world.step(KEY, state, jnp.ones(1)), vectors.step(KEY, vectors.reset(KEY)[1], jnp.ones(1))
+    assert step.observation.shape == shape
+    np.testing.assert_array_equal(step.observation.reshape(-1), same.observation)
+    assert world.at(jnp.zeros((4, 5, *shape))).observation.shape == (4, 5, size)
+    assert world.observation_space == space
+
+
+def test_the_reward_function_sees_observations_in_their_shape():
+    space = spaces.Box(-np.inf, np.inf, (2, 3))
+    model = learned.init_model(
+        space, PUSH, KEY, reward_function=lambda s, a, n: s[1, 2] + n[0, 0], capacity=8
+    )
+    assert model.world.step(KEY, model.world.reset(KEY)[1], jnp.ones(1)).reward.shape == ()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_double_precision(dtype):
+    with jax.enable_x64(True):
+        data = jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if leaf.dtype == np.float32 else leaf, oscillator(40, 0, 2)
+        )
+        key = as_key(jax.random.key(0))
+        model = learned.init_model(VECTOR, PUSH, key, capacity=128)
+        metrics = learned.measure(model.world, data, 4)
+        model, fitted = learned.fit(model.replace(replay=learned.remember(model.replay, data)), key, 20)
+        after = learned.measure(model.world, data, 4)
+        assert {leaf.dtype for leaf in jax.tree.leaves(model.world)} == {np.dtype(np.float64)}
+        assert float(after["error"]) < float(metrics["error"])
+        assert np.isfinite(fitted["loss"])

@@ -12,12 +12,11 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import group_advantages
 from grpo_jax.groups.branch import group_returns
+from grpo_jax.groups.compare import branched, compare_branches, follow, propose
 from grpo_jax.learning.update import loss
 from grpo_jax.policies.policy import PolicyState, make_policy
 from grpo_jax.spaces import Discrete
-from grpo_jax.training import batches
-from grpo_jax.training.rollout import Environments, Trajectory
-from grpo_jax.types import Batch
+from grpo_jax.types import Batch, Environments, Trajectory
 
 HUGE = 1e6  # a clip range that never clips
 Z = 4.5  # standard errors; some 100 numbers are compared
@@ -328,10 +327,10 @@ def test_executed_baseline_in_the_loop(kind, factor):
             next_observation=None,
         )
         candidate_key, branch_key = jax.random.split(group_key)
-        group = batches.propose(config, policy, trajectory, candidate_key)
-        wanted = batches.branched(config, 0)
-        branches = batches.follow(config, world, policy, state, trajectory, group, wanted, branch_key)
-        batch, _ = batches.compare(config, policy, state, trajectory, group, branches, wanted)
+        group = propose(config, policy, trajectory, candidate_key)
+        wanted = branched(config, 0)
+        branches = follow(config, world, policy, state, trajectory, group, wanted, branch_key)
+        batch, _ = compare_branches(config, policy, state, trajectory, group, branches, wanted)
         return ascent(config, policy, state, batch)["actor"]["output"]["kernel"]
 
     gradients = jax.jit(lambda keys: jax.lax.map(draw, keys))(jax.random.split(jax.random.key(4), 200))

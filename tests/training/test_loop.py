@@ -8,11 +8,20 @@ from toys import Line, MaskedLine
 import grpo_jax
 from grpo_jax import counter
 from grpo_jax.groups.branch import Branches
+from grpo_jax.groups.compare import branched, propose
 from grpo_jax.noise import split
 from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
-from grpo_jax.training import batches, loop
+from grpo_jax.training import loop
 
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=24, learning_rate=1e-2)
+
+
+def learn(config, world, state, trajectory, evaluated=None):
+    """What an iteration does behind ``collect``."""
+    return loop.improve(config, state, loop.compare(config, world, state, trajectory, 0.0, evaluated), 0.0)
+
+
+jitted_learn = jax.jit(learn)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +89,9 @@ def test_total_timesteps_are_rounded_up_and_counted(cartpole):
     assert 2 * 64 <= grpo_jax.count(result.state.simulator_steps) <= 2 * 64 * TINY.horizon
 
 
-@pytest.mark.parametrize("total", [0, -5, 1.5, True])
+@pytest.mark.parametrize(
+    "total", [0, -5, 1.5, True, np.bool_(True), np.nan, np.inf, "64", None], ids=lambda total: repr(total)
+)
 def test_total_timesteps_must_be_a_positive_integer(cartpole, total):
     with pytest.raises(ValueError, match="total_timesteps"):
         grpo_jax.train(TINY, cartpole, jax.random.key(0), total)
@@ -229,7 +240,26 @@ def test_what_is_no_world_or_no_config_is_refused(cartpole):
         grpo_jax.init({"n_envs": 4}, cartpole, jax.random.key(0))
 
 
-def test_an_iteration_is_collecting_then_learning(cartpole):
+def test_swapped_arguments_are_named(cartpole):
+    for function in (grpo_jax.train, grpo_jax.run):
+        with pytest.raises(TypeError, match="config and env are swapped"):
+            function(cartpole, TINY, jax.random.key(0), 64)
+        with pytest.raises(TypeError, match="env='CartPole-v1' must be a World"):
+            function(TINY, "CartPole-v1", jax.random.key(0), 64)
+    with pytest.raises(TypeError, match="config and env are swapped"):
+        grpo_jax.init(cartpole, TINY, jax.random.key(0))
+    with pytest.raises(TypeError, match="state=.*World and env=TrainState must be a TrainState and a World"):
+        grpo_jax.evaluate(cartpole, grpo_jax.init(TINY, cartpole, jax.random.key(0)), jax.random.key(0))
+
+
+def test_branching_needs_a_world(cartpole):
+    state = grpo_jax.init(TINY, cartpole, jax.random.key(0))
+    _, trajectory = loop.collect(TINY, cartpole, state, keep_next_observation=False)
+    with pytest.raises(ValueError, match="candidates='auto' needs a world to branch in"):
+        loop.compare(TINY, None, state, trajectory)
+
+
+def test_an_iteration_collects_compares_and_improves(cartpole):
     state = loop.init(TINY, cartpole, jax.random.key(0))
     whole, metrics = jax.jit(loop.iteration)(TINY, cartpole, state, 10)
 
@@ -237,7 +267,7 @@ def test_an_iteration_is_collecting_then_learning(cartpole):
     def in_two(state):
         collected, trajectory = loop.collect(TINY, cartpole, state, keep_next_observation=True)
         bare = trajectory.replace(distribution=None)  # computed anew, from the same parameters
-        return loop.learn(TINY, cartpole, collected, bare, 0.0)
+        return learn(TINY, cartpole, collected, bare)
 
     halves, learned = in_two(state)
     chex.assert_trees_all_close(whole.params, halves.params, rtol=1e-5, atol=1e-6)
@@ -247,11 +277,11 @@ def test_an_iteration_is_collecting_then_learning(cartpole):
 
 def test_branched_states_take_turns():
     config = TINY.replace(branch_every=4)
-    masks = np.array([batches.branched(config, k) for k in range(8)]).reshape(8, 8, 4)
+    masks = np.array([branched(config, k) for k in range(8)]).reshape(8, 8, 4)
     np.testing.assert_array_equal(masks[:4].sum(axis=0), 1)  # every state once in four iterations
     np.testing.assert_array_equal(masks[4:], masks[:4])
     np.testing.assert_array_equal(masks.sum(axis=1), 2)  # in each iteration, as many of each environment
-    assert np.all(batches.branched(TINY, 3))
+    assert np.all(branched(TINY, 3))
 
 
 def test_a_quarter_of_the_states_costs_a_quarter_of_the_simulator_steps():
@@ -260,20 +290,19 @@ def test_a_quarter_of_the_states_costs_a_quarter_of_the_simulator_steps():
     config = TINY.replace(branch_every=4, horizon=6, group_size=3, bootstrap=True, n_epochs=1, batch_size=32)
     state = loop.init(config, world, jax.random.key(0))
     state, trajectory = loop.collect(config, world, state, keep_next_observation=True)
-    after, metrics = jax.jit(loop.learn)(config, world, state, trajectory, 0.0)
+    after, metrics = jitted_learn(config, world, state, trajectory)
     assert grpo_jax.count(after.simulator_steps) == config.n_states // 4 * 3 * 6
     assert grpo_jax.count(after.decision_steps) == config.n_states
     assert metrics["frac_zero_std"] == 0.0 and metrics["group_spread"] > 0.0
 
     # What is said of the other states' candidates changes nothing.
-    wanted = batches.branched(config, 0)
+    wanted = branched(config, 0)
     key, _ = split(loop.iteration_keys(state.key).groups, 2)
-    group = batches.propose(config, state.policy, trajectory, key)
+    group = propose(config, state.policy, trajectory, key)
     branches = Branches(jnp.where(wanted[:, None], 1.0, 1e6) * jnp.arange(3.0), counter.zero())
-    learn = jax.jit(loop.learn)
-    told, _ = learn(config, None, state, trajectory, 0.0, (group, branches))
+    told, _ = jitted_learn(config, None, state, trajectory, (group, branches))
     garbage = branches.replace(returns=jnp.where(wanted[:, None], branches.returns, -7.0))
-    other, _ = learn(config, None, state, trajectory, 0.0, (group, garbage))
+    other, _ = jitted_learn(config, None, state, trajectory, (group, garbage))
     chex.assert_trees_all_equal(told.params, other.params)
     assert metrics["value_loss"] > 0.0
 
@@ -291,7 +320,7 @@ def test_episode_groups_need_no_world():
     world = Line(Discrete(2))
     state = loop.init(EPISODES, world, jax.random.key(0))
     state, trajectory = loop.collect(EPISODES, world, state, keep_next_observation=False)
-    after, metrics = loop.learn(EPISODES, None, state, trajectory, 0.0)
+    after, metrics = learn(EPISODES, None, state, trajectory)
     assert grpo_jax.count(after.decision_steps) == EPISODES.n_states
     assert grpo_jax.count(after.simulator_steps) == 0
     assert metrics["frac_zero_std"] < 0.5

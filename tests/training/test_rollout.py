@@ -38,7 +38,8 @@ def test_a_time_limit_truncates_and_does_not_terminate():
 
 def test_statistics_are_unknown_before_the_first_end():
     environments, trajectory = roll(MaskedLine(Discrete(2), goal=9), 4, keep=False)
-    assert np.isnan(environments.last_return).all()
+    np.testing.assert_array_equal(environments.last_return, 0.0)
+    np.testing.assert_array_equal(environments.last_length, 0.0)  # 0 says that none has finished
     assert trajectory.next_observation is None
 
 

@@ -97,6 +97,14 @@ def test_the_rest_of_the_world_stays():
         assert bool(step.terminated) is terminated
 
 
+def test_a_state_that_is_more_than_its_observation_cannot_be_made_of_it():
+    for world, name in ((Line(), "Line"), (override_reward(Line(), lambda s, a, n: 0.0), "Line")):
+        with pytest.raises(
+            NotImplementedError, match=f"{name}.at: a state of this world is more than its obs"
+        ):
+            world.at(jnp.zeros((3, 2)))
+
+
 def test_equal_reward_functions_share_their_traces():
     def function(s, a, n):
         return n[0]

@@ -131,6 +131,17 @@ def test_states_of_visited_observations(compiled):
     np.testing.assert_allclose(reached.observation[..., 1], observations[..., 1] + 0.5)
 
 
+def test_a_reward_on_top_keeps_the_states_of_visited_observations():
+    world = oscillator(max_steps=4)
+    observations = np.arange(6.0).reshape(3, 2)
+    state = world.at(observations, np.array([0, 1, 3]))
+    inner = world.world.at(observations, np.array([0, 1, 3]))
+    jax.tree.map(np.testing.assert_array_equal, state.inner, inner)
+    np.testing.assert_array_equal(state.observation, observations)
+    observation, first = world.reset(KEY)
+    jax.tree.map(np.testing.assert_array_equal, world.at(observation), first)
+
+
 def test_states_of_visited_dicts():
     world = FunctionWorld(
         transition=lambda state, action: state,

@@ -60,7 +60,7 @@ def scripted(means=(0.0, 0.0, 0.0), spread=0.0, log_variance=-60.0, end_logit=-6
         spaces.MultiDiscrete((2, 2)),
         spaces.MultiBinary(3),
         spaces.Box(0, 255, (8, 8, 3), "uint8"),
-        spaces.Box(0, 1, (4, 4)),
+        spaces.Box(0, 1, (4, 4, 1)),
         spaces.Box(0, 255, (128,), "uint8"),
         spaces.Dict((("a", VECTOR),)),
     ],
@@ -154,6 +154,14 @@ def test_what_the_members_see():
         np.testing.assert_allclose(world.inputs(observation, action), [1.0, 0.5, *expected])
         many = world.inputs(jnp.tile(observation, (4, 3, 1)), jnp.tile(action, (4, 3, *(1,) * action.ndim)))
         np.testing.assert_allclose(many, np.tile([1.0, 0.5, *expected], (4, 3, 1)))
+
+
+def test_the_state_of_a_visited_observation_knows_no_time():
+    world = untrained(VECTOR, spaces.Discrete(2), KEY)
+    observation = np.arange(6.0).reshape(3, 2)
+    for state in (world.at(observation), world.at(observation, time=np.arange(3))):
+        np.testing.assert_array_equal(state.observation, observation)
+        np.testing.assert_array_equal(state.uncertainty, np.zeros(3))
 
 
 def test_reset_draws_visited_observations():

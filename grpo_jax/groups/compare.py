@@ -1,4 +1,4 @@
-"""Batches: from a trajectory to what the update learns from; the stages of ``groups/``, put together."""
+"""Compare: from a trajectory to what the update learns from; the stages of ``groups/``, put together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages, group_advantages
 from grpo_jax.groups.branch import Branches, group_returns
-from grpo_jax.groups.trajectory import (
-    ends_within,
-    episode_advantages,
-    first_episode,
-    trajectory_advantages,
-)
-from grpo_jax.learning.losses import lambda_returns
+from grpo_jax.groups.returns import ends_within, first_episode, lambda_returns
+from grpo_jax.groups.trajectory import episode_advantages, trajectory_advantages
 from grpo_jax.noise import bits_to_uniform, draw_bits
 from grpo_jax.policies.distributions import Categorical
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.training.rollout import Trajectory
-from grpo_jax.types import Batch, Group
+from grpo_jax.types import Batch, Group, Trajectory
 from grpo_jax.worlds.base import World
 
 
@@ -95,7 +89,7 @@ def follow(
     return branches
 
 
-def compare(
+def compare_branches(
     config: GRPOConfig,
     policy: Policy,
     policy_state: PolicyState,
@@ -134,16 +128,17 @@ def compare_episodes(
     earned: all steps are one group, as in PPO with normalised advantages (arXiv:1707.06347; GAE arXiv:1506.02438).
     """
     ended = trajectory.ended
-    values = targets = None
+    values = targets = magnitude = None
     if config.bootstrap:
         values, targets = _critic(config, policy, policy_state, trajectory)
         returns, group = targets - values, jnp.zeros_like(trajectory.time)
-        valid = jnp.ones_like(ended)
+        valid, magnitude = jnp.ones_like(ended), jnp.maximum(jnp.abs(targets), jnp.abs(values))
     else:
         nothing = jnp.zeros_like(trajectory.reward)
         returns = lambda_returns(trajectory.reward, nothing, nothing, ended, ended, config.gamma, 1.0)
         group, valid = trajectory.time, ends_within(ended)
-    flat, returns, valid, group, values, targets = _flat((trajectory, returns, valid, group, values, targets))
+    flat, returns, valid, group = _flat((trajectory, returns, valid, group))
+    values, targets, magnitude = _flat((values, targets, magnitude))
     advantages = episode_advantages(
         returns,
         valid,
@@ -151,6 +146,7 @@ def compare_episodes(
         baseline=config.baseline,
         scale=config.advantage_scale,
         spread_floor=config.spread_floor,
+        magnitude=magnitude,
     )
     executed = candidates.executed_only(policy.distribution, flat.distribution, flat.action)
     batch = _batch(flat, executed, advantages, valid)

@@ -1,0 +1,51 @@
+"""Metrics: what an iteration says about its episodes, its groups and its critic; all scalars."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.groups.advantage import Advantages
+from grpo_jax.learning.losses import mean_over
+from grpo_jax.types import Batch, Environments, Metrics, Trajectory
+
+
+def unknown() -> float:
+    """What a metric says that is not known: NaN, but 0 under ``jax_debug_nans``, which allows none in an output."""
+    return 0.0 if jax.debug_nans.value else jnp.nan
+
+
+def episode_metrics(environments: Environments, trajectory: Trajectory) -> Metrics:
+    """Episode statistics: means over the environments of their last finished episode, NaN before the first."""
+    known = environments.last_length > 0
+    n_known = jnp.sum(known)
+
+    def mean(values: jax.Array) -> jax.Array:
+        total = jnp.sum(jnp.where(known, values, 0.0))
+        return jnp.where(n_known > 0, total / jnp.maximum(n_known, 1), unknown())
+
+    return {
+        "episode_return": mean(environments.last_return),
+        "episode_length": mean(environments.last_length),
+        "n_episodes": jnp.sum(trajectory.ended).astype(jnp.result_type(float)),
+    }
+
+
+def group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
+    """How much there was to learn from the groups."""
+    compared = batch.alive & batch.compared
+    return {
+        "group_spread": mean_over(compared, advantages.spread),
+        # 1 also where no step belongs to a group: nothing can be learned then either.
+        "frac_zero_std": 1.0 - mean_over(compared, advantages.active),
+        "frac_below_floor": mean_over(compared, advantages.below_floor),
+        "nonfinite_groups": jnp.sum(compared & ~advantages.finite).astype(jnp.result_type(float)),
+    }
+
+
+def explained_variance(value: jax.Array, target: jax.Array) -> jax.Array:
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN where nothing varies."""
+    variance = jnp.var(target)
+    varies = variance > 0
+    explained = 1.0 - jnp.var(target - value) / jnp.where(varies, variance, 1.0)
+    return jnp.where(varies, explained, unknown())

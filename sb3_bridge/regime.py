@@ -1,0 +1,233 @@
+"""What is compared in an environment, the defaults that follow from it, and the line of the log that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from grpo_jax.config import GRPOConfig
+from grpo_jax.groups import candidates as candidate_sets
+from grpo_jax.policies.distributions import Distribution
+from grpo_jax.worlds.learned import check_vectors
+from sb3_bridge.clones.brancher import Brancher
+from sb3_bridge.clones.copying import Unclonable
+from sb3_bridge.clones.core_state import Functions
+from sb3_bridge.policies import arguments
+
+Name = Literal["auto", "simulator", "clone", "learned"]
+Dynamics = Name | Callable[[Any, Any], Any] | Functions
+Kind = Literal["simulator", "clone", "learned", "function", "episodes"]
+"""What ``dynamics`` comes to: ``"episodes"`` is no alternatives at all."""
+
+BUDGET_MS = 5.0
+"""Milliseconds of branches for a decision step, up to which ``"auto"`` clones; PPO takes about 0.5 for all it does."""
+SIMULATOR_HORIZON = 128
+HOST_HORIZON, REWARD_HORIZON = 64, 16
+"""Steps of a branch outside of a simulator: with the environment's reward, and with a reward function, which shows
+earlier what an action is worth."""
+HOST_STEPS = 16
+"""Steps of each candidate for a decision step, on the host: states in between are not branched."""
+N_STEPS, BRANCHED_N_STEPS = 2048, 512
+
+
+class Choice(NamedTuple):
+    """Where alternatives will come from.
+
+    Attributes:
+      kind: see :data:`Kind`.
+      reason: why, in words for the log; empty where the user said so.
+      brancher: of ``"clone"``.
+    """
+
+    kind: Kind
+    reason: str = ""
+    brancher: Brancher | None = None
+
+
+def check_dynamics(dynamics: Any) -> None:
+    """Refuses what ``dynamics`` cannot be.
+
+    Raises:
+      ValueError: says what it can be.
+    """
+    is_pair = isinstance(dynamics, tuple) and len(dynamics) == 2 and all(map(callable, dynamics))
+    if not (is_pair or callable(dynamics) or dynamics in get_args(Name)):
+        raise ValueError(
+            f"dynamics={dynamics!r} must be one of {', '.join(map(repr, get_args(Name)))}, a transition function"
+            " f(state, action) -> next_state, or a pair (get_state, set_state) of functions of the unwrapped env"
+        )
+
+
+def choose(
+    dynamics: Dynamics,
+    env: VecEnv,
+    observation_space: spaces.Space,
+    cost: Callable[[Brancher], float],
+    compares_episodes: Callable[[], Any],
+) -> Choice:
+    """What ``dynamics`` means in an env that is no simulator.
+
+    Args:
+      dynamics: the user's, checked.
+      env: the env in all its wrappers.
+      observation_space: of the policy.
+      cost: from a brancher to the milliseconds that the branches of a decision step will take.
+      compares_episodes: raises ValueError where the settings have no meaning for episodes, which are compared until a
+        learned world predicts well.
+
+    Raises:
+      Unclonable: ``"clone"`` where that cannot be done, and why.
+    """
+    if callable(dynamics):
+        return Choice("function")
+    if dynamics == "learned":
+        return Choice("learned")
+    if dynamics == "clone" or isinstance(dynamics, tuple):
+        return Choice("clone", brancher=Brancher(env, dynamics if isinstance(dynamics, tuple) else None))
+    try:
+        brancher = Brancher(env)
+        milliseconds = cost(brancher)
+        if milliseconds <= BUDGET_MS:
+            return Choice("clone", f"branches take {digits(milliseconds)} ms a decision step", brancher)
+        why = (
+            f"branches of clones would take {digits(milliseconds)} ms a decision step, more than {BUDGET_MS:g};"
+            " dynamics='clone' takes them all the same"
+        )
+    except Unclonable as error:
+        why = str(error)
+    return choose_without_clones(why, env, observation_space, compares_episodes)
+
+
+def choose_without_clones(
+    why: str, env: VecEnv, observation_space: spaces.Space, compares_episodes: Callable[[], Any]
+) -> Choice:
+    """What ``"auto"`` means where there are no clones, and ``why`` there are none; see :func:`choose`."""
+    try:
+        check_learnable(env, observation_space)
+        compares_episodes()
+    except (NotImplementedError, ValueError) as error:
+        return Choice("episodes", f"{why}; no learned world: {error}")
+    return Choice("learned", why)
+
+
+def check_learnable(env: VecEnv, observation_space: spaces.Space) -> None:
+    """Refuses what no world can be learned of.
+
+    Raises:
+      NotImplementedError: observations that are no vectors of real numbers.
+      ValueError: a VecNormalize with ``norm_obs``.
+    """
+    check_unnormalized(env, "'learned'")
+    check_vectors(arguments.to_observation_space(observation_space))
+
+
+def check_unnormalized(env: VecEnv, dynamics: str) -> None:
+    """Refuses observations that VecNormalize changes where a world predicts them.
+
+    Raises:
+      ValueError: a VecNormalize with ``norm_obs``.
+    """
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs:
+            raise ValueError(
+                f"dynamics={dynamics} needs observations whose scale does not change: use VecNormalize(norm_obs=False), or"
+                " dynamics='clone'"
+            )
+        env = env.venv
+
+
+def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None.
+
+    Args:
+      kind: what is compared.
+      given: these four, ``candidates`` and ``reward_function``.
+    """
+    on_host, has_reward = kind not in ("simulator", "episodes"), given["reward_function"] is not None
+    n_steps, horizon, every, bootstrap = (
+        given[name] for name in ("n_steps", "horizon", "branch_every", "bootstrap")
+    )
+    if n_steps is None:
+        n_steps = BRANCHED_N_STEPS if kind in ("clone", "function") else N_STEPS
+    if horizon is None:
+        of_host = REWARD_HORIZON if has_reward else HOST_HORIZON
+        horizon = SIMULATOR_HORIZON if kind == "simulator" else of_host
+    GRPOConfig(n_steps=n_steps, horizon=horizon)  # refuses them before anything is computed from them
+    if every is None:
+        most = max(1, horizon // HOST_STEPS) if on_host else 1
+        every = max(k for k in range(1, most + 1) if n_steps % k == 0)
+    if bootstrap is None:
+        compares_episodes = kind == "episodes" or given["candidates"] == "episodes"
+        bootstrap = compares_episodes or (on_host and not has_reward)
+    return {"n_steps": n_steps, "horizon": horizon, "branch_every": every, "bootstrap": bootstrap}
+
+
+def candidates_in(kind: Kind, candidates: str, has_env: bool) -> str:
+    """What ``candidates`` means where alternatives are of a ``kind``.
+
+    Raises:
+      ValueError: groups that cannot be had there.
+    """
+    if candidates == "auto":
+        return "episodes" if kind == "episodes" else "auto"
+    if not has_env or candidates == "episodes" or kind == "simulator":
+        return candidates
+    if candidates == "trajectory":
+        raise ValueError(
+            "candidates='trajectory' needs environments that can be reset alike, whole groups of them: a GymnaxVecEnv or"
+            " env='gymnax/<id>'; use candidates='auto' or 'episodes'"
+        )
+    if kind == "episodes":
+        raise ValueError(
+            f"candidates={candidates!r} needs a world that can be stepped from any state (a GymnaxVecEnv,"
+            " env='gymnax/<id>', or dynamics='clone'); use candidates='auto' or 'episodes'"
+        )
+    return candidates
+
+
+OF_EPISODES: dict[str, Any] = {"candidates": "episodes", "branch_every": 1}
+"""What changes in the settings where episodes are compared until alternatives can be."""
+
+
+def as_episodes(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what has a meaning in branches alone: for ``"auto"``, which chose episodes by itself."""
+    baseline = values["baseline"] if values["baseline"] in ("mean", "leave_one_out") else "policy"
+    return values | OF_EPISODES | {"persistence": None, "baseline": baseline}
+
+
+def without_meaning(config: GRPOConfig, distribution: Distribution) -> list[str]:
+    """Arguments of ``GRPO`` that change nothing in a regime."""
+    names = ["use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs"]
+    if not config.bootstrap:
+        names += ["gae_lambda", "vf_coef", "clip_range_vf"]
+    if config.candidates != "trajectory":
+        names += ["trajectory_form"]
+    if config.candidates in ("episodes", "trajectory"):
+        names += ["horizon", "branch_every", "n_rollouts", "backup", "persistence", "max_enumerated"]
+        names += ["branch_past_truncation", "common_random_numbers"]
+    if config.candidates == "episodes" or candidate_sets.resolve(config, distribution) == "enumerate":
+        names += ["group_size"]
+    return names
+
+
+def describe(config: GRPOConfig, distribution: Distribution, where: str, reason: str) -> str:
+    """What is compared, in one line: in ``where``, and the reason of ``dynamics="auto"`` if there is one."""
+    if config.candidates in ("episodes", "trajectory"):
+        groups = "the episodes of a rollout are compared, nothing is branched"
+    else:
+        kind = candidate_sets.resolve(config, distribution)
+        count = candidate_sets.n_candidates(config, distribution)
+        actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
+        states = "every state" if config.branch_every == 1 else f"one state in {config.branch_every}"
+        groups = f"{actions} of {states} are followed for {config.horizon} steps in {where}"
+    critic = "with a critic" if config.bootstrap else "without a critic"
+    return f"GRPO: {groups}; {critic}" + (f" (dynamics='auto': {reason})" if reason else "")
+
+
+def digits(number: float) -> str:
+    """Two digits that say something, and no exponent."""
+    return np.format_float_positional(number, precision=2, fractional=False, trim="-")

@@ -1,0 +1,114 @@
+"""What SB3's callbacks see of a step."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    ConvertCallback,
+    EventCallback,
+    ProgressBarCallback,
+)
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from grpo_jax.policies.policy import Policy
+from grpo_jax.spaces import Box
+from sb3_bridge.policies.policy import GRPOPolicy
+from sb3_bridge.rollout.buffer import RolloutView
+
+
+class Model(Protocol):
+    """What a rollout reads of the model, and moves on."""
+
+    policy: GRPOPolicy
+    env: VecEnv | None
+    rollout_buffer: RolloutView
+    num_timesteps: int
+    key_words: np.ndarray
+    episode_time: np.ndarray
+    chosen_dynamics: Any
+    ep_info_buffer: Any
+    _last_obs: Any
+    _last_episode_starts: Any
+    _jax_device: Any
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None: ...
+
+
+def asks_for_every_step(callback: BaseCallback) -> bool:
+    """Whether a callback must be called at every step: all do but "no callback" and the progress bar."""
+    if isinstance(callback, CallbackList):
+        return any(asks_for_every_step(child) for child in callback.callbacks)
+    if type(callback) is ConvertCallback:
+        return callback.callback is not None
+    return type(callback) is not ProgressBarCallback
+
+
+def reads_values(callback: BaseCallback | None) -> bool:
+    """Whether a callback may read ``values`` and ``log_probs``: SB3's own do not, and the policy need not be asked."""
+    if callback is None:
+        return False
+    if isinstance(callback, CallbackList):
+        return any(map(reads_values, callback.callbacks))
+    if type(callback) is ConvertCallback:
+        return callback.callback is not None
+    is_own = type(callback).__module__.startswith("stable_baselines3.")
+    return not is_own or (isinstance(callback, EventCallback) and reads_values(callback.callback))
+
+
+def advance_progress_bars(callback: BaseCallback, n_timesteps: int) -> None:
+    """Tells progress bars of steps that no callback was called for."""
+    if isinstance(callback, CallbackList):
+        for child in callback.callbacks:
+            advance_progress_bars(child, n_timesteps)
+    elif isinstance(callback, ProgressBarCallback):
+        callback.pbar.update(n_timesteps)
+
+
+def show_step(
+    model: Model,
+    callback: BaseCallback,
+    shown: dict[str, Any],
+    seen: Any = None,
+    value: Any = None,
+    log_prob: Any = None,
+) -> bool:
+    """Calls a callback with PPO's local variables of a step; returns whether training goes on.
+
+    Args:
+      model: which trains.
+      callback: initialised.
+      shown: ``n_steps``, ``actions``, ``clipped_actions``, ``new_obs``, ``rewards``, ``dones`` and ``infos``.
+      seen: observations of the decision states ``[N, ...]``, where the callback reads values.
+      value: of these states, ``[N]``; None without a critic.
+      log_prob: of the actions, ``[N]`` in the environment's units.
+    """
+    buffer = model.rollout_buffer
+    same: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
+    same["n_rollout_steps"] = buffer.buffer_size
+    if seen is not None:
+        shown["obs_tensor"] = obs_as_tensor(jax.tree.map(np.array, seen), model.policy.device)
+        shown["values"] = None if value is None else to_tensor(value).reshape(-1, 1)
+        shown["log_probs"] = to_tensor(log_prob)
+    callback.update_locals(same | shown)
+    return callback.on_step()
+
+
+def to_tensor(array: Any) -> torch.Tensor:
+    """A copy as a CPU tensor."""
+    return torch.from_numpy(np.array(array))
+
+
+def log_volume(policy: Policy) -> float:
+    """What a log density in the policy's units is too large by in the environment's."""
+    space = policy.action_space
+    if not isinstance(space, Box) or not space.is_bounded:
+        return 0.0
+    half = (space.high - space.low) / 2
+    return float(np.log(np.where(half > 0, half, 1.0)).sum())

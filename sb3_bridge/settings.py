@@ -1,0 +1,78 @@
+"""The settings of ``grpo_jax`` that the attributes of a model mean, and SB3's schedules among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from stable_baselines3.common.utils import FloatSchedule
+
+from grpo_jax.config import GRPOConfig, field_names
+from sb3_bridge.regime import as_episodes, candidates_in
+
+SCHEDULES = ("clip_range", "clip_range_vf", "clip_range_high")
+"""Attributes that are schedules, whatever they are set to; None stays None."""
+NUMBERS_OR_SCHEDULES = ("ent_coef", "persistence")
+"""Attributes that are a number, or a schedule."""
+
+
+def as_schedule(name: str, value: Any) -> Any:
+    """What an attribute of the model is when it is set: the schedule that SB3 would make of it.
+
+    Raises:
+      AssertionError: neither a number nor a function of the remaining progress.
+    """
+    if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
+        value = value.item()
+    if value is None or name not in SCHEDULES + NUMBERS_OR_SCHEDULES:
+        return value
+    if name in NUMBERS_OR_SCHEDULES and not callable(value):
+        return value
+    if name == "clip_range_vf" and isinstance(value, float | int) and value <= 0:
+        raise AssertionError(
+            f"`clip_range_vf` must be positive, pass `None` to deactivate vf clipping (got {value})"
+        )
+    try:
+        return FloatSchedule(value)
+    except AssertionError as error:
+        raise AssertionError(f"{name}={value!r}: {error}") from None
+
+
+def config_of(model: Any) -> GRPOConfig:
+    """The settings that the model's present attributes mean; schedules are asked for the present progress.
+
+    Raises:
+      ValueError, TypeError: what is wrong with which attribute, and the fix.
+    """
+
+    def now(value: Any) -> Any:
+        return value(model._current_progress_remaining) if callable(value) else value
+
+    attributes = vars(model)
+    values = {name: now(attributes[name]) for name in field_names() if name in attributes}
+    if model.persistence == 0:
+        values["persistence"] = None
+    is_chosen = model.candidates == "auto"
+    values["candidates"] = candidates_in(model.chosen_dynamics, model.candidates, model.env is not None)
+    if is_chosen and values["candidates"] == "episodes":
+        values = as_episodes(values)
+    if model.chosen_dynamics == "learned":  # what truncates a learned world is that it knows no further
+        values["branch_past_truncation"] = False
+    if model.advantage_scale is None:
+        values["advantage_scale"] = "batch" if model.normalize_advantage else "none"
+    values["learning_rate"] = now(model.lr_schedule)
+    values["optimizer"] = model.policy.optimizer.factory
+    return GRPOConfig(**values)
+
+
+def jax_device(device: torch.device | str) -> Any:
+    """JAX's device for SB3's ``device``; where there is no GPU, "cuda" means the CPU, as in SB3."""
+    kind = torch.device(device).type if str(device) != "auto" else "auto"
+    if kind == "auto":
+        return jax.devices()[0]
+    try:
+        return jax.devices("gpu" if kind == "cuda" else kind)[0]
+    except RuntimeError:
+        return jax.devices("cpu")[0]

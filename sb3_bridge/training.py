@@ -1,0 +1,390 @@
+"""What runs behind the contract of ``GRPO``: where candidates are followed, the rollout, the update."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from grpo_jax import counter
+from grpo_jax.config import GRPOConfig
+from grpo_jax.groups import candidates as candidate_sets
+from grpo_jax.learning.update import Learner, start_learner
+from grpo_jax.policies.distributions import for_space
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
+from grpo_jax.types import Trajectory
+from sb3_bridge import regime
+from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
+from sb3_bridge.clones.brancher import Brancher
+from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
+from sb3_bridge.policies.arguments import to_action_space
+from sb3_bridge.policies.policy import GRPOPolicy
+from sb3_bridge.rollout.buffer import RolloutView
+from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
+from sb3_bridge.rollout.host import collect_on_host
+from sb3_bridge.settings import as_schedule, config_of, jax_device
+from sb3_bridge.update import improve, next_key, record
+
+_NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
+
+
+class Training(OnPolicyAlgorithm):
+    """The two halves of an iteration, and what they need to know of the environment; :class:`GRPO` is its contract.
+
+    Attributes:
+      policy: actor and critic.
+      rollout_buffer: the last rollout, read-only.
+      simulator_steps: world steps that were spent in branches.
+      key_words: words of the PRNG key that the next iteration takes, uint32 ``[2]``.
+      episode_time: steps since the last reset of each environment that is stepped on the host, int32 ``[N]``.
+      chosen_dynamics: what ``dynamics`` came to; ``"episodes"`` where there are no alternatives.
+    """
+
+    policy: GRPOPolicy  # type: ignore[assignment]
+    rollout_buffer: RolloutView  # type: ignore[assignment]
+    env: Any
+    batch_size: int
+    n_epochs: int
+    target_kl: float | None
+    kl_coef: float | None
+    reward_function: Any
+    dynamics: Any
+    candidates: Any
+    group_size: int
+    max_enumerated: int
+    horizon: Any
+    branch_every: Any
+    n_rollouts: int
+    persistence: Any
+    bootstrap: Any
+    baseline: Any
+    _jax_device: Any
+
+    def _start_counting(self) -> None:
+        """What a model that was never trained knows of its training."""
+        self.simulator_steps = 0
+        self.key_words: np.ndarray = np.zeros(2, np.uint32)
+        self.episode_time: np.ndarray = np.zeros(self.n_envs if self.env is not None else 0, np.int32)
+        self.chosen_dynamics: regime.Kind = "episodes"
+        self._n_iterations = 0
+        self._n_optimizer_steps = 0
+        self._frac_zero_std: list[float] = []
+        self._spread_was_judged = False
+        self._reward: Reward | None = None
+        self._alternatives: Alternatives | None = None
+        self._world: Any = None  # a learned world from a file, until there is an env to branch for
+        self._trajectory: Trajectory | None = None
+        self._reference: Any = None
+
+    # Being made -----------------------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, as_schedule(name, value))
+        if name == "learning_rate" and "policy" in vars(self):
+            self._setup_lr_schedule()
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self._reseed(self.seed)
+        self.set_random_seed(self.seed)
+        regime.check_dynamics(self.dynamics)
+        choice = self._choose()
+        self.chosen_dynamics = choice.kind
+        for name, value in regime.defaults(choice.kind, vars(self)).items():
+            setattr(self, name, value)
+        self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            has_critic=self.bootstrap,
+            seed=int(self.key_words[0]),
+            **self.policy_kwargs,
+        )
+        self.policy = self.policy.to(self.device)
+        self.policy.state = jax.device_put(self.policy.state, self._jax_device)
+        if self.reward_function is not None:
+            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
+            self._say(self._reward.description)
+        config = config_of(self)
+        candidate_sets.resolve(config, self.policy.structure.distribution)
+        # Placed explicitly, as an update's result is: otherwise the second update compiles again.
+        learner = jax.device_put(start_learner(config, self.policy.state), self._jax_device)
+        self.policy.optimizer.state = learner.optimizer
+        if self.env is not None:
+            self._set_alternatives(choice)
+
+    def _reseed(self, seed: int | None) -> None:
+        sequence = np.random.SeedSequence(seed)  # None: the operating system's entropy
+        self.key_words = sequence.generate_state(2, np.uint32)
+        if getattr(self, "policy", None) is not None:
+            self.policy.seed(int(self.key_words[0]))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), *_NOT_SAVED]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is open or compiled is made anew: files of the logger, programs, clones.
+        kept = {name: value for name, value in vars(self).items() if name not in (*_NOT_SAVED, "_logger")}
+        return kept | {"_world": self._learned_world(), "_reference": jax.device_get(self._reference)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(dict.fromkeys(_NOT_SAVED) | state)
+        self._jax_device = jax_device(self.device)
+        self._setup_lr_schedule()
+        if self.reward_function is not None:
+            self._reward = resolve_reward(self.reward_function, self.observation_space, self.action_space)
+        if self.env is not None:
+            verbose, self.verbose = self.verbose, 0
+            self._set_alternatives(self._choose())
+            self.verbose = verbose
+
+    def _learned_world(self) -> Any:
+        return self._alternatives.state_dict() if isinstance(self._alternatives, Learned) else self._world
+
+    # What kind of run it is -----------------------------------------------------------------------------------------
+
+    def _find_simulator(self) -> Simulator | None:
+        """The world that can be branched in, if there is one."""
+        simulator = find_simulator(self.env)
+        if self.dynamics == "simulator" and simulator is None and self.env is not None:
+            raise ValueError(
+                "dynamics='simulator' needs a GymnaxVecEnv (bare, or within VecMonitor) or env='gymnax/<id>'; use"
+                f" dynamics='auto' for {self.env}"
+            )
+        return simulator
+
+    def _choose(self) -> regime.Choice:
+        """Where alternatives come from, by ``dynamics``, ``candidates`` and the env."""
+        if self.env is None:
+            return regime.Choice(self.chosen_dynamics)  # what a file says, until there is an env
+        if self._find_simulator() is not None:
+            if self.dynamics not in ("auto", "simulator"):
+                raise ValueError(
+                    f"dynamics={self.dynamics!r} has no meaning in a GymnaxVecEnv, which is a simulator itself: use"
+                    " dynamics='auto'"
+                )
+            return regime.Choice("simulator")
+        if self.candidates in ("episodes", "trajectory"):
+            return regime.Choice("episodes")
+        return regime.choose(
+            self.dynamics, self.env, self.observation_space, self._milliseconds, self._compares_episodes
+        )
+
+    def _compares_episodes(self) -> GRPOConfig:
+        return GRPOConfig(
+            candidates="episodes", baseline=self.baseline, persistence=_number(self.persistence)
+        )
+
+    def _milliseconds(self, brancher: Brancher) -> float:
+        """What the branches of clones will take for a decision step."""
+        sets = GRPOConfig(
+            candidates=self.candidates,
+            group_size=self.group_size,
+            max_enumerated=self.max_enumerated,
+        )
+        n_candidates = candidate_sets.n_candidates(sets, for_space(to_action_space(self.action_space)))
+        settings = regime.defaults("clone", vars(self))
+        seconds = brancher.seconds(1, n_candidates, settings["horizon"], self.n_rollouts)
+        return float(1e3 * seconds / settings["branch_every"])
+
+    def _set_alternatives(self, choice: regime.Choice) -> None:
+        """Makes what was chosen; says so, and warns of what it will cost."""
+        assert self.env is not None
+        self.chosen_dynamics = choice.kind
+        before, self._alternatives = self._alternatives, None
+        if choice.brancher is not None:
+            clones = Clones(choice.brancher, self._reward, is_demanded=self.dynamics != "auto")
+            normalizer = self.get_vec_normalize_env()
+            clones.sees_last = normalizer is None or not normalizer.norm_obs
+            self._alternatives = clones
+        elif choice.kind == "learned":
+            regime.check_learnable(self.env, self.observation_space)
+            self._compares_episodes()  # refuses now what it would refuse then
+            self._alternatives = before if isinstance(before, Learned) else self._new_world()
+        elif choice.kind == "function":
+            regime.check_unnormalized(self.env, "f")
+            self._alternatives = Function(self.dynamics, self.policy, self._reward)
+        where = "the simulator" if self._alternatives is None else self._alternatives.description
+        distribution = self.policy.structure.distribution
+        self._say(regime.describe(config_of(self), distribution, where, choice.reason))
+        if choice.brancher is not None and (ms := self._milliseconds(choice.brancher)) > regime.BUDGET_MS:
+            warnings.warn(
+                f"dynamics={self.dynamics!r}: branches will take about {regime.digits(ms)} ms for a decision step, most"
+                f" of the run. Lower horizon={self.horizon} or group_size={self.group_size}, raise branch_every="
+                f"{self.branch_every}, or use SubprocVecEnv, or dynamics='learned'",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _new_world(self) -> Learned:
+        words = np.random.SeedSequence([int(word) for word in self.key_words])
+        learned = Learned(self.policy, self._reward, words.generate_state(2, np.uint32))
+        if self._world is not None:
+            learned.load_state_dict(self._world)
+            self._world = None
+        return learned
+
+    def _warn_of_arguments(self, given: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Warns once of what was ``given``, is not the default, and has no meaning here."""
+        config = config_of(self)
+        meaningless = regime.without_meaning(config, self.policy.structure.distribution)
+        ignored = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
+        if ignored:
+            branches = config.candidates not in ("episodes", "trajectory")
+            what = "branches" if branches else "episodes, nothing is branched"
+            critic = "with a critic" if self.bootstrap else "without a critic (bootstrap=False)"
+            warnings.warn(
+                f"GRPO compares {what}, {critic}: {', '.join(ignored)} {'have' if len(ignored) > 1 else 'has'} no"
+                " meaning here and will be ignored",
+                UserWarning,
+                stacklevel=3,
+            )
+        n_states = self.n_envs * self.n_steps
+        if self.batch_size > n_states or n_states % self.batch_size:
+            warnings.warn(
+                f"batch_size={self.batch_size} does not divide n_envs * n_steps = {self.n_envs} * {self.n_steps} ="
+                f" {n_states}: the last minibatch of every epoch holds {n_states % self.batch_size} states only",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _say(self, text: str) -> None:
+        if self.verbose >= 1:
+            print(text)
+
+    # The two halves of an iteration ---
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # The last rollout may go beyond total_timesteps: no schedule is asked for progress below 0.
+        super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
+    ) -> bool:
+        """One rollout, on the device where the environment is there, else on the host.
+
+        Returns:
+          Whether training goes on: False where a callback said stop.
+        """
+        del rollout_buffer, n_rollout_steps  # the trajectory is kept as arrays, of n_steps
+        self.policy.set_training_mode(False)
+        if (self.rollout_buffer.buffer_size, self.rollout_buffer.n_envs) != (self.n_steps, self.n_envs):
+            self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
+        callback.on_rollout_start()
+        config, simulator = config_of(self), self._find_simulator()
+        with original_errors():  # of the user's reward function
+            if simulator is not None:
+                self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
+            else:
+                clones = self._alternatives if isinstance(self._alternatives, Clones) else None
+                if clones is not None and config.candidates != "episodes":
+                    clones.start(config, self._n_iterations)
+                else:
+                    clones = None
+                self._trajectory = collect_on_host(self, config, env, self._reward, callback, clones)
+        if self._trajectory is None:
+            self.key_words = np.asarray(next_key(self.key_words))  # what was drawn is used up
+            return False
+        callback.on_rollout_end()
+        return True
+
+    def train(self) -> None:
+        """Groups and update of the last rollout, in one program."""
+        assert self._trajectory is not None, "train() comes after collect_rollouts()"
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)  # type: ignore[arg-type]
+        config, simulator, trajectory = config_of(self), self._find_simulator(), self._trajectory
+        learner = Learner(
+            policy=self.policy.state,
+            optimizer=self.policy.optimizer.state,
+            reference=self._reference_policy(),
+            n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
+        )
+        followed = Followed()
+        with original_errors():
+            if simulator is not None:
+                followed = Followed(override(simulator.env.world, self._reward))
+            elif self._alternatives is not None and config.candidates != "episodes":
+                followed = self._alternatives.follow(config, self.policy, trajectory, self.key_words)
+                if followed.world is None and followed.branches is None:
+                    config = config.replace(**regime.OF_EPISODES)
+            if simulator is None:  # what the reward function saw is of no more use
+                environments = trajectory.environments.replace(state=None)
+                trajectory = trajectory.replace(environments=environments)
+            state, metrics = improve(
+                config,
+                followed.world,
+                self.policy.structure,
+                learner,
+                trajectory,
+                self.key_words,
+                self._n_iterations,
+                followed.branches,
+            )
+            metrics, n_simulator_steps, words, n_updates = jax.device_get(
+                (metrics, state.simulator_steps, state.key, state.learner.n_updates)
+            )
+        self._trajectory = None
+        check_finite(metrics)
+        self.policy.state = state.learner.policy
+        self.policy.optimizer.state = state.learner.optimizer
+        self._reference = state.learner.reference
+        self.key_words = np.asarray(words)
+        self.simulator_steps += counter.to_int(n_simulator_steps) + followed.n_steps
+        self._n_optimizer_steps = int(n_updates)
+        self._n_iterations += 1
+        # Epochs that were begun, as PPO counts: target_kl may have stopped them.
+        taken = int(metrics["n_updates"])
+        self._n_updates += min(self.n_epochs, taken // config.n_minibatches + 1)
+        self._log(config, metrics)
+        if self.verbose >= 1 and self.target_kl is not None and taken < config.n_updates:
+            print(
+                f"Early stopping after {taken} of {config.n_updates} optimizer steps: KL(pi_old || pi) exceeded"
+                f" 1.5 * target_kl = {1.5 * self.target_kl:.3g}"
+            )
+        if self._n_iterations <= SPREAD_ITERATIONS:
+            self._frac_zero_std.append(float(metrics["frac_zero_std"]))
+            if self._n_iterations == SPREAD_ITERATIONS:
+                self._judge_spread()
+        if isinstance(self._alternatives, Clones) and self._alternatives.failure:
+            self._leave_clones(self._alternatives.failure)
+
+    def _leave_clones(self, why: str) -> None:
+        """Goes on without clones, which proved not to do what the environments do."""
+        assert self.env is not None
+        self.logger.warn(f"GRPO follows candidates in clones no longer: {why}")
+        self._set_alternatives(
+            regime.choose_without_clones(why, self.env, self.observation_space, self._compares_episodes)
+        )
+
+    def _judge_spread(self) -> None:
+        """Says once that the first groups had nothing to tell, if that is so."""
+        if self._frac_zero_std and not self._spread_was_judged:
+            self._spread_was_judged = True
+            warn_without_spread(config_of(self), self._frac_zero_std)
+
+    def _reference_policy(self) -> Any:
+        """The reference kept so far; at first the policy as it is now, parameters that were loaded included."""
+        if self.kl_coef is None:
+            return None
+        return self.policy.state if self._reference is None else self._reference
+
+    def _log(self, config: GRPOConfig, metrics: Any) -> None:
+        """PPO's keys under ``train/``, ours under ``grpo/``."""
+        world = self._alternatives.metrics if isinstance(self._alternatives, Learned) else None
+        record(self.logger, config, metrics, self.policy, world)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("grpo/simulator_steps", self.simulator_steps)
+        is_environment = self.chosen_dynamics in ("simulator", "clone")
+        if is_environment and config.candidates not in ("episodes", "trajectory"):
+            self.logger.record("grpo/world_error", 0.0)
+
+
+def _number(value: Any) -> Any:
+    return 0.5 if callable(value) else value
