@@ -16,7 +16,15 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from sb3_bridge.clones import copying, core_state, fingerprint, replay_check, sandbox, shared_state, snapshot
+from sb3_bridge.clones import (
+    copying,
+    core_state,
+    fingerprint,
+    replay_check,
+    sandbox,
+    shared_state,
+    snapshot,
+)
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.clones.fingerprint import large_ones_hashed_once

@@ -16,9 +16,10 @@ import numpy as np
 from sb3_bridge.clones.copying import GENERATORS, PLAIN, Unclonable
 from sb3_bridge.clones.core_state import Functions, cores_for
 from sb3_bridge.clones.fingerprint import fingerprint
+from sb3_bridge.clones.layers import construction, layers_of
 from sb3_bridge.clones.sandbox import CAN_FORK, global_generators, global_generators_kept, going_on, in_child
 from sb3_bridge.clones.shared_state import SharedState
-from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, construction, layers_of
+from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
 
 _HEAVY = 1024  # bytes of an attribute above which it is worth finding out that it never changes
 _ACTIONS = 12  # length of a replayed branch

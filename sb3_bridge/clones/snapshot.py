@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-from gymnasium import wrappers
-from gymnasium.utils import EzPickle, RecordConstructorArgs
-from stable_baselines3.common.monitor import Monitor
 
 from sb3_bridge.clones.copying import (
     GENERATORS,
@@ -27,19 +23,7 @@ from sb3_bridge.clones.copying import (
 )
 from sb3_bridge.clones.core_state import DEEPCOPY, Functions, cores_for
 from sb3_bridge.clones.fingerprint import Fingerprint, fingerprint
-
-# Wrappers that change no transition: replicas do without them. A class derived from one may do more, and is kept.
-_TRANSPARENT = (
-    Monitor,
-    wrappers.PassiveEnvChecker,
-    wrappers.OrderEnforcing,
-    wrappers.RecordEpisodeStatistics,
-    wrappers.RecordVideo,
-    wrappers.RenderCollection,
-    wrappers.HumanRendering,
-)
-# How Gymnasium remembers what a class was made with; nothing reads it later.
-_CONSTRUCTION = {EzPickle: ("_ezpickle_args", "_ezpickle_kwargs"), RecordConstructorArgs: ("_saved_kwargs",)}
+from sb3_bridge.clones.layers import chain_of, construction, layers_of, spaces_of
 
 _LARGE = 1 << 20  # bytes of a constant that replicas share with the environment
 
@@ -120,41 +104,6 @@ class Replica:
         self.step = self.layers[0].step
 
 
-def layers_of(env: gymnasium.Env) -> list[gymnasium.Env]:
-    """The environment and its wrappers, outermost first, without those that change no transition."""
-    return [layer for layer in _chain(env) if type(layer) not in _TRANSPARENT]
-
-
-def _chain(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
-    while isinstance(env, gymnasium.Wrapper):
-        yield env
-        env = env.env
-    yield env
-
-
-def _parts(space: Any) -> Iterator[gymnasium.Space]:
-    yield space
-    parts = getattr(space, "spaces", None) or ()
-    for part in parts.values() if hasattr(parts, "values") else parts:
-        yield from _parts(part)
-
-
-def _spaces_of(layers: list[gymnasium.Env]) -> list[gymnasium.Space]:
-    """Every space that a layer holds as an attribute, parts included, once; they have generators of their own."""
-    found: dict[int, gymnasium.Space] = {}
-    for layer in layers:
-        for name in sorted(vars(layer)):
-            value = vars(layer)[name]
-            if isinstance(value, gymnasium.Space):
-                found |= {id(space): space for space in _parts(value)}
-    return list(found.values())
-
-
-def construction(layer: gymnasium.Env) -> set[str]:
-    """Attributes in which Gymnasium keeps what a layer was made with."""
-    return {name for kind, names in _CONSTRUCTION.items() if isinstance(layer, kind) for name in names}
-
-
 class Cloner:
     """Saves one environment's states and restores them into replicas.
 
@@ -177,7 +126,7 @@ class Cloner:
         self.way = way
         self._core = next(one for one in cores_for(core, functions) if one.name == way)
         self._n_saved = len(self.layers) - (way == DEEPCOPY)
-        self._spaces = _spaces_of(self.layers)
+        self._spaces = spaces_of(self.layers)
         self._hidden = [self._hidden_in(layer) for layer in self.layers]
         self._hidden[-1] |= self._core.hidden
         self._is_human = getattr(core, "render_mode", None) == "human"
@@ -186,7 +135,7 @@ class Cloner:
         self._by_itself = False
         self._marks = [_Layer() for _ in self.layers]
         marks = dict(zip(map(id, self.layers), self._marks, strict=True))
-        self._chain = list(_chain(env))
+        self._chain = list(chain_of(env))
         self._memo: Memo = {id(space): space for space in self._spaces}
         mark: Any = None
         for layer in reversed(self._chain):  # a wrapper that is left out is what it wraps
@@ -205,7 +154,7 @@ class Cloner:
 
     def follows(self, env: gymnasium.Env) -> bool:
         """Whether ``env`` is still made of the layers that this cloner knows."""
-        chain = list(_chain(env))
+        chain = list(chain_of(env))
         return len(chain) == len(self._chain) and all(
             mine is its for mine, its in zip(self._chain, chain, strict=True)
         )
