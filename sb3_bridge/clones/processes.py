@@ -16,16 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from sb3_bridge.clones import (
-    copying,
-    core_state,
-    fingerprint,
-    replay_check,
-    sandbox,
-    shared_state,
-    snapshot,
-)
-from sb3_bridge.clones.copying import Unclonable
+from sb3_bridge.clones.copying import Unclonable, forget_classes
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.clones.fingerprint import large_ones_hashed_once
 from sb3_bridge.clones.replay_check import check, signature
@@ -35,7 +26,6 @@ from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, make_cloner
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-_REPORT = tuple(field.name for field in dataclasses.fields(CloneReport))
 _DRAWING = {"step", "replay"}  # methods that run an environment's code, which may draw from global generators
 _HASHING = {"signature", "take", "changed_constants"}
 _DRAIN_SECONDS = 60.0  # until a worker that was interrupted is given up
@@ -204,18 +194,9 @@ class Workers:
         self._env = env
         # Each group has a method of its own: two models may use one VecEnv.
         self._name, self._number = f"_grpo_branches_{os.getpid()}_{next(_NUMBERS)}", 0
-        # By value: a worker needs neither this package nor JAX. These are all that Server is made of.
-        modules = (
-            copying,
-            core_state,
-            fingerprint,
-            sandbox,
-            shared_state,
-            snapshot,
-            replay_check,
-            sys.modules[__name__],
-        )
-        copying.forget_classes()
+        # By value: a worker needs neither this package nor JAX.
+        modules = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
+        forget_classes()
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:
