@@ -1,4 +1,4 @@
-"""What ``dynamics="clone"`` does with every environment of Gymnasium that installs: means, replay check, microseconds.
+"""What ``dynamics="clone"`` does with every environment of Gymnasium that installs: how states are saved, replay check, microseconds.
 
     python benchmarks/clone_fidelity.py --out runs/clone_fidelity
     python benchmarks/clone_fidelity.py CartPole-v1 Hopper-v5
@@ -52,7 +52,7 @@ def row(family: str, name: str, report: CloneReport) -> str:
         reason = report.reason.splitlines()[0]
         return f"| {family} | {name} | refused | {reason} | | | |"
     times = (report.snapshot_us, report.restore_us, report.step_us)
-    return f"| {family} | {name} | {report.means} | passed | " + " | ".join(f"{t:.1f}" for t in times) + " |"
+    return f"| {family} | {name} | {report.way} | passed | " + " | ".join(f"{t:.1f}" for t in times) + " |"
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [(family, name) for family, name in ids() if not args.ids or name in args.ids]
     lines = [
-        "| family | id | means | replay check | snapshot us | restore us | step us |",
+        "| family | id | saved by | replay check | snapshot us | restore us | step us |",
         "|---|---|---|---|--:|--:|--:|",
     ]
     print("\n".join(lines))

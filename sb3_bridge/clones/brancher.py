@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,12 +11,11 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from grpo_jax.config import Backup
+from grpo_jax.groups.host_branch import Act, Call, Reached, Rewards, Settings, Value, group_returns
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import MUJOCO, Functions
-from sb3_bridge.clones.lockstep import Act, Loop, Value
 from sb3_bridge.clones.processes import Group, Local, Workers
 from sb3_bridge.clones.snapshot import CloneReport
-from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.vec_wrappers import find_view
 
@@ -34,7 +32,7 @@ class Brancher:
     Args:
       env: DummyVecEnv or SubprocVecEnv, in SB3's wrappers.
       functions: a pair ``(save, restore)``: ``save(env.unwrapped) -> state`` and ``restore(env.unwrapped, state)``;
-        None finds means of its own.
+        None finds a way of its own.
 
     Attributes:
       report: what the replay check found; the worst times where environments differ.
@@ -58,9 +56,8 @@ class Brancher:
                 f"branches run in the environments of a DummyVecEnv or SubprocVecEnv; {type(base).__name__} gives no"
                 " access to them"
             )
-        reports = self._check()
-        self.report = max(reports, key=lambda report: report.step_us)
-        most = MUJOCO_POOL_SIZE if self.report.means == MUJOCO else POOL_SIZE
+        self.report = max(self._check(), key=lambda report: report.step_us)
+        most = MUJOCO_POOL_SIZE if self.report.way == MUJOCO else POOL_SIZE
         self._pool = max(1, most // self.num_envs)
         self._taken = 0
 
@@ -68,23 +65,35 @@ class Brancher:
         return self._group.call(method, [arguments] * self.num_envs)
 
     def _check(self) -> list[CloneReport]:
-        """Environments that were made alike are checked once."""
-        signatures = self._all("signature")
-        firsts = {signatures.index(signature) for signature in signatures}
+        """Environments that were made alike are checked once: first one of them, then all that are not like it."""
+        reports: list[CloneReport | None] = [None] * self.num_envs
+        reports[0] = first = self._checked([0])[0]
+        signatures = self._all("signature", first.varying)
+        others = {signature: index for index, signature in reversed(list(enumerate(signatures)))}
+        del others[signatures[0]]
+        found = {signatures[0]: first} | dict(zip(others, self._checked(list(others.values())), strict=True))
+        chosen = [found[signature] for signature in signatures]
+        self._group.call("prepare", [(_plain(report),) for report in chosen])
+        return list(found.values())
+
+    def _checked(self, indices: list[int]) -> list[CloneReport]:
         answers = self._group.call(
-            "check", [() if index in firsts else None for index in range(self.num_envs)]
+            "check", [() if index in indices else None for index in range(self.num_envs)]
         )
-        reports = {}
-        for index in sorted(firsts):
-            reports[signatures[index]] = report = CloneReport(*answers[index])
+        reports = [CloneReport(*answers[index]) for index in indices]
+        for index, report in zip(indices, reports, strict=True):
             if not report.passed:
-                raise Unclonable(report.description)
-        chosen = [dataclasses.astuple(reports[signature]) for signature in signatures]
-        self._group.call("prepare", [(report,) for report in chosen])
-        return list(reports.values())
+                where = f"environment {index}: " if index else ""
+                raise Unclonable(where + report.description)
+        return reports
 
     def take(self) -> int:
-        """Keeps the present state of every environment, until ``branch`` or ``free``; returns a handle."""
+        """Keeps the present state of every environment, until ``branch`` or ``free``; returns a handle.
+
+        Raises:
+          Unclonable: an environment that was replaced, or wrapped anew, does not pass the replay check; or one holds
+            something by now that cannot be copied.
+        """
         self._all("take", self._taken)
         self._taken += 1
         return self._taken - 1
@@ -92,6 +101,32 @@ class Brancher:
     def free(self) -> None:
         """Forgets all states that were kept."""
         self._all("free")
+
+    def replay(self, handle: int, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """What ``actions`` lead to from a kept state, with the random generators as they were in it.
+
+        Equal, bit for bit, to what the environments did, if they were stepped with these actions from that state. A
+        DummyVecEnv rounds rewards to float32, and after an end shows the next episode's first observation instead
+        (this one is ``infos[i]["terminal_observation"]``).
+
+        Args:
+          handle: of ``take``, not freed yet.
+          actions: ``[N, *A]``, as the environments get them.
+
+        Returns:
+          Observations ``[N, ...]`` (a dict of such arrays for Dict spaces) before any VecEnvWrapper, rewards float64,
+          terminated and truncated bool ``[N]``.
+        """
+        answers = self._group.call("replay", [(handle, action) for action in np.asarray(actions)])
+        observations, *rest = zip(*answers, strict=True)
+        rewards, terminated, truncated = (np.concatenate(part) for part in rest)
+        if isinstance(observations[0], dict):
+            stacked: Any = {
+                name: np.concatenate([one[name] for one in observations]) for name in observations[0]
+            }
+        else:
+            stacked = np.concatenate(observations)
+        return stacked, rewards, terminated, truncated
 
     def seconds(self, n_states: int, n_candidates: int, horizon: int, n_rollouts: int = 1) -> float:
         """What the branches of ``n_states`` states will cost at most, by the times that the check measured."""
@@ -115,13 +150,13 @@ class Brancher:
         persistence: float | None = None,
         past_truncation: bool = False,
         value: Value | None = None,
-        reward: Reward | None = None,
+        reward: Rewards | None = None,
         observations: Any = None,
         common_random_numbers: bool = True,
         seed: int = 0,
         wanted: np.ndarray | None = None,
     ) -> tuple[np.ndarray, int]:
-        """Returns of the candidates of each kept state, as ``grpo_jax``'s ``group_returns`` defines them.
+        """Returns of the candidates of each kept state, as ``grpo_jax.groups.host_branch.group_returns`` defines them.
 
         Args:
           handles: T of ``take``; all kept states are freed afterwards.
@@ -132,9 +167,9 @@ class Brancher:
           n_uniforms: uniform numbers that ``act`` takes.
           n_rollouts: M branches of each candidate.
           backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
-          persistence: probability of a step behind the candidate's own to repeat the action before it; None: 0.
-          past_truncation: whether branches go on behind a truncation, as behind a mere time limit they can.
-          value: the critic, for what lies behind the horizon or a truncation; None: nothing.
+          persistence: probability of a step after the candidate's own to repeat the action before it; None: 0.
+          past_truncation: whether branches go on after a truncation, as after a mere time limit they can.
+          value: the critic, for what lies beyond the horizon or a truncation; None: nothing.
           reward: the user's; None: the environment's, as the wrappers make it.
           observations: ``[T * N, ...]`` the states as a reward function sees them (``view.original``); with ``reward``.
           common_random_numbers: the candidates of a state share random numbers; else each draws its own.
@@ -147,42 +182,38 @@ class Brancher:
 
         Raises:
           ValueError: shapes or numbers that do not fit.
+          Unclonable: something large that never changed at first was changed.
         """
         actions = env_actions(self._action_space, np.asarray(actions))
-        n_states, n_group = actions.shape[:2]
-        if horizon < 1 or n_rollouts < 1:
-            raise ValueError(f"horizon={horizon} and n_rollouts={n_rollouts} must be at least 1")
-        if n_states != len(handles) * self.num_envs:
+        if len(actions) != len(handles) * self.num_envs:
             raise ValueError(
-                f"actions are for {n_states} states, but {len(handles)} handles of {self.num_envs} environments keep"
+                f"actions are for {len(actions)} states, but {len(handles)} handles of {self.num_envs} environments keep"
                 f" {len(handles) * self.num_envs}"
             )
-        if reward is not None and observations is None:
-            raise ValueError("reward needs observations: the states that the candidates start from")
+        settings = Settings(
+            horizon=horizon,
+            gamma=float(gamma),
+            n_uniforms=n_uniforms,
+            n_rollouts=n_rollouts,
+            backup=backup,
+            persistence=persistence,
+            past_truncation=past_truncation,
+            common_random_numbers=common_random_numbers,
+            seed=seed,
+        )
         try:
-            loop = Loop(
-                self._group,
-                self.view,
-                np.asarray(handles),
-                actions,
+            found = group_returns(
+                self,
                 act,
-                space=self._action_space,
-                n_envs=self.num_envs,
+                handles,
+                actions,
+                settings,
                 pool=self._pool,
-                horizon=horizon,
-                gamma=float(gamma),
-                n_uniforms=n_uniforms,
-                n_rollouts=n_rollouts,
-                persistence=persistence,
-                past_truncation=past_truncation,
                 value=value,
                 reward=reward,
                 observations=observations,
-                n_streams=1 if common_random_numbers else n_group,
-                seed=seed,
-                wanted=np.ones(n_states, bool) if wanted is None else np.asarray(wanted, bool),
+                wanted=wanted,
             )
-            totals, n_steps = loop.run()
         finally:
             self.free()
         changed = sorted({name for names in self._all("changed_constants") for name in names})
@@ -192,6 +223,31 @@ class Brancher:
                 " it is part of every snapshot",
                 stacklevel=2,
             )
-        totals = totals.reshape(n_states, n_group, n_rollouts)
-        returns = totals.max(axis=2) if backup == "max" else totals.mean(axis=2)
-        return returns.astype(np.float32), n_steps
+        return found
+
+    # What ``grpo_jax.groups.host_branch`` asks of simulators.
+
+    def step(self, calls: list[Call | None]) -> list[Reached | None]:
+        """One lock step of the replicas."""
+        answers = self._group.call("step", [None if call is None else tuple(call) for call in calls])
+        return [None if answer is None else Reached(*answer) for answer in answers]
+
+    def seen(self, observations: Any) -> Any:
+        """Observations as the policy sees them."""
+        return self.view.seen(observations)
+
+    def original(self, observations: Any) -> Any:
+        """Observations as a reward function sees them."""
+        return self.view.original(observations)
+
+    def rewards(self, rewards: np.ndarray) -> np.ndarray:
+        """The environments' rewards ``[n]`` as the learner sees them."""
+        return self.view.rewards(rewards)
+
+    def actions(self, actions: Any) -> np.ndarray:
+        """Actions as the environments want them."""
+        return env_actions(self._action_space, np.asarray(actions))
+
+
+def _plain(report: CloneReport) -> tuple[Any, ...]:
+    return tuple(vars(report).values())

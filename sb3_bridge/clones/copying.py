@@ -1,129 +1,101 @@
-"""How values, random streams and the layers of an environment are copied."""
+"""Copies of values, whatever they are made of."""
 
 from __future__ import annotations
 
 import collections
 import copy
+import copyreg
 import enum
+import functools
 import io
-import pickle
 import random
 import sys
 import types
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium import wrappers
-from stable_baselines3.common.monitor import Monitor
+from gymnasium.envs.registration import EnvSpec
 
-# Wrappers that change no transition: replicas do without them. A class derived from one may do more, and is kept.
-_TRANSPARENT = (
-    Monitor,
-    wrappers.PassiveEnvChecker,
-    wrappers.OrderEnforcing,
-    wrappers.RecordEpisodeStatistics,
-    wrappers.RecordVideo,
-    wrappers.RenderCollection,
-    wrappers.HumanRendering,
-)
-RENDERING = frozenset(
-    {"renderer", "mujoco_renderer", "screen", "clock", "surf", "viewer", "window", "window_surface"}
-)
-NO_STATE = frozenset({"env", "spec", "_cached_spec", "_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"})
-
-PLAIN = {
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type(Ellipsis),
-    range,
-    slice,
-    type,
-    np.str_,
-    np.bytes_,
-}
-PLAIN |= {types.FunctionType, types.BuiltinFunctionType, types.ModuleType, np.ufunc}
+PLAIN = {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, type}
+"""Types whose values never change and refer to nothing that does."""
+PLAIN |= {types.ModuleType, EnvSpec, np.ufunc, np.str_, np.bytes_}
 PLAIN |= {np.dtype(kind).type for kind in "?bBhHiIlLqQefdgFD"}
+
+_SHARED = (type, enum.Enum, types.ModuleType, types.CodeType, np.dtype)
+# Copies of these would still work on what the original works on, or are not possible at all.
+_REFUSED: tuple[type, ...] = (
+    *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, io.IOBase),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
+)
+# What draws on a screen, by the module that its class comes from. A game's pygame.Rect is its state, and no part of this.
+_WINDOWS: tuple[str, ...] = (
+    *("pyglet", "OpenGL", "glfw", "tkinter", "_tkinter", "matplotlib", "mpl_toolkits", "PIL.ImageTk"),
+    *("pygame.surface", "pygame.time", "pygame.font", "pygame.display", "pygame.mixer", "pygame.window"),
+    "gymnasium.envs.mujoco.mujoco_rendering",
+)
+_MISSING = object()
+
+Memo = dict[Any, Any]
+"""Copies by the id of what they were made of. Whoever fills one keeps the originals alive as long as it is used."""
 
 
 class Unclonable(ValueError):
     """An environment whose state cannot be saved and restored; says why."""
 
 
-class Stream(NamedTuple):
-    """State of a random generator that an attribute holds."""
+class Stream:
+    """The state of a random generator, as a snapshot keeps it."""
 
-    kind: type
-    state: Any
+    __slots__ = ("bits", "kind", "state")
 
+    def __init__(self, generator: Any):
+        self.kind, self.bits = type(generator), None
+        if isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            self.bits, self.state = type(bits), bits.state
+        elif isinstance(generator, np.random.RandomState):
+            self.state = generator.get_state(legacy=False)
+        else:
+            self.state = generator.getstate()
 
-def copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy``, with short ways for what environments are mostly made of."""
-    kind = type(value)
-    if kind in PLAIN:
-        return value
-    if kind is tuple:
-        copied = tuple([copy_value(item, memo) for item in value])
-        return value if all(map(_same, copied, value)) else copied
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    if kind is np.ndarray and not value.dtype.hasobject:
-        result: Any = value.copy("K")
-    elif kind is list:
-        result = memo[id(value)] = []
-        result.extend([copy_value(item, memo) for item in value])
-    elif kind is dict:
-        result = memo[id(value)] = {}
-        result.update({copy_value(key, memo): copy_value(item, memo) for key, item in value.items()})
-    elif kind is collections.deque:
-        result = memo[id(value)] = collections.deque(maxlen=value.maxlen)
-        result.extend([copy_value(item, memo) for item in value])
-    elif issubclass(kind, enum.Enum):
-        return value
-    else:
-        return copy.deepcopy(value, memo)
-    memo[id(value)] = result
-    return result
+    def of_kind(self, target: Any) -> Any:
+        """``target`` itself where it is such a generator, else a new one; in whatever state."""
+        if type(target) is self.kind and (self.bits is None or type(target.bit_generator) is self.bits):
+            return target
+        return self.kind() if self.bits is None else self.kind(self.bits())
+
+    def set(self, target: Any) -> Any:
+        """The generator at this state: ``target`` itself where it is of this kind, else a new one."""
+        target = self.of_kind(target)
+        if self.bits is not None:
+            target.bit_generator.state = self.state
+        elif isinstance(target, np.random.RandomState):
+            target.set_state(self.state)  # type: ignore[arg-type]
+        else:
+            target.setstate(self.state)
+        return target
 
 
-def _same(first: Any, second: Any) -> bool:
-    return first is second
+class _Method:
+    """A built-in method of something that a snapshot keeps in another form."""
+
+    __slots__ = ("name", "owner")
+
+    def __init__(self, owner: Any, name: str):
+        self.owner, self.name = owner, name
+
+    def __call__(self, *arguments: Any) -> Any:  # functools.partial takes nothing else
+        raise TypeError("a snapshot's method cannot be called")
 
 
-def stream_of(value: Any) -> Stream | None:
-    if isinstance(value, np.random.Generator):
-        return Stream(type(value.bit_generator), value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return Stream(np.random.RandomState, value.get_state(legacy=False))
-    if type(value) is random.Random:
-        return Stream(random.Random, value.getstate())
-    return None
-
-
-def set_stream(target: Any, stream: Stream) -> Any:
-    """The generator at a saved state: ``target`` itself where it is of that kind, else a new one."""
-    if stream.kind is np.random.RandomState:
-        target = target if isinstance(target, np.random.RandomState) else np.random.RandomState()
-        target.set_state(stream.state)
-    elif stream.kind is random.Random:
-        target = target if type(target) is random.Random else random.Random()
-        target.setstate(stream.state)
-    else:
-        if not (isinstance(target, np.random.Generator) and type(target.bit_generator) is stream.kind):
-            target = np.random.Generator(stream.kind())
-        target.bit_generator.state = stream.state
-    return target
+GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
 
 def reseed(target: Any, words: np.ndarray, number: int) -> None:
-    """Seeds one of an environment's generators (its ``number`` told apart) from uint64 ``words`` [4]."""
+    """Seeds generator ``number`` of an environment from uint64 ``words`` [4]."""
     if isinstance(target, np.random.RandomState | random.Random):
         target.seed(int(words[0] + np.uint64(number)) & 0xFFFFFFFF)
         return
@@ -136,136 +108,281 @@ def reseed(target: Any, words: np.ndarray, number: int) -> None:
         bits.state = type(bits)([*words.tolist(), number]).state
 
 
-def _leaf_spaces(space: Any) -> Iterator[gymnasium.Space]:
-    parts = getattr(space, "spaces", None)
-    if parts is None:
-        yield space
-        return
-    yield space
-    for part in parts.values() if hasattr(parts, "values") else parts:
-        yield from _leaf_spaces(part)
+def copy_value(value: Any, memo: Memo) -> Any:
+    """A deep copy that shares nothing that can change with the original.
 
+    Functions with closures or defaults, bound methods and partials are bound to the copies of what they refer to.
+    Random generators become :class:`Stream` in the copy, and generators again in the copy of the copy: what is copied
+    once is the form that snapshots keep. Windows become None.
 
-class Fingerprint(pickle.Pickler):
-    """Bytes that tell whether a value changed; environments, spaces and code stand for themselves."""
+    Args:
+      value: anything.
+      memo: copies that were made already, by the id of the original; also what takes the place of an object.
 
-    def persistent_id(self, value: Any) -> Any:
-        atoms = (gymnasium.Env, gymnasium.Space, types.FunctionType, types.ModuleType, type)
-        return id(value) if isinstance(value, atoms) else None
-
-    @classmethod
-    def of(cls, value: Any) -> bytes | None:
-        buffer = io.BytesIO()
-        try:
-            cls(buffer, protocol=4).dump(value)
-        except Exception:  # whatever a value's own pickling raises: its changes cannot be seen
-            return None
-        return buffer.getvalue()
-
-
-def layers_of(env: gymnasium.Env) -> list[gymnasium.Env]:
-    """The environment and its wrappers, outermost first, without those that change no transition."""
-    layers = []
-    while isinstance(env, gymnasium.Wrapper):
-        if type(env) not in _TRANSPARENT:
-            layers.append(env)
-        env = env.env
-    return [*layers, env]
-
-
-def _all_layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
-    while isinstance(env, gymnasium.Wrapper):
-        yield env
-        env = env.env
-    yield env
-
-
-class Replica:
-    """A copy of an environment for branches; the real one is only ever read.
-
-    Attributes:
-      layers: its wrappers and itself, outermost first.
-      step: of the outermost.
-      constants: for each layer, its own copies of attributes that never change.
+    Raises:
+      Unclonable: an object that cannot be copied.
+      Exception: whatever an object's own pickling raises.
     """
-
-    def __init__(self, layers: list[gymnasium.Env]):
-        self.layers = layers
-        self.step = layers[0].step
-        self.constants: list[dict[str, Any]] = [{} for _ in layers]
-        self.extra: Any = None  # what a means keeps for it
-        self.spaces: list[gymnasium.Space] = []
-        self.memo: dict[int, Any] = {}
-
-
-def mujoco_module() -> Any:
-    """The module, loaded by whoever made a MuJoCo environment."""
-    return sys.modules.get("mujoco")
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    known = memo.get(id(value), _MISSING)
+    if known is not _MISSING:
+        return known
+    copier = _FOUND.get(kind)
+    if copier is None:
+        copier = _FOUND[kind] = _copier_for(kind)
+    copied = memo[id(value)] = copier(value, memo)
+    return copied
 
 
-def is_mujoco(env: gymnasium.Env) -> bool:
-    mujoco = mujoco_module()
+def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
+    if kind in _COPIERS:
+        return _COPIERS[kind]
+    origins = [base.__module__ or "" for base in kind.__mro__]
+    if any(origin == window or origin.startswith(window + ".") for origin in origins for window in _WINDOWS):
+        return lambda value, memo: None
+    if issubclass(kind, _SHARED) or (
+        kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl"
+    ):
+        return _share
+    if issubclass(kind, GENERATORS):
+        return lambda value, memo: Stream(value)
+    if issubclass(kind, gymnasium.Env):
+        return _env
+    if issubclass(kind, _REFUSED):
+        return _refuse("objects cannot be copied")
+    if hasattr(kind, "__del__"):
+        return _refuse("has a __del__, which would free for a copy what the original still uses")
+    return _by_itself if hasattr(kind, "__deepcopy__") else _object
+
+
+def _share(value: Any, memo: Memo) -> Any:
+    return value
+
+
+def _refuse(why: str) -> Callable[[Any, Memo], Any]:
+    def refuse(value: Any, memo: Memo) -> Any:
+        raise Unclonable(f"{type(value).__name__} {why}")
+
+    return refuse
+
+
+def _tuple(value: Any, memo: Memo) -> Any:
+    copied = tuple([copy_value(item, memo) for item in value])
+    if all(map(_same, copied, value)):
+        return value
+    return memo.get(id(value), copied)  # a tuple that contains itself was copied meanwhile
+
+
+def _same(first: Any, second: Any) -> bool:
+    return first is second
+
+
+def _list(value: Any, memo: Memo) -> Any:
+    result = memo[id(value)] = []
+    result.extend([copy_value(item, memo) for item in value])
+    return result
+
+
+def _dict(value: Any, memo: Memo) -> Any:
+    result = memo[id(value)] = {}
+    result.update({copy_value(key, memo): copy_value(item, memo) for key, item in value.items()})
+    return result
+
+
+def _set(value: Any, memo: Memo) -> Any:
+    return {copy_value(item, memo) for item in value}
+
+
+def _deque(value: Any, memo: Memo) -> Any:
+    result = memo[id(value)] = collections.deque(maxlen=value.maxlen)
+    result.extend([copy_value(item, memo) for item in value])
+    return result
+
+
+def _array(value: Any, memo: Memo) -> Any:
+    base = value.base
+    # A view of what something else refers to as well: a view of the copy of that.
+    is_view = type(base) is np.ndarray and sys.getrefcount(base) > 3 and not base.dtype.hasobject
+    if is_view and base.flags.c_contiguous and (id(base) in memo or 0 < base.nbytes <= 16 * value.nbytes):
+        offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        return np.ndarray(value.shape, value.dtype, copy_value(base, memo), offset, value.strides)
+    if not value.dtype.hasobject:
+        return value.copy("K")
+    if value.dtype != object:
+        raise Unclonable("a structured array of objects cannot be copied")
+    result = memo[id(value)] = np.empty_like(value)
+    for index in np.ndindex(value.shape):
+        result[index] = copy_value(value[index], memo)
+    return result
+
+
+def is_global(function: Any) -> bool:
+    """Whether a function is found under its name in its module: all share it, as they share the module."""
+    found: Any = sys.modules.get(function.__module__ or "")
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+def _function(value: Any, memo: Memo) -> Any:
+    cells, attributes = value.__closure__ or (), vars(value)
+    has_same_defaults = (
+        copy_value(value.__defaults__, memo) is value.__defaults__ and not value.__kwdefaults__
+    )
+    if has_same_defaults and (not cells or is_global(value)):
+        return value
+    new_cells = []
+    for cell in cells:
+        if id(cell) not in memo:
+            memo[id(cell)] = types.CellType()
+        new_cells.append(memo[id(cell)])
+    result = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, None, tuple(new_cells) or None
+    )
+    memo[id(value)] = result
+    result.__defaults__ = copy_value(value.__defaults__, memo)
+    result.__kwdefaults__ = copy_value(value.__kwdefaults__, memo)
+    result.__qualname__, result.__module__, result.__doc__ = (
+        value.__qualname__,
+        value.__module__,
+        value.__doc__,
+    )
+    for mine, its in zip(new_cells, cells, strict=True):
+        if id(its) not in memo.setdefault("filled", set()):
+            memo["filled"].add(id(its))
+            try:
+                mine.cell_contents = copy_value(its.cell_contents, memo)
+            except ValueError as error:
+                if isinstance(error, Unclonable):
+                    raise
+                continue  # a cell that is still empty
+    result.__dict__.update({name: copy_value(item, memo) for name, item in attributes.items()})
+    return result
+
+
+def _method(value: Any, memo: Memo) -> Any:
+    function, owner = copy_value(value.__func__, memo), copy_value(value.__self__, memo)
     return (
-        mujoco is not None
-        and isinstance(getattr(env, "model", None), mujoco.MjModel)
-        and isinstance(getattr(env, "data", None), mujoco.MjData)
+        value if owner is value.__self__ and function is value.__func__ else types.MethodType(function, owner)
     )
 
 
-def replicate(env: gymnasium.Env, shared: dict[int, Any], *, by_itself: bool) -> list[gymnasium.Env]:
-    """New layers, attribute by attribute: a class's own pickling may forget what was changed since it was made.
-
-    Args:
-      env: the real one, or a layer of a replica.
-      shared: objects by id that the copy takes over, or others in their place.
-      by_itself: let the innermost environment copy itself.
-    """
-    memo = dict(shared)
-    everything = list(_all_layers(env))
-    for layer in everything:
-        for name, value in vars(layer).items():
-            if name in RENDERING and value is not None:
-                memo[id(value)] = None
-    copies: list[gymnasium.Env] = []
-    inner: Any = None
-    for layer in reversed(everything):
-        if type(layer) in _TRANSPARENT:
-            memo[id(layer)] = inner
-            continue
-        own = inner is None and by_itself
-        inner = copy.deepcopy(layer, memo) if own else _blank_copy(layer, memo)
-        memo[id(layer)] = inner
-        copies.insert(0, inner)
-    core: Any = copies[-1]
-    if getattr(core, "render_mode", None) == "human":
-        core.render_mode = None
-    return copies
+def _builtin(value: Any, memo: Memo) -> Any:
+    owner = value.__self__
+    if owner is None or isinstance(owner, types.ModuleType | type):
+        return value
+    copied = copy_value(owner, memo)
+    if copied is owner:
+        return value
+    return _Method(copied, value.__name__) if type(copied) is Stream else getattr(copied, value.__name__)
 
 
-def _blank_copy(layer: gymnasium.Env, memo: dict[int, Any]) -> gymnasium.Env:
-    twin = object.__new__(type(layer))
-    memo[id(layer)] = twin
-    values = vars(layer)
-    if is_mujoco(layer):
-        model, data = values["model"], values["data"]
-        model_copy = memo.get(id(model)) or copy.deepcopy(model)
-        memo[id(model)] = model_copy
-        memo[id(data)] = data_copy = mujoco_module().MjData(model_copy)
-        mujoco_module().mj_copyData(data_copy, model_copy, data)
-    for name, value in values.items():
-        try:
-            twin.__dict__[name] = value if name in NO_STATE - {"env"} else copy.deepcopy(value, memo)
-        except Exception as error:
-            raise Unclonable(f"{type(layer).__name__}.{name} cannot be copied: {error}") from error
+def _reference(value: Any, memo: Memo) -> Any:
+    target = value()
+    if target is None:
+        return value
+    if id(target) not in memo:  # nothing else would keep a copy alive
+        raise Unclonable(f"a weak reference to {type(target).__name__} cannot be copied")
+    return weakref.ref(memo[id(target)])
+
+
+def _cached(value: Any, memo: Memo) -> Any:
+    function = copy_value(value.__wrapped__, memo)
+    return (
+        value if function is value.__wrapped__ else functools.lru_cache(**value.cache_parameters())(function)
+    )
+
+
+def _by_itself(value: Any, memo: Memo) -> Any:
+    return value.__deepcopy__(memo)
+
+
+def _env(value: Any, memo: Memo) -> Any:
+    """Attribute by attribute: a class's own pickling may make it anew, without what happened since."""
+    result = memo[id(value)] = blank(value)
+    result.__dict__.update({name: copy_value(item, memo) for name, item in vars(value).items()})
+    return result
+
+
+def _object(value: Any, memo: Memo) -> Any:
+    """By what pickling an object would use."""
+    reducer = copyreg.dispatch_table.get(type(value))
+    reduced: Any = reducer(value) if reducer else value.__reduce_ex__(4)
+    if isinstance(reduced, str):
+        return value
+    memo.setdefault("alive", []).append(reduced)  # nothing else holds these: their ids must not be used again
+    function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+    result = memo[id(value)] = function(*[copy_value(argument, memo) for argument in arguments])
+    if state is not None:
+        state = copy_value(state, memo)
+        if hasattr(result, "__setstate__"):
+            result.__setstate__(state)
+        else:
+            named, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+            if named:
+                vars(result).update(named)
+            for name, item in (slots or {}).items():
+                setattr(result, name, item)
+    for item in items or ():
+        result.append(copy_value(item, memo))
+    for key, item in pairs or ():
+        result[copy_value(key, memo)] = copy_value(item, memo)
+    return result
+
+
+_COPIERS: dict[type, Callable[[Any, Memo], Any]] = {
+    tuple: _tuple,
+    list: _list,
+    dict: _dict,
+    set: _set,
+    collections.deque: _deque,
+    np.ndarray: _array,
+    types.FunctionType: _function,
+    types.MethodType: _method,
+    types.BuiltinFunctionType: _builtin,
+    types.MethodWrapperType: _builtin,
+    weakref.ref: _reference,
+    functools._lru_cache_wrapper: _cached,
+    Stream: lambda value, memo: (
+        memo.setdefault("generators", []).append(value.set(None)) or memo["generators"][-1]
+    ),
+    _Method: lambda value, memo: getattr(copy_value(value.owner, memo), value.name),
+}
+
+_FOUND: dict[type, Callable[[Any, Memo], Any]] = {}
+_QUIET: dict[type, type] = {}
+
+
+def forget_classes() -> None:
+    """Of users: else this module could not be sent to workers that do not have them."""
+    _FOUND.clear()
+    _QUIET.clear()
+
+
+def quiet(kind: type) -> type:
+    """The class, or one derived from it whose objects are not finalised: the original still uses what that frees."""
+    if not hasattr(kind, "__del__"):
+        return kind
+    if kind not in _QUIET:
+        names = {"__del__": _do_nothing, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _QUIET[kind] = type(kind)(kind.__name__, (kind,), names)
+    return _QUIET[kind]
+
+
+def _do_nothing(self: Any) -> None:
+    pass
+
+
+def blank(env: gymnasium.Env) -> Any:
+    """An environment of the same class without attributes, which nothing finalises."""
+    return object.__new__(quiet(type(env)))
+
+
+def deep_copy(value: Any, memo: Memo) -> Any:
+    """An environment's copy by its own ``__deepcopy__`` or pickling, which nothing finalises."""
+    twin = copy.deepcopy(value, memo)
+    if quiet(type(twin)) is not type(twin):
+        twin.__class__ = quiet(type(twin))
     return twin
-
-
-def spaces_of(layers: list[gymnasium.Env]) -> list[gymnasium.Space]:
-    """Every space that a layer holds as an attribute, parts included, once; they have generators of their own."""
-    found: dict[int, gymnasium.Space] = {}
-    for layer in layers:
-        for name in sorted(vars(layer)):
-            value = vars(layer)[name]
-            if isinstance(value, gymnasium.Space):
-                found |= {id(space): space for space in _leaf_spaces(value)}
-    return list(found.values())

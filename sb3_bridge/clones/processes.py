@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -13,19 +16,20 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from sb3_bridge.clones import copying as copies
-from sb3_bridge.clones import core_state as means
-from sb3_bridge.clones import replay_check
-from sb3_bridge.clones import snapshot as snapshots
-from sb3_bridge.clones.copying import Replica, Unclonable, layers_of
+from sb3_bridge.clones.copying import Unclonable, forget_classes
 from sb3_bridge.clones.core_state import Functions
-from sb3_bridge.clones.replay_check import check
-from sb3_bridge.clones.snapshot import AnyCloner, CloneReport, make_cloner
+from sb3_bridge.clones.fingerprint import large_ones_hashed_once
+from sb3_bridge.clones.replay_check import check, signature
+from sb3_bridge.clones.sandbox import global_generators_kept
+from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, make_cloner
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-_METHOD = "_grpo_branch_server"
+_DRAWING = {"step", "replay"}  # methods that run an environment's code, which may draw from global generators
+_HASHING = {"signature", "take", "changed_constants"}
+_DRAIN_SECONDS = 60.0  # until a worker that was interrupted is given up
+_NUMBERS = itertools.count()
 
 
 class Server:
@@ -37,67 +41,83 @@ class Server:
     """
 
     def __init__(self, env: gymnasium.Env, functions: Functions | None):
-        self._env, self._functions = env, functions
-        self._cloner: AnyCloner | None = None
-        self._replicas: list[Replica] = []
-        self._kept: dict[int, Any] = {}
-
-    def signature(self) -> str:
-        """Equal for environments made alike: one check will do for them."""
-        layers = layers_of(self._env)
-        return repr(
-            [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers]
-            + [str(self._env.spec)]
-        )
+        self.env, self._functions = env, functions
+        self._cloner: Cloner | None = None
+        self._pools: dict[Cloner, list[Replica]] = {}
+        self._active: dict[int, Replica] = {}
+        self._kept: dict[int, tuple[Cloner, Any]] = {}
 
     def check(self) -> tuple[Any, ...]:
         """The replay check's report, as a plain tuple."""
-        return tuple(getattr(check(self._env, self._functions), name) for name in _REPORT)
+        return dataclasses.astuple(check(self.env, self._functions))
+
+    def signature(self, varying: tuple[tuple[int, str], ...]) -> bytes:
+        """Equal for environments made alike: one check will do for them."""
+        return signature(self.env, varying)
 
     def prepare(self, report: tuple[Any, ...]) -> None:
-        self._cloner = make_cloner(self._env, CloneReport(*report), self._functions)
+        """Takes over what the check of this environment, or of one made alike, found."""
+        self._cloner = make_cloner(self.env, CloneReport(*report), self._functions)
 
     def take(self, number: int) -> None:
+        """Keeps the present state. An environment that was replaced, or wrapped anew, is checked first."""
+        if self._cloner is None or not self._cloner.follows(self.env):
+            self.prepare(self.check())
         assert self._cloner is not None
-        self._kept[number] = self._cloner.save()
+        self._kept[number] = (self._cloner, self._cloner.save())
 
     def free(self) -> None:
+        """Forgets all kept states, and the replicas of an environment that was replaced."""
         self._kept.clear()
+        self._active.clear()
+        self._pools = {cloner: pool for cloner, pool in self._pools.items() if cloner is self._cloner}
 
     def changed_constants(self) -> list[str]:
-        assert self._cloner is not None
-        return self._cloner.changed_constants()
+        """See ``Cloner.changed_constants``."""
+        return [] if self._cloner is None else self._cloner.changed_constants()
+
+    def _restored(self, slot: int, number: int, seed: np.ndarray | None) -> Replica:
+        cloner, saved = self._kept[number]
+        pool = self._pools.setdefault(cloner, [])
+        while slot >= len(pool):
+            pool.append(cloner.replica())
+        cloner.restore(pool[slot], saved, seed)
+        return pool[slot]
 
     def step(
-        self, begins: list[tuple[int, int]], words: np.ndarray, slots: Sequence[int], actions: np.ndarray
-    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-        """Restores ``(slot, snapshot)`` with seeds ``words`` [n_begins, 4], then steps ``slots`` with ``actions``.
+        self, begins: list[tuple[int, int]], seeds: np.ndarray, slots: list[int], actions: np.ndarray
+    ) -> Any:
+        """Restores ``(slot, handle)`` with ``seeds`` [n_begins, 4], then steps ``slots`` with ``actions``.
 
         Returns:
           Observations ``[n, ...]`` (a dict for Dict spaces), rewards float64, terminated and truncated bool ``[n]``.
         """
-        assert self._cloner is not None
-        replicas = self._replicas
-        for (slot, number), seed in zip(begins, words, strict=True):
-            while slot >= len(replicas):
-                replicas.append(self._cloner.replica())
-            self._cloner.restore(replicas[slot], self._kept[number], seed)
-        observations, rewards, terminated, truncated = [], [], [], []
-        for slot, action in zip(slots, actions, strict=True):
-            observation, reward, over, cut, _ = replicas[slot].step(action)
-            observations.append(observation)
-            rewards.append(reward)
-            terminated.append(over)
-            truncated.append(cut)
+        for (slot, number), seed in zip(begins, seeds, strict=True):
+            self._active[slot] = self._restored(slot, number, seed)
+        lent = np.array(actions)  # an environment may change its action in place
+        return self._stack([_played(self._active[slot], one) for slot, one in zip(slots, lent, strict=True)])
+
+    def replay(self, number: int, action: np.ndarray) -> Any:
+        """What ``action`` leads to from a kept state, with the generators as they were then; like ``step``, n = 1."""
+        return self._stack([_played(self._restored(0, number, None), np.array(action)[()])])
+
+    def _stack(self, steps: list[tuple[Any, ...]]) -> Any:
+        observations, rewards, terminated, truncated, _ = zip(*steps, strict=True)
         return (
-            _stack(self._env.observation_space, observations),
+            _stack(self.env.observation_space, list(observations)),
             np.array(rewards, np.float64).reshape(-1),
-            np.array(terminated, bool),
-            np.array(truncated, bool),
+            np.array(terminated, bool).reshape(-1),
+            np.array(truncated, bool).reshape(-1),
         )
 
 
-_REPORT = tuple(field.name for field in dataclasses.fields(CloneReport))
+def _played(replica: Replica, action: Any) -> tuple[Any, ...]:
+    try:
+        return replica.step(action)
+    except ValueError as error:
+        if "read-only" in str(error):
+            raise Unclonable(f"a replica writes to data that never changed at first: {error}") from error
+        raise
 
 
 def _stack(space: spaces.Space, observations: list[Any]) -> Any:
@@ -106,6 +126,12 @@ def _stack(space: spaces.Space, observations: list[Any]) -> Any:
             name: _stack(part, [seen[name] for seen in observations]) for name, part in space.spaces.items()
         }
     return np.array(observations, space.dtype)
+
+
+def _guard(method: str) -> Any:
+    if method in _DRAWING:
+        return global_generators_kept()
+    return large_ones_hashed_once() if method in _HASHING else contextlib.nullcontext()
 
 
 class Group(Protocol):
@@ -120,16 +146,21 @@ class Local:
     """Servers in this process."""
 
     def __init__(self, env: DummyVecEnv, functions: Functions | None):
-        self._servers = [Server(one, functions) for one in env.envs]
+        self._env, self._servers = env, [Server(one, functions) for one in env.envs]
 
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
-        return [
-            None if args is None else getattr(server, method)(*args)
-            for server, args in zip(self._servers, arguments, strict=True)
-        ]
+        with _guard(method):
+            return [
+                None if args is None else self._call(index, method, args)
+                for index, args in enumerate(arguments)
+            ]
+
+    def _call(self, index: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        self._servers[index].env = self._env.envs[index]  # it may have been replaced
+        return getattr(self._servers[index], method)(*arguments)
 
 
-class _Call:
+class _Load:
     """Pickles as a call of ``function``: unpickles to what that returns."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
@@ -139,20 +170,21 @@ class _Call:
         return self._reduced
 
 
-def _install(functions: Functions | None, method: str) -> str:
+def _install(functions: Functions | None, name: str) -> str:
     """In a worker: gives environments the method that SB3's ``env_method`` calls; returns its name."""
     servers: dict[int, Server] = {}
 
-    def serve(env: gymnasium.Env, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    def serve(env: gymnasium.Env, number: int, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
             if id(env) not in servers:
                 servers[id(env)] = Server(env, functions)
-            return True, getattr(servers[id(env)], name)(*arguments)
+            with _guard(method):
+                return name, number, True, getattr(servers[id(env)], method)(*arguments)
         except Exception as error:  # it would end the worker: the main process raises it
-            return False, (isinstance(error, Unclonable), str(error), traceback.format_exc())
+            return name, number, False, (isinstance(error, Unclonable), str(error), traceback.format_exc())
 
-    setattr(gymnasium.Env, method, serve)
-    return method
+    setattr(gymnasium.Env, name, serve)
+    return name
 
 
 class Workers:
@@ -160,33 +192,67 @@ class Workers:
 
     def __init__(self, env: SubprocVecEnv, functions: Functions | None):
         self._env = env
-        # By value: a worker needs neither this package nor JAX. These are all that Server is made of.
-        modules = (copies, means, snapshots, replay_check, sys.modules[__name__])
+        # Each group has a method of its own: two models may use one VecEnv.
+        self._name, self._number = f"_grpo_branches_{os.getpid()}_{next(_NUMBERS)}", 0
+        # By value: a worker needs neither this package nor JAX.
+        modules = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
+        forget_classes()
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:
-            parcel = cloudpickle.dumps(_Call(_install, functions, _METHOD))
+            parcel = cloudpickle.dumps(_Load(_install, functions, self._name))
         finally:
             for module in modules:
                 cloudpickle.unregister_pickle_by_value(module)
-        for remote in env.remotes:
-            remote.send(("has_attr", _Call(cloudpickle.loads, parcel)))
-        installed = [remote.recv() for remote in env.remotes]
-        if not all(installed):
+        message = ("has_attr", _Load(cloudpickle.loads, parcel))
+        if not all(self._ask([message] * len(env.remotes), lambda answer: isinstance(answer, bool))):
             raise Unclonable("the workers of this SubprocVecEnv take no method for branches")
 
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
-        for remote, args in zip(self._env.remotes, arguments, strict=True):
-            if args is not None:
-                remote.send(("env_method", (_METHOD, (method, args), {})))
-        answers: list[Any] = [
-            (True, None) if args is None else remote.recv()
-            for remote, args in zip(self._env.remotes, arguments, strict=True)
+        self._number += 1
+        mine = (self._name, self._number)
+        messages: list[Any] = [
+            None if args is None else ("env_method", (self._name, (self._number, method, args), {}))
+            for args in arguments
         ]
-        for index, (is_fine, answer) in enumerate(answers):
-            if not is_fine:
-                refused, message, trace = answer
-                if refused:
+        answers = self._ask(messages, lambda answer: isinstance(answer, tuple) and answer[:2] == mine)
+        for index, answer in enumerate(answers):
+            if answer is not None and not answer[2]:
+                is_refused, message, trace = answer[3]
+                if is_refused:
                     raise Unclonable(message)
                 raise RuntimeError(f"a branch in environment {index} raised {message}\n{trace}")
-        return [answer for _, answer in answers]
+        return [None if answer is None else answer[3] for answer in answers]
+
+    def _ask(self, messages: list[Any], is_answer: Callable[[Any], bool]) -> list[Any]:
+        """Sends to all workers, then reads all answers, also when interrupted: none is left for the next to read."""
+        waiting: list[int] = []
+        answers: list[Any] = [None] * len(messages)
+        try:
+            for index, message in enumerate(messages):
+                if message is not None:
+                    self._reach(index, "send", message)
+                    waiting.append(index)
+            while waiting:
+                answer = self._reach(waiting[0], "recv")
+                if is_answer(answer):  # else one that an interrupted call left
+                    answers[waiting.pop(0)] = answer
+        except BaseException:
+            for index in waiting:
+                remote = self._env.remotes[index]
+                with contextlib.suppress(EOFError, OSError):
+                    while remote.poll(_DRAIN_SECONDS) and not is_answer(remote.recv()):
+                        pass
+            raise
+        return answers
+
+    def _reach(self, index: int, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._env.remotes[index], method)(*arguments)
+        except (EOFError, ConnectionError) as error:
+            process = self._env.processes[index]
+            process.join(1.0)
+            raise RuntimeError(
+                f"the worker of environment {index} (process {process.pid}) has ended with exit code"
+                f" {process.exitcode}: the SubprocVecEnv must be made anew"
+            ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,23 +11,21 @@ import gymnasium
 import numpy as np
 
 from sb3_bridge.clones.copying import (
-    NO_STATE,
+    GENERATORS,
     PLAIN,
-    RENDERING,
-    Fingerprint,
-    Replica,
+    Memo,
     Stream,
     Unclonable,
+    blank,
     copy_value,
-    is_mujoco,
-    layers_of,
-    replicate,
+    deep_copy,
     reseed,
-    set_stream,
-    spaces_of,
-    stream_of,
 )
-from sb3_bridge.clones.core_state import Functions, core_for
+from sb3_bridge.clones.core_state import DEEPCOPY, Functions, cores_for
+from sb3_bridge.clones.fingerprint import Fingerprint, fingerprint
+from sb3_bridge.clones.layers import chain_of, construction, layers_of, spaces_of
+
+_LARGE = 1 << 20  # bytes of a constant that replicas share with the environment
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,27 @@ class CloneReport:
     """What the replay check found.
 
     Attributes:
-      means: how states are saved; empty where the environment is refused.
-      reason: why it is refused, empty otherwise; one line for each means that was tried.
+      way: how states are saved; empty where the environment is refused.
+      reason: why it is refused, empty otherwise; one line for each way that was tried.
       snapshot_us: microseconds to save a state.
       restore_us: microseconds to restore one into a replica.
       step_us: microseconds of a step of a replica.
       constants: ``(layer, attribute)`` that were seen never to change and are not part of snapshots.
+      varying: ``(layer, attribute)`` that did change; all others are what the environment was made with.
     """
 
-    means: str
+    way: str
     reason: str = ""
     snapshot_us: float = 0.0
     restore_us: float = 0.0
     step_us: float = 0.0
     constants: tuple[tuple[int, str], ...] = ()
+    varying: tuple[tuple[int, str], ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether restored environments repeat themselves and leave the original untouched."""
-        return bool(self.means)
+        """Whether restored environments repeat what the real one does, and leave it untouched."""
+        return bool(self.way)
 
     @property
     def description(self) -> str:
@@ -60,13 +61,13 @@ class CloneReport:
         if not self.passed:
             return f"cannot be cloned exactly: {'; '.join(self.reason.splitlines())}"
         return (
-            f"exact clones by {self.means} (replay check passed; {self.snapshot_us:.1f} us a snapshot,"
+            f"exact clones by {self.way} (replay check passed; {self.snapshot_us:.1f} us a snapshot,"
             f" {self.restore_us:.1f} a restore, {self.step_us:.1f} a step)"
         )
 
 
-class _Stand:
-    """Stands in a snapshot for an environment of the wrapper chain, whose own attributes are saved apart."""
+class _Layer:
+    """Takes the place of a reference to the environment, or to one of its wrappers, in a snapshot."""
 
 
 class Snapshot(NamedTuple):
@@ -79,133 +80,152 @@ class Snapshot(NamedTuple):
     streams: list[tuple[int, Stream]]  # of spaces that drew numbers
 
 
+class Replica:
+    """A copy of an environment for branches.
+
+    Attributes:
+      layers: its wrappers and itself, outermost first, without wrappers that change no transition.
+      step: of the outermost.
+      spaces: that it holds, and their parts.
+      memo: what takes the place of the parts of a snapshot.
+      constants: its own, or shared, attributes that never change.
+    """
+
+    def __init__(self, layers: list[Any], spaces: list[gymnasium.Space], memo: Memo):
+        self.layers, self.spaces, self.memo = layers, spaces, memo
+        self.constants: dict[tuple[int, str], Any] = {}
+        self.n_adopted = 0
+        self.link()
+
+    def link(self) -> None:
+        """Lets each wrapper wrap the next layer."""
+        for upper, lower in itertools.pairwise(self.layers):
+            upper.env = lower
+        self.step = self.layers[0].step
+
+
 class Cloner:
     """Saves one environment's states and restores them into replicas.
 
     Args:
       env: the real environment, in its wrappers. It is only read.
-      means: one of :func:`means_for`.
-      functions: the user's, where that is the means.
-      constants: ``(layer, attribute)`` to leave out as long as they are the objects that they are now.
+      way: how states are saved, a name of :func:`cores_for`.
+      functions: the user's, where that is how states are saved.
+      constants: ``(layer, attribute)`` to leave out as long as they are the objects that were first seen.
     """
 
     def __init__(
         self,
         env: gymnasium.Env,
-        means: str,
+        way: str,
         functions: Functions | None = None,
         constants: tuple[tuple[int, str], ...] = (),
     ):
-        self._env, self.layers = env, layers_of(env)
-        self._core = core_for(self.layers[-1], means, functions)
+        self.layers = layers_of(env)
+        core = self.layers[-1]
+        self.way = way
+        self._core = next(one for one in cores_for(core, functions) if one.name == way)
+        self._n_saved = len(self.layers) - (way == DEEPCOPY)
         self._spaces = spaces_of(self.layers)
-        self._hidden: list[frozenset[str]] = [
-            NO_STATE
-            | RENDERING
-            | {
-                name
-                for name, value in vars(layer).items()
-                if isinstance(value, gymnasium.Space | gymnasium.Env)
-            }
-            for layer in self.layers
-        ]
+        self._hidden = [self._hidden_in(layer) for layer in self.layers]
         self._hidden[-1] |= self._core.hidden
-        self._stands = [_Stand() for _ in self.layers]
-        self._memo: dict[int, Any] = {
-            id(layer): stand for layer, stand in zip(self.layers, self._stands, strict=True)
-        }
-        self._memo |= {id(space): space for space in self._spaces}
-        for layer in self.layers:  # references to what is never copied
-            self._memo |= {
-                id(vars(layer)[name]): None for name in RENDERING if vars(layer).get(name) is not None
-            }
+        self._is_human = getattr(core, "render_mode", None) == "human"
+        if self._is_human:
+            self._hidden[-1] |= {"render_mode"}
+        self._by_itself = False
+        self._marks = [_Layer() for _ in self.layers]
+        marks = dict(zip(map(id, self.layers), self._marks, strict=True))
+        self._chain = list(chain_of(env))
+        self._memo: Memo = {id(space): space for space in self._spaces}
+        mark: Any = None
+        for layer in reversed(self._chain):  # a wrapper that is left out is what it wraps
+            self._memo[id(layer)] = mark = marks.get(id(layer), mark)
+        self._awaited, self._n_adopted = set(constants), 0
         self._constants: list[dict[str, Any]] = [{} for _ in self.layers]
-        for layer_index, name in constants:
-            if name in vars(self.layers[layer_index]):
-                self._constants[layer_index][name] = vars(self.layers[layer_index])[name]
-        self._prints = _fingerprints(self._constants)
-        self._first: Replica | None = None
-        self._first_prints: dict[tuple[int, str], bytes | None] = {}
+        self._prints: dict[tuple[int, str], Fingerprint] = {}
+        self._shared: dict[tuple[int, str], Any] = {}
 
-    @property
-    def means(self) -> str:
-        """How states are saved."""
-        return self._core.name
+    @staticmethod
+    def _hidden_in(layer: gymnasium.Env) -> set[str]:
+        found = {name for name, value in vars(layer).items() if isinstance(value, gymnasium.Space)}
+        if isinstance(layer, gymnasium.Wrapper):
+            found.add("env")
+        return found | construction(layer)
+
+    def follows(self, env: gymnasium.Env) -> bool:
+        """Whether ``env`` is still made of the layers that this cloner knows."""
+        chain = list(chain_of(env))
+        return len(chain) == len(self._chain) and all(
+            mine is its for mine, its in zip(self._chain, chain, strict=True)
+        )
 
     def save(self) -> Snapshot:
-        """The present state."""
+        """The present state.
+
+        Raises:
+          Unclonable: an attribute cannot be copied.
+        """
+        if self._awaited:
+            self._adopt()
         memo = dict(self._memo)
-        with_attributes, last = self._core.with_attributes, len(self.layers) - 1
-        saved_layers = []
-        for index, layer in enumerate(self.layers):
-            hidden, constants = self._hidden[index], self._constants[index]
+        saved = []
+        for index in range(self._n_saved):
+            layer, hidden, constants = self.layers[index], self._hidden[index], self._constants[index]
             plain: dict[str, Any] = {}
             others: list[tuple[str, Any]] = []
             values = vars(layer)
             for name, value in values.items():
                 if type(value) in PLAIN:
-                    if name not in hidden and (with_attributes or index < last):
+                    if name not in hidden:
                         plain[name] = value
-                    continue
-                if name in hidden:
-                    continue
-                if constants and name in constants and constants[name] is value:
-                    continue
-                stream = stream_of(value)
-                if stream is not None:
-                    others.append((name, stream))
-                elif with_attributes or index < last:
+                elif name not in hidden and not (constants and constants.get(name) is value):
                     try:
                         others.append((name, copy_value(value, memo)))
-                    except Exception as error:
-                        raise Unclonable(
-                            f"{type(layer).__name__}.{name} cannot be copied: {error}"
-                        ) from error
-            saved_layers.append((plain, others, len(values)))
-        streams = []
-        for number, space in enumerate(self._spaces):
-            generator = space._np_random
-            if generator is not None:
-                streams.append((number, Stream(type(generator.bit_generator), generator.bit_generator.state)))
-        return Snapshot(saved_layers, self._core.save(self.layers[-1], memo), streams)
+                    except Exception as error:  # whatever a value's own pickling raises
+                        if not self._core.by_itself or index < len(self.layers) - 1:
+                            why = f"{type(layer).__name__}.{name} cannot be copied: {error}"
+                            raise Unclonable(why) from error
+                        hidden.add(name)  # left to the functions, and to the environment's own deep copy
+                        self._by_itself = True
+            saved.append((plain, others, len(values)))
+        streams = [
+            (number, copy_value(space._np_random, memo))
+            for number, space in enumerate(self._spaces)
+            if space._np_random is not None
+        ]
+        return Snapshot(saved, self._core.save(self.layers[-1], memo), streams)
 
     def replica(self) -> Replica:
-        """A new replica, to be restored before it is stepped.
+        """A new replica, in the present state.
 
         Raises:
           Unclonable: what cannot be copied.
         """
-        if self._first is None:
-            self._first = self._new_replica(
-                self._env, {id(space): copy.deepcopy(space) for space in self._spaces}
-            )
-            self._first_prints = _fingerprints(self._first.constants)
-            return self._first
-        shared = {id(value): value for values in self._first.constants for value in values.values()}
-        if is_mujoco(
-            self._first.layers[-1]
-        ):  # half a megabyte each: many models would not fit a processor's cache
-            model = vars(self._first.layers[-1])["model"]
-            shared[id(model)] = model
-        return self._new_replica(self._first.layers[0], shared)
-
-    def _new_replica(self, env: gymnasium.Env, shared: dict[int, Any]) -> Replica:
-        try:
-            layers = replicate(env, shared, by_itself=False)
-        except Unclonable:
-            if self._core.with_attributes:
-                raise
-            layers = replicate(env, shared, by_itself=True)  # its state comes by other means
-        replica = Replica(layers)
-        replica.spaces = spaces_of(layers)
-        if len(replica.spaces) != len(self._spaces):
-            raise Unclonable(f"{type(layers[-1]).__name__} changes its spaces when it is copied")
-        for index, values in enumerate(self._constants):
-            own = vars(layers[index])
-            replica.constants[index] = {name: own[name] for name in values if name in own}
-        replica.memo = {id(stand): layer for stand, layer in zip(self._stands, layers, strict=True)} | {
-            id(mine): its for mine, its in zip(self._spaces, replica.spaces, strict=True)
-        }
+        snapshot = self.save()
+        twins = [blank(layer) for layer in self.layers]
+        if self._by_itself:
+            try:
+                twins[-1] = deep_copy(self.layers[-1], {})
+            except Exception as error:
+                names = ", ".join(sorted(self._hidden[-1] - construction(self.layers[-1])))
+                raise Unclonable(
+                    f"{type(self.layers[-1]).__name__} cannot be copied ({names}): {error}"
+                ) from error
+        memo: Memo = {}
+        spaces = [copy.deepcopy(space, memo) for space in self._spaces]
+        twin_of = dict(zip(map(id, self._spaces), spaces, strict=True))
+        for twin, layer in zip(twins, self.layers, strict=True):
+            for name in construction(layer):
+                twin.__dict__[name] = vars(layer).get(name)
+            spaces_here = {name: value for name, value in vars(layer).items() if id(value) in twin_of}
+            twin.__dict__.update({name: twin_of[id(value)] for name, value in spaces_here.items()})
+        if self._is_human:
+            twins[-1].render_mode = None
+        self._core.blank(self.layers[-1], twins[-1])
+        memo = dict(zip(map(id, self._marks), twins, strict=True))
+        memo |= {id(mine): its for mine, its in zip(self._spaces, spaces, strict=True)}
+        replica = Replica(twins, spaces, memo)
+        self.restore(replica, snapshot)
         return replica
 
     def restore(self, replica: Replica, snapshot: Snapshot, words: np.ndarray | None = None) -> None:
@@ -216,104 +236,114 @@ class Cloner:
           snapshot: of this cloner.
           words: uint64 ``[4]``, a seed for all random generators in place of their saved states.
         """
-        memo: dict[int, Any] | None = None
-        number = 0
+        if replica.n_adopted < self._n_adopted:
+            self._give_constants(replica)
+        memo = dict(replica.memo)
+        drawn: list[Any] = []  # generators, once each
         for index, (plain, others, n_attributes) in enumerate(snapshot.layers):
             values = vars(replica.layers[index])
-            constants = replica.constants[index]
-            if constants:
-                values.update(constants)
+            for name in self._constants[index]:
+                values[name] = replica.constants[index, name]
             values.update(plain)
-            for name, value in others:
-                if type(value) is Stream:
-                    if words is None:
-                        values[name] = set_stream(values.get(name), value)
-                    else:
-                        if stream_of(values.get(name)) is None:
-                            values[name] = set_stream(None, value)
-                        reseed(values[name], words, number)
-                        number += 1
-                else:
-                    if memo is None:
-                        memo = dict(replica.memo)
-                    values[name] = copy_value(value, memo)
-            if len(values) != n_attributes and (
-                index < len(snapshot.layers) - 1 or self._core.with_attributes
-            ):
-                kept = {*plain, *(name for name, _ in others), *constants, *self._hidden[index]}
+            for name, item in others:
+                if type(item) is Stream and id(item) not in memo:
+                    target = item.of_kind(values.get(name))
+                    if any(
+                        target is one for one in drawn
+                    ):  # they were one generator when last restored, but are two
+                        target = item.of_kind(None)
+                    drawn.append(target)
+                    memo[id(item)] = target if words is not None else item.set(target)
+                values[name] = copy_value(item, memo)
+            if len(values) != n_attributes:
+                kept = {*plain, *(name for name, _ in others), *self._constants[index], *self._hidden[index]}
                 for name in [name for name in values if name not in kept]:
                     del values[name]
         for position, stream in snapshot.streams:
             space = replica.spaces[position]
-            space._np_random = set_stream(space._np_random, stream)
-            if words is not None:
-                reseed(space._np_random, words, number)
-                number += 1
-        self._core.restore(replica.layers[-1], snapshot.core, replica)
-
-    def changed_constants(self) -> list[str]:
-        """Attributes held to be constant that were changed in place; from now on they are part of snapshots."""
-        now = [(self._prints, _fingerprints(self._constants))]
-        if self._first is not None:  # all replicas share its constants
-            now.append((self._first_prints, _fingerprints(self._first.constants)))
-        changed = {where for before, after in now for where in after if after[where] != before[where]}
-        for index, name in changed:
-            self._constants[index].pop(name, None)
-            if self._first is not None:
-                self._first.constants[index].pop(name, None)
-        return sorted(f"{type(self.layers[index]).__name__}.{name}" for index, name in changed)
-
-
-def _fingerprints(constants: list[dict[str, Any]]) -> dict[tuple[int, str], bytes | None]:
-    return {
-        (index, name): Fingerprint.of(value)
-        for index, values in enumerate(constants)
-        for name, value in values.items()
-    }
-
-
-class _WholeCloner:
-    """Snapshots are copies of the whole environment, made by its own ``__deepcopy__`` if it has one."""
-
-    means = "deepcopy"
-
-    def __init__(self, env: gymnasium.Env):
-        self._env = env
-
-    def save(self) -> Any:
-        return replicate(self._env, {}, by_itself=True)
-
-    def replica(self) -> Replica:
-        return Replica(self.save())
-
-    def restore(self, replica: Replica, snapshot: Any, words: np.ndarray | None = None) -> None:
-        replica.layers = replicate(snapshot[0], {}, by_itself=True)
-        replica.step = replica.layers[0].step
+            if id(stream) not in memo:
+                memo[id(stream)] = stream.set(space._np_random)
+                drawn.append(memo[id(stream)])
+            space._np_random = memo[id(stream)]
+        core = self._core.restore(replica.layers[-1], snapshot.core, memo)
+        if core is not replica.layers[-1]:
+            replica.layers[-1] = core
+            replica.link()
         if words is not None:
-            number = 0
-            for layer in replica.layers:
-                for value in vars(layer).values():
-                    if stream_of(value) is not None:
-                        reseed(value, words, number)
-                        number += 1
+            drawn += memo.get("generators", ())
+            if self._core.by_itself:  # its functions may have set others
+                drawn += [value for value in vars(core).values() if isinstance(value, GENERATORS)]
+            for number, generator in enumerate({id(one): one for one in drawn}.values()):
+                reseed(generator, words, number)
+
+    def _adopt(self) -> None:
+        """Constants that exist by now: some are made by the first reset only."""
+        for index, name in [key for key in self._awaited if key[1] in vars(self.layers[key[0]])]:
+            self._awaited.discard((index, name))
+            value = vars(self.layers[index])[name]
+            found = fingerprint(value)
+            if found is None:
+                continue
+            self._constants[index][name] = self._memo[id(value)] = value
+            self._prints[index, name] = found
+            self._n_adopted += 1
+            if found.refers:
+                continue  # each replica has its own
+            if type(value) is np.ndarray and not value.dtype.hasobject:
+                shared = value.view()
+                shared.flags.writeable = False
+            else:
+                shared = value if found.size > _LARGE else copy_value(copy_value(value, {}), {})
+            self._shared[index, name] = shared
+
+    def _give_constants(self, replica: Replica) -> None:
+        replica.n_adopted = self._n_adopted
+        for index, name in self._prints:
+            if (index, name) not in replica.constants:
+                value = self._constants[index][name]
+                if (index, name) in self._shared:
+                    mine = self._shared[index, name]
+                else:
+                    memo = {key: item for key, item in self._memo.items() if key != id(value)}
+                    mine = copy_value(copy_value(value, memo), dict(replica.memo))
+                replica.constants[index, name] = replica.memo[id(value)] = mine
 
     def changed_constants(self) -> list[str]:
-        return []
+        """Attributes held to be constant that were changed in place; from now on they are part of snapshots.
+
+        Raises:
+          Unclonable: one that is too large for that.
+        """
+        changed = []
+        for (index, name), before in list(self._prints.items()):
+            value, shared = self._constants[index][name], self._shared.get((index, name))
+            after = fingerprint(value)
+            is_copy = shared is not None and type(value) is not np.ndarray and before.size <= _LARGE
+            if after == before and not (is_copy and fingerprint(shared) != before):
+                continue
+            label = f"{type(self.layers[index]).__name__}.{name}"
+            if before.size > _LARGE:
+                raise Unclonable(
+                    f"{label} ({before.size >> 20} MiB) never changed at first, but does now: it is too large to be saved"
+                    " with every state"
+                )
+            changed.append(label)
+            del self._constants[index][name], self._prints[index, name]
+            self._memo.pop(id(value), None)
+        return sorted(changed)
 
 
-AnyCloner = Cloner | _WholeCloner
-
-
-def make_cloner(env: gymnasium.Env, report: CloneReport, functions: Functions | None = None) -> AnyCloner:
+def make_cloner(env: gymnasium.Env, report: CloneReport, functions: Functions | None = None) -> Cloner:
     """The cloner that a replay check approved.
 
     Args:
       env: the one that was checked, or another one made alike.
       report: of the check.
       functions: the user's, if they were checked.
+
+    Raises:
+      Unclonable: the check refused the environment.
     """
     if not report.passed:
         raise Unclonable(report.reason)
-    if report.means == _WholeCloner.means:
-        return _WholeCloner(env)
-    return Cloner(env, report.means, functions, report.constants)
+    return Cloner(env, report.way, functions, report.constants)

@@ -14,7 +14,7 @@ from sb3.envs import RandomEnv
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.core_state import means_for
+from sb3_bridge.clones.core_state import cores_for
 from sb3_bridge.clones.replay_check import check
 from sb3_bridge.clones.snapshot import CloneReport, make_cloner
 
@@ -41,7 +41,7 @@ def sampled(env: Any, n: int, seed: int) -> list[Any]:
 def test_every_restore_repeats_what_the_original_does(name):
     env = gym.make(name)
     report = check(env)
-    assert report.passed and report.means == "attributes", report.reason
+    assert report.passed and report.way == "attributes", report.reason
     assert min(report.snapshot_us, report.restore_us, report.step_us) > 0
     cloner = make_cloner(env, report)
     env.reset(seed=3)
@@ -154,7 +154,7 @@ class Custom(gym.Env):
 
 def test_aliases_containers_and_own_generators_are_restored_and_heavy_constants_left_out():
     report = check(Custom())
-    assert report.passed and report.means == "attributes", report.reason
+    assert report.passed and report.way == "attributes", report.reason
     assert report.constants == ((0, "table"),)
 
 
@@ -171,57 +171,48 @@ def test_a_constant_that_changes_after_all_is_found():
     assert cloner.changed_constants() == []
 
 
-class Hooked(gym.Env):
-    """A state behind a wall: ``__deepcopy__`` and attributes give nothing, hooks do."""
-
-    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, honest: bool = True) -> None:
-        state = [0.0]
-        self._cell, self.honest = (lambda: state), honest
-
-    def __deepcopy__(self, memo: Any) -> Hooked:
-        return Hooked(self.honest)
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self._cell()[0] = 0.0
-        return np.array(self._cell()), {}
-
-    def step(self, action: Any) -> Any:
-        self._cell()[0] += 1.0 + action
-        return np.array(self._cell()), self._cell()[0], self._cell()[0] > 30, False, {}
-
-    def get_state(self) -> float:
-        return self._cell()[0] if self.honest else 1.0
-
-    def set_state(self, state: float) -> None:
-        self._cell()[0] = state
-
-
 class Opaque:
     """Like a SWIG object."""
+
+    def __init__(self) -> None:
+        self.x = 0.0
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("cannot pickle this")
 
 
-class Sealed(Hooked):
-    """Cannot be copied attribute by attribute: its replicas are made by its own ``__deepcopy__``."""
+class Sealed(gym.Env):
+    """A state that cannot be copied attribute by attribute; its functions save it, and may lie."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = spaces.Discrete(2)
 
     def __init__(self, honest: bool = True) -> None:
-        super().__init__(honest)
-        self.world = Opaque()
+        self.world, self.honest = Opaque(), honest
 
     def __deepcopy__(self, memo: Any) -> Sealed:
-        return Sealed(self.honest)
+        return type(self)(self.honest)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.world.x = 0.0
+        return np.array([0.0]), {}
+
+    def step(self, action: Any) -> Any:
+        self.world.x += 1.0 + action
+        return np.array([self.world.x]), self.world.x, self.world.x > 30, False, {}
+
+    def get_state(self) -> float:
+        return self.world.x if self.honest else 1.0
+
+    def set_state(self, state: float) -> None:
+        self.world.x = state
 
 
 def test_hooks_come_first_and_a_false_hook_is_refused_with_the_reason():
-    assert means_for(Sealed())[0] == "get_state/set_state"
+    assert cores_for(Sealed())[0].name == "get_state/set_state"
     report = check(Sealed())
-    assert report.means == "get_state/set_state", report.reason
+    assert report.way == "get_state/set_state", report.reason
     report = check(Sealed(honest=False))
     assert not report.passed
     assert "get_state/set_state: after a restore at step 0, the same actions do not repeat" in report.reason
@@ -232,49 +223,37 @@ def test_hooks_come_first_and_a_false_hook_is_refused_with_the_reason():
 
 def test_a_users_pair_is_used_instead_of_everything_else():
     def save(env: Any) -> float:
-        return env._cell()[0]
+        return env.world.x
 
     def restore(env: Any, state: float) -> None:
-        env._cell()[0] = state
+        env.world.x = state
 
-    assert check(Sealed(honest=False), (save, restore)).means == "snapshot functions"
+    assert check(Sealed(honest=False), (save, restore)).way == "snapshot functions"
     report = check(Sealed(), (lambda env: None, lambda env, state: None))
     assert not report.passed and report.reason.count("\n") == 0
 
 
-class Copied(gym.Env):
-    """Saved by its own ``__deepcopy__``: the state is in what attributes refer to by code."""
+class Copied(Sealed):
+    """Saved by its own ``__deepcopy__`` alone."""
 
-    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, start: float = 0.0) -> None:
-        state = [start]
-        self._cell = lambda: state
+    get_state: Any = None
 
     def __deepcopy__(self, memo: Any) -> Copied:
-        twin = Copied(self._cell()[0])
-        twin._np_random = self._np_random
+        twin = type(self)()
+        twin.world.x = self.world.x
         return twin
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self._cell()[0] = 0.0
-        return np.array(self._cell()), {}
-
-    step = Hooked.step
 
 
 def test_deepcopy_is_the_last_resort():
-    report = check(Copied())
-    assert report.means == "deepcopy", report.reason
-    env = Copied()
+    report = check(TimeLimit(Copied(), 9))
+    assert report.way == "deepcopy", report.reason
+    env = TimeLimit(Copied(), 9)
     cloner = make_cloner(env, report)
     env.reset()
     env.step(1)
     replica = cloner.replica()
     cloner.restore(replica, cloner.save())
-    assert replica.step(0)[0] == 3.0
+    assert [replica.step(0)[0].item() for _ in range(2)] == [3.0, 4.0]
     assert env.step(0)[0] == 3.0
 
 
@@ -325,7 +304,7 @@ def test_mujoco_repeats_bit_for_bit(name):
     pytest.importorskip("mujoco", reason="gymnasium[mujoco] is not installed")
     env = gym.make(name)
     report = check(env)
-    assert report.means == "MuJoCo state", report.reason
+    assert report.way == "MuJoCo state", report.reason
     env.unwrapped.model.opt.gravity[2] = -5.0  # a change after construction
     cloner = make_cloner(env, report)
     env.reset(seed=1)

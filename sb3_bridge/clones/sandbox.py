@@ -1,0 +1,237 @@
+"""A forked child in which an environment may be played, and this process notices nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import io
+import os
+import pickle
+import random
+import select
+import signal
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sb3_bridge.clones.copying import Unclonable
+
+CAN_FORK = sys.platform.startswith("linux")
+_SILENCE_SECONDS, _ALL_SECONDS = (
+    20.0,
+    120.0,
+)  # until a child that does not go on, or does not end, is given up
+_COPIED_BYTES = 1 << 26  # of an open file, so that the child can go on reading it
+_ALWAYS = (os.devnull, "/dev/urandom", "/dev/random")
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_REFUSED_EVENTS = {
+    **dict.fromkeys(
+        ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink"), "changes files"
+    ),
+    **dict.fromkeys(("os.truncate", "shutil.copyfile", "shutil.move", "shutil.rmtree"), "changes files"),
+    **dict.fromkeys(("os.chmod", "os.chown", "os.utime", "sqlite3.connect"), "changes files"),
+    **dict.fromkeys(
+        ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"), "uses a connection"
+    ),
+    **dict.fromkeys(
+        ("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn"), "starts a program"
+    ),
+    **dict.fromkeys(("os.fork", "os.forkpty", "os.kill"), "starts or ends processes"),
+}
+
+_STATE: dict[str, Any] = {"pipe": -1, "refused": []}  # of the child
+
+
+@contextlib.contextmanager
+def global_generators_kept() -> Iterator[None]:
+    """The generators of ``random``, NumPy and torch come out as they went in, whatever was drawn meanwhile."""
+    torch: Any = sys.modules.get("torch")
+    ours, bits = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    scratch = _STATE.get("scratch")
+    if scratch is None:
+        scratch = _STATE["scratch"] = np.random.MT19937(0)
+    theirs = None if torch is None else torch.get_rng_state()
+    np.random.set_bit_generator(scratch)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
+        random.setstate(ours)
+        if torch is not None:
+            torch.set_rng_state(theirs)
+
+
+def global_generators() -> list[bytes]:
+    """What tells whether ``random``, NumPy's or torch's global generator was drawn from."""
+    torch: Any = sys.modules.get("torch")
+    states = [
+        random.getstate(),
+        np.random.mtrand._rand.get_state(),
+        None if torch is None else torch.get_rng_state().numpy(),
+    ]
+    return [pickle.dumps(state) for state in states]
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns in a forked child, which sees all of this process and can change nothing outside of itself.
+
+    Files that are open for writing are replaced by copies, pipes and sockets by nothing. Opening a file for writing,
+    connections and programs are refused, and so is a ``work`` that wrote into a file that was open.
+
+    Raises:
+      Unclonable: what ``work`` raised, or did outside of itself.
+    """
+    files = _written_files()
+    # File objects hold back what they write. A child would touch all memory if it looked for them.
+    buffers = [one for one in gc.get_objects() if io.IOBase in type(one).__mro__] if files else []
+    reader, writer = os.pipe()
+    drawn = random.getstate()  # a fork seeds it anew
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # JAX and Python >= 3.12 warn of forks beside threads: the child needs none
+        pid = os.fork()
+    if pid == 0:
+        _child(work, reader, writer, drawn, files, buffers)
+    os.close(writer)
+    try:
+        answer = _wait(reader)
+    finally:
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # it has nothing more to say
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(pid, 0)
+    is_fine, result = answer
+    if not is_fine:
+        raise Unclonable(result)
+    return result
+
+
+def going_on() -> None:
+    """Called by ``work`` now and then, so that a child that hangs can be told from one that takes its time."""
+    if _STATE["pipe"] >= 0:
+        os.write(_STATE["pipe"], b".")
+
+
+def _wait(reader: int) -> tuple[bool, Any]:
+    received, started = bytearray(), time.monotonic()
+    while True:
+        ready, _, _ = select.select([reader], [], [], _SILENCE_SECONDS)
+        if not ready or time.monotonic() - started > _ALL_SECONDS:
+            return False, f"the replay check did not end within {time.monotonic() - started:.0f} s"
+        chunk = os.read(reader, 1 << 16)
+        if not chunk:
+            break
+        received += chunk
+    message = bytes(received).lstrip(b".")
+    if not message:
+        return False, "the process of the replay check died, as by a crash in a library's code"
+    return pickle.loads(message)
+
+
+def _child(
+    work: Callable[[], Any], reader: int, writer: int, drawn: Any, files: dict[int, str], buffers: list[Any]
+) -> None:
+    answer: tuple[bool, Any]
+    try:
+        try:
+            gc.disable()
+            os.close(reader)
+            _seal(writer, files, buffers)
+            random.setstate(drawn)
+            _STATE["pipe"], _STATE["refused"] = writer, []
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)  # its threads were not forked
+            sys.addaudithook(_audit)
+            answer = True, work()
+        except Unclonable as error:
+            answer = False, str(error)
+        except (
+            BaseException
+        ) as error:  # an environment's own code may raise anything: it is refused, with the reason
+            answer = False, f"{type(error).__name__} {error}".strip()
+        _flush(buffers)
+        _STATE["refused"] += [f"writes to {name}" for fd, name in files.items() if os.fstat(fd).st_mtime_ns]
+        if _STATE["refused"]:
+            answer = False, f"reset or step {_STATE['refused'][0]}: branches would do so too"
+        message = pickle.dumps(answer)
+        while message:
+            message = message[os.write(writer, message) :]
+    finally:
+        os._exit(0)
+
+
+def _printed() -> set[int]:
+    """Where ``print`` goes; that need not be kept apart, and is lost in a child."""
+    found = {1, 2}
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(Exception):
+            found.add(stream.fileno())  # type: ignore[union-attr]
+    return found
+
+
+def _written_files() -> dict[int, str]:
+    """Names of the files that are open for writing."""
+    found, printed = {}, _printed()
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # it was the listing's own
+            access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            if stat.S_ISREG(os.fstat(fd).st_mode) and access != os.O_RDONLY and fd not in printed:
+                found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+def _seal(pipe: int, files: dict[int, str], buffers: list[Any]) -> None:
+    """Cuts off all that is open for writing; files get stand-ins, by which writing is noticed."""
+    sys.dont_write_bytecode = True
+    nowhere, printed = os.open(os.devnull, os.O_RDWR), _printed()
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            mode = os.fstat(fd).st_mode
+            if fd not in (pipe, nowhere) and (fd in printed or stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
+                os.dup2(nowhere, fd)
+    for fd in files:
+        _replace(fd)
+    sys.stdout = sys.stderr = open(nowhere, "w")  # noqa: SIM115
+    _flush(buffers)  # what this process has not written yet is no doing of the child
+    for fd in files:
+        os.utime(fd, ns=(0, 0))
+
+
+def _replace(fd: int) -> None:
+    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    size, position = os.fstat(fd).st_size, os.lseek(fd, 0, os.SEEK_CUR)
+    copy = os.memfd_create("copy")
+    if access == os.O_RDWR and size <= _COPIED_BYTES:
+        os.write(copy, os.pread(fd, size, 0))
+    os.ftruncate(copy, size)
+    os.lseek(copy, position, os.SEEK_SET)
+    os.dup2(copy, fd)
+    os.close(copy)
+
+
+def _flush(buffers: list[Any]) -> None:
+    for one in buffers:
+        with contextlib.suppress(Exception):
+            one.flush()
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open":
+        path, _, flags = arguments
+        if isinstance(path, int) or not flags & _WRITING or path in _ALWAYS:
+            return
+        what = f"opens {path} for writing"
+    elif event in _REFUSED_EVENTS:
+        what = f"{_REFUSED_EVENTS[event]} ({event} {', '.join(map(repr, arguments[:1]))})"
+    else:
+        return
+    _STATE["refused"].append(what)
+    raise PermissionError(f"refused in the replay check: {what}")
