@@ -120,8 +120,6 @@ class Clones:
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """Compares what clones do with what really happened."""
         handle = self._handles[-1]
-        if not hasattr(self._brancher, "replay"):  # TEMPORARY
-            return
         if handle >= 0 and handle % self._check_every == 0:
             self._try(functools.partial(self._check, handle, actions, reached, rewards, result))
 
