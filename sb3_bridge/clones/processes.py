@@ -80,7 +80,7 @@ class Server:
         cloner, saved = self._kept[number]
         pool = self._pools.setdefault(cloner, [])
         while slot >= len(pool):
-            pool.append(cloner.replica())
+            pool.append(cloner.replica(is_blank=True))
         cloner.restore(pool[slot], saved, seed)
         return pool[slot]
 

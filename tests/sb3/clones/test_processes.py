@@ -68,6 +68,26 @@ def test_a_replay_finds_what_functions_forget_out_of_reach_as_soon_as_it_shows()
     assert all(agreed[:29]) and not any(agreed[31:])
 
 
+def test_copies_that_keep_themselves_apart_are_trusted_with_a_table_that_all_share():
+    calls: list[str] = []
+
+    def save(env: Any) -> Any:
+        calls.append("save")
+        return env.seen(), env.time
+
+    def restore(env: Any, state: Any) -> None:
+        calls.append("restore")
+        env.table[env.handle], env.time = state
+
+    env = DummyVecEnv([kinds.OwnHandle])
+    brancher = Brancher(env, (save, restore))
+    env.reset()
+    calls.clear()
+    returns, _ = brancher.branch([brancher.take()], np.arange(3)[None], still, horizon=1, gamma=7.0)
+    np.testing.assert_allclose(returns[0] * 7, [1.0, 2.0, 3.0], rtol=1e-6)
+    assert calls == ["save"] + ["restore"] * 3 and agrees(env, brancher, np.array([2]))
+
+
 class LateNoise(kinds.Counter):
     """Draws from a global generator from its second episode of 30 on."""
 
