@@ -279,10 +279,12 @@ class _Watch:
             raise Unclonable(
                 f"{changed}, changes when a replica is stepped: the real environment would see that"
             )
-        if global_generators() != self._before:
+        now = global_generators()
+        drawn = [name for name, state in self._before.items() if now[name] != state]
+        if drawn:
             raise Unclonable(
-                "reset or step draws numbers from outside of the environment (the generators of np.random, random or"
-                " torch, which all share): draw from self.np_random"
+                f"reset or step draws numbers from outside of the environment (the generator of {drawn[0]}, which all"
+                " share): draw from self.np_random"
             )
 
     def report(self) -> CloneReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import io
 import os
@@ -22,7 +21,9 @@ import numpy as np
 
 from sb3_bridge.clones.copying import Unclonable
 
-CAN_FORK = sys.platform.startswith("linux")
+CAN_FORK = sys.platform.startswith("linux") and os.path.isdir("/proc/self/fd")
+if CAN_FORK:
+    import fcntl
 _SILENCE_SECONDS, _ALL_SECONDS = (
     20.0,
     120.0,
@@ -67,15 +68,12 @@ def global_generators_kept() -> Iterator[None]:
             torch.set_rng_state(theirs)
 
 
-def global_generators() -> list[bytes]:
+def global_generators() -> dict[str, bytes]:
     """What tells whether ``random``, NumPy's or torch's global generator was drawn from."""
-    torch: Any = sys.modules.get("torch")
-    states = [
-        random.getstate(),
-        np.random.mtrand._rand.get_state(),
-        None if torch is None else torch.get_rng_state().numpy(),
-    ]
-    return [pickle.dumps(state) for state in states]
+    states: dict[str, Any] = {"random": random.getstate(), "np.random": np.random.mtrand._rand.get_state()}
+    if "torch" in sys.modules:
+        states["torch"] = sys.modules["torch"].get_rng_state().numpy()
+    return {name: pickle.dumps(state) for name, state in states.items()}
 
 
 def in_child(work: Callable[[], Any]) -> Any:

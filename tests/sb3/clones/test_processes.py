@@ -38,6 +38,7 @@ def agrees(env: Any, brancher: Brancher, actions: Any) -> bool:
     )
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of all forks; workers do without it
 @pytest.mark.parametrize(
     ("make", "start_method"), [(DummyVecEnv, None), (SubprocVecEnv, "fork"), (SubprocVecEnv, "spawn")]
 )
