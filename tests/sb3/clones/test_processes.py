@@ -124,6 +124,23 @@ def test_numbers_from_outside_that_come_late_are_found_and_generators_do_not_mov
     env.close()
 
 
+def test_the_second_of_two_normal_numbers_is_still_there_after_branches_and_replays():
+    env = DummyVecEnv([kinds.Counter] * 2)
+    brancher = Brancher(env)
+    env.reset()
+    np.random.seed(0)
+    expected = [np.random.normal() for _ in range(6)]
+    np.random.seed(0)
+    found = []
+    for index in range(6):
+        found.append(np.random.normal())
+        handle = brancher.take()
+        if index % 2:
+            brancher.replay(handle, np.array([1, 1]))
+        brancher.branch([handle], np.zeros((2, 3), int), still, horizon=3, gamma=1.0)
+    assert found == expected
+
+
 def test_an_environment_that_is_replaced_is_followed_or_refused():
     env = DummyVecEnv([kinds.Counter] * 2)
     brancher = Brancher(env)
