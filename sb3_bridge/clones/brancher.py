@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from grpo_jax.config import Backup
 from grpo_jax.groups.host_branch import Act, Call, Reached, Rewards, Settings, Value, group_returns
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import MUJOCO, Functions
-from sb3_bridge.clones.processes import Group, Local, Workers
+from sb3_bridge.clones.processes import Local, Workers
 from sb3_bridge.clones.snapshot import CloneReport
 from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.vec_wrappers import find_view
 
 POOL_SIZE = 256  # replicas of all environments of one process, and branches in a lock step
-MUJOCO_POOL_SIZE = (
-    64  # a copy of a MuJoCo world takes milliseconds to make, and its steps dwarf a policy call
-)
+# A copy of a MuJoCo world takes milliseconds to make, and its steps dwarf a policy call.
+MUJOCO_POOL_SIZE = 64
 LOOP_US = 3.0  # of a lock step, for each branch in it: policy, bookkeeping (measured on CartPole-v1)
 
 
@@ -45,8 +43,10 @@ class Brancher:
     def __init__(self, env: VecEnv, functions: Functions | None = None):
         base, self.view = find_view(env)
         self.num_envs = env.num_envs
-        self._action_space = env.action_space
-        self._group: Group
+        # What ``grpo_jax.groups.host_branch`` asks of simulators, beside ``step``.
+        self.seen, self.original, self.rewards = self.view.seen, self.view.original, self.view.rewards
+        self.actions = lambda actions: env_actions(env.action_space, np.asarray(actions))
+        self._group: Local | Workers
         if isinstance(base, DummyVecEnv):
             self._group, self.n_processes = Local(base, functions), 1
         elif isinstance(base, SubprocVecEnv):
@@ -73,13 +73,11 @@ class Brancher:
         del others[signatures[0]]
         found = {signatures[0]: first} | dict(zip(others, self._checked(list(others.values())), strict=True))
         chosen = [found[signature] for signature in signatures]
-        self._group.call("prepare", [(_plain(report),) for report in chosen])
+        self._group.call("prepare", [(tuple(vars(report).values()),) for report in chosen])
         return list(found.values())
 
     def _checked(self, indices: list[int]) -> list[CloneReport]:
-        answers = self._group.call(
-            "check", [() if index in indices else None for index in range(self.num_envs)]
-        )
+        answers = self._group.call("check", [() if i in indices else None for i in range(self.num_envs)])
         reports = [CloneReport(*answers[index]) for index in indices]
         for index, report in zip(indices, reports, strict=True):
             if not report.passed:
@@ -142,19 +140,11 @@ class Brancher:
         actions: Any,
         act: Act,
         *,
-        horizon: int,
-        gamma: float,
-        n_uniforms: int = 1,
-        n_rollouts: int = 1,
-        backup: Backup = "mean",
-        persistence: float | None = None,
-        past_truncation: bool = False,
         value: Value | None = None,
         reward: Rewards | None = None,
         observations: Any = None,
-        common_random_numbers: bool = True,
-        seed: int = 0,
         wanted: np.ndarray | None = None,
+        **settings: Any,
     ) -> tuple[np.ndarray, int]:
         """Returns of the candidates of each kept state, as ``grpo_jax.groups.host_branch.group_returns`` defines them.
 
@@ -162,20 +152,12 @@ class Brancher:
           handles: T of ``take``; all kept states are freed afterwards.
           actions: candidates ``[T * N, G, *A]`` in env units, states in the order of time, then of environments.
           act: the policy that branches follow; called with some few batch sizes.
-          horizon: H >= 1, the candidate's own step included.
-          gamma: discount factor.
-          n_uniforms: uniform numbers that ``act`` takes.
-          n_rollouts: M branches of each candidate.
-          backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
-          persistence: probability of a step after the candidate's own to repeat the action before it; None: 0.
-          past_truncation: whether branches go on after a truncation, as after a mere time limit they can.
           value: the critic, for what lies beyond the horizon or a truncation; None: nothing.
           reward: the user's; None: the environment's, as the wrappers make it.
           observations: ``[T * N, ...]`` the states as a reward function sees them (``view.original``); with ``reward``.
-          common_random_numbers: the candidates of a state share random numbers; else each draws its own.
-          seed: of everything random in the branches. The environments' generators are seeded anew, so that no branch
-            knows the real future.
           wanted: bool ``[T * N]``, states whose branches are wanted; None: all.
+          settings: of ``grpo_jax.groups.host_branch.Settings``: ``horizon``, ``gamma``, ... The environments' generators
+            are seeded anew from ``seed``, so that no branch knows the real future.
 
         Returns:
           Returns float32 ``[T * N, G]`` (0 where not wanted), and the number of environment steps made.
@@ -184,37 +166,17 @@ class Brancher:
           ValueError: shapes or numbers that do not fit.
           Unclonable: something large that never changed at first was changed.
         """
-        actions = env_actions(self._action_space, np.asarray(actions))
-        if len(actions) != len(handles) * self.num_envs:
+        actions = self.actions(actions)
+        n_states = len(handles) * self.num_envs
+        if len(actions) != n_states:
             raise ValueError(
                 f"actions are for {len(actions)} states, but {len(handles)} handles of {self.num_envs} environments keep"
-                f" {len(handles) * self.num_envs}"
+                f" {n_states}"
             )
-        settings = Settings(
-            horizon=horizon,
-            gamma=float(gamma),
-            n_uniforms=n_uniforms,
-            n_rollouts=n_rollouts,
-            backup=backup,
-            persistence=persistence,
-            past_truncation=past_truncation,
-            common_random_numbers=common_random_numbers,
-            seed=seed,
-        )
+        asked = {"value": value, "reward": reward, "observations": observations, "wanted": wanted}
         try:
             self._all("begin")
-            found = group_returns(
-                self,
-                act,
-                handles,
-                actions,
-                settings,
-                pool=self._pool,
-                value=value,
-                reward=reward,
-                observations=observations,
-                wanted=wanted,
-            )
+            found = group_returns(self, act, handles, actions, Settings(**settings), pool=self._pool, **asked)
         finally:
             self.free()
         changed = sorted({name for names in self._all("changed_constants") for name in names})
@@ -226,29 +188,7 @@ class Brancher:
             )
         return found
 
-    # What ``grpo_jax.groups.host_branch`` asks of simulators.
-
     def step(self, calls: list[Call | None]) -> list[Reached | None]:
         """One lock step of the replicas."""
         answers = self._group.call("step", [None if call is None else tuple(call) for call in calls])
         return [None if answer is None else Reached(*answer) for answer in answers]
-
-    def seen(self, observations: Any) -> Any:
-        """Observations as the policy sees them."""
-        return self.view.seen(observations)
-
-    def original(self, observations: Any) -> Any:
-        """Observations as a reward function sees them."""
-        return self.view.original(observations)
-
-    def rewards(self, rewards: np.ndarray) -> np.ndarray:
-        """The environments' rewards ``[n]`` as the learner sees them."""
-        return self.view.rewards(rewards)
-
-    def actions(self, actions: Any) -> np.ndarray:
-        """Actions as the environments want them."""
-        return env_actions(self._action_space, np.asarray(actions))
-
-
-def _plain(report: CloneReport) -> tuple[Any, ...]:
-    return tuple(vars(report).values())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import copyreg
 import enum
 import functools
 import io
+import operator
 import random
 import sys
 import types
@@ -79,18 +79,6 @@ class Stream:
         return target
 
 
-class _Method:
-    """A built-in method of something that a snapshot keeps in another form."""
-
-    __slots__ = ("name", "owner")
-
-    def __init__(self, owner: Any, name: str):
-        self.owner, self.name = owner, name
-
-    def __call__(self, *arguments: Any) -> Any:  # functools.partial takes nothing else
-        raise TypeError("a snapshot's method cannot be called")
-
-
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -109,15 +97,11 @@ def reseed(target: Any, words: np.ndarray, number: int) -> None:
 
 
 def copy_value(value: Any, memo: Memo) -> Any:
-    """A deep copy that shares nothing that can change with the original.
+    """A deep copy that shares nothing that can change with the original; windows become None.
 
     Functions with closures or defaults, bound methods and partials are bound to the copies of what they refer to.
     Random generators become :class:`Stream` in the copy, and generators again in the copy of the copy: what is copied
-    once is the form that snapshots keep. Windows become None.
-
-    Args:
-      value: anything.
-      memo: copies that were made already, by the id of the original; also what takes the place of an object.
+    once is the form that snapshots keep. ``memo`` also says what takes the place of an object.
 
     Raises:
       Unclonable: an object that cannot be copied.
@@ -145,7 +129,7 @@ def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
     if issubclass(kind, _SHARED) or (
         kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl"
     ):
-        return _share
+        return lambda value, memo: value
     if issubclass(kind, GENERATORS):
         return lambda value, memo: Stream(value)
     if issubclass(kind, gymnasium.Env):
@@ -154,11 +138,7 @@ def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
         return _refuse("objects cannot be copied")
     if hasattr(kind, "__del__"):
         return _refuse("has a __del__, which would free for a copy what the original still uses")
-    return _by_itself if hasattr(kind, "__deepcopy__") else _object
-
-
-def _share(value: Any, memo: Memo) -> Any:
-    return value
+    return (lambda value, memo: value.__deepcopy__(memo)) if hasattr(kind, "__deepcopy__") else _object
 
 
 def _refuse(why: str) -> Callable[[Any, Memo], Any]:
@@ -170,13 +150,9 @@ def _refuse(why: str) -> Callable[[Any, Memo], Any]:
 
 def _tuple(value: Any, memo: Memo) -> Any:
     copied = tuple([copy_value(item, memo) for item in value])
-    if all(map(_same, copied, value)):
+    if all(map(operator.is_, copied, value)):
         return value
     return memo.get(id(value), copied)  # a tuple that contains itself was copied meanwhile
-
-
-def _same(first: Any, second: Any) -> bool:
-    return first is second
 
 
 def _list(value: Any, memo: Memo) -> Any:
@@ -188,16 +164,6 @@ def _list(value: Any, memo: Memo) -> Any:
 def _dict(value: Any, memo: Memo) -> Any:
     result = memo[id(value)] = {}
     result.update({copy_value(key, memo): copy_value(item, memo) for key, item in value.items()})
-    return result
-
-
-def _set(value: Any, memo: Memo) -> Any:
-    return {copy_value(item, memo) for item in value}
-
-
-def _deque(value: Any, memo: Memo) -> Any:
-    result = memo[id(value)] = collections.deque(maxlen=value.maxlen)
-    result.extend([copy_value(item, memo) for item in value])
     return result
 
 
@@ -226,39 +192,29 @@ def is_global(function: Any) -> bool:
     return found is function
 
 
+def _cell(value: Any, memo: Memo) -> Any:
+    result = memo[id(value)] = types.CellType()
+    try:
+        content = value.cell_contents
+    except ValueError:
+        return result  # still empty
+    result.cell_contents = copy_value(content, memo)
+    return result
+
+
 def _function(value: Any, memo: Memo) -> Any:
-    cells, attributes = value.__closure__ or (), vars(value)
-    has_same_defaults = (
-        copy_value(value.__defaults__, memo) is value.__defaults__ and not value.__kwdefaults__
-    )
-    if has_same_defaults and (not cells or is_global(value)):
+    defaults, cells = copy_value(value.__defaults__, memo), value.__closure__ or ()
+    if defaults is value.__defaults__ and not value.__kwdefaults__ and (not cells or is_global(value)):
         return value
-    new_cells = []
-    for cell in cells:
-        if id(cell) not in memo:
-            memo[id(cell)] = types.CellType()
-        new_cells.append(memo[id(cell)])
-    result = types.FunctionType(
-        value.__code__, value.__globals__, value.__name__, None, tuple(new_cells) or None
-    )
-    memo[id(value)] = result
-    result.__defaults__ = copy_value(value.__defaults__, memo)
+    cells = tuple([copy_value(cell, memo) for cell in cells])
+    if id(value) in memo:  # one that calls itself was copied meanwhile
+        return memo[id(value)]
+    code, name = value.__code__, value.__name__
+    result = memo[id(value)] = types.FunctionType(code, value.__globals__, name, defaults, cells or None)
     result.__kwdefaults__ = copy_value(value.__kwdefaults__, memo)
-    result.__qualname__, result.__module__, result.__doc__ = (
-        value.__qualname__,
-        value.__module__,
-        value.__doc__,
-    )
-    for mine, its in zip(new_cells, cells, strict=True):
-        if id(its) not in memo.setdefault("filled", set()):
-            memo["filled"].add(id(its))
-            try:
-                mine.cell_contents = copy_value(its.cell_contents, memo)
-            except ValueError as error:
-                if isinstance(error, Unclonable):
-                    raise
-                continue  # a cell that is still empty
-    result.__dict__.update({name: copy_value(item, memo) for name, item in attributes.items()})
+    for name in ("__qualname__", "__module__", "__doc__"):
+        setattr(result, name, getattr(value, name))
+    result.__dict__.update({name: copy_value(item, memo) for name, item in vars(value).items()})
     return result
 
 
@@ -276,7 +232,12 @@ def _builtin(value: Any, memo: Memo) -> Any:
     copied = copy_value(owner, memo)
     if copied is owner:
         return value
-    return _Method(copied, value.__name__) if type(copied) is Stream else getattr(copied, value.__name__)
+    return _call(copied, value.__name__) if type(copied) is Stream else getattr(copied, value.__name__)
+
+
+def _call(owner: Any, name: str) -> Any:
+    """A method of a generator that a snapshot keeps as a :class:`Stream`: it is there in the copy of the copy."""
+    return lambda *args, **kwargs: getattr(owner, name)(*args, **kwargs)
 
 
 def _reference(value: Any, memo: Memo) -> Any:
@@ -295,10 +256,6 @@ def _cached(value: Any, memo: Memo) -> Any:
     )
 
 
-def _by_itself(value: Any, memo: Memo) -> Any:
-    return value.__deepcopy__(memo)
-
-
 def _env(value: Any, memo: Memo) -> Any:
     """Attribute by attribute: a class's own pickling may make it anew, without what happened since."""
     result = memo[id(value)] = blank(value)
@@ -313,42 +270,27 @@ def _object(value: Any, memo: Memo) -> Any:
     if isinstance(reduced, str):
         return value
     memo.setdefault("alive", []).append(reduced)  # nothing else holds these: their ids must not be used again
-    function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-    result = memo[id(value)] = function(*[copy_value(argument, memo) for argument in arguments])
-    if state is not None:
-        state = copy_value(state, memo)
-        if hasattr(result, "__setstate__"):
-            result.__setstate__(state)
-        else:
-            named, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-            if named:
-                vars(result).update(named)
-            for name, item in (slots or {}).items():
-                setattr(result, name, item)
-    for item in items or ():
-        result.append(copy_value(item, memo))
-    for key, item in pairs or ():
-        result[copy_value(key, memo)] = copy_value(item, memo)
-    return result
+    return copy._reconstruct(value, memo, *reduced, deepcopy=copy_value)  # type: ignore[attr-defined]
+
+
+def _stream(value: Any, memo: Memo) -> Any:
+    memo.setdefault("generators", []).append(value.set(None))
+    return memo["generators"][-1]
 
 
 _COPIERS: dict[type, Callable[[Any, Memo], Any]] = {
     tuple: _tuple,
     list: _list,
     dict: _dict,
-    set: _set,
-    collections.deque: _deque,
     np.ndarray: _array,
     types.FunctionType: _function,
+    types.CellType: _cell,
     types.MethodType: _method,
     types.BuiltinFunctionType: _builtin,
     types.MethodWrapperType: _builtin,
     weakref.ref: _reference,
     functools._lru_cache_wrapper: _cached,
-    Stream: lambda value, memo: (
-        memo.setdefault("generators", []).append(value.set(None)) or memo["generators"][-1]
-    ),
-    _Method: lambda value, memo: getattr(copy_value(value.owner, memo), value.name),
+    Stream: _stream,
 }
 
 _FOUND: dict[type, Callable[[Any, Memo], Any]] = {}
@@ -366,13 +308,10 @@ def quiet(kind: type) -> type:
     if not hasattr(kind, "__del__"):
         return kind
     if kind not in _QUIET:
-        names = {"__del__": _do_nothing, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        names: dict[str, Any] = {"__del__": lambda self: None}
+        names |= {name: getattr(kind, name) for name in ("__module__", "__qualname__")}
         _QUIET[kind] = type(kind)(kind.__name__, (kind,), names)
     return _QUIET[kind]
-
-
-def _do_nothing(self: Any) -> None:
-    pass
 
 
 def blank(env: gymnasium.Env) -> Any:

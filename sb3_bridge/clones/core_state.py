@@ -1,21 +1,73 @@
-"""How the state of an innermost environment is saved and restored, beyond its Python attributes."""
+"""The layers of an environment, and how the state of the innermost one is saved beyond its Python attributes."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import wrappers
+from gymnasium.utils import EzPickle, RecordConstructorArgs
+from stable_baselines3.common.monitor import Monitor
 
-from sb3_bridge.clones.copying import Memo, copy_value, deep_copy
+from sb3_bridge.clones.copying import Memo, copy_value
 
 Functions = tuple[Callable[[gymnasium.Env], Any], Callable[[gymnasium.Env, Any], None]]
 """A user's ``(save, restore)``: ``save(env.unwrapped) -> state``, ``restore(env.unwrapped, state)``."""
 
-MUJOCO, DEEPCOPY = "MuJoCo state", "deepcopy"
+MUJOCO = "MuJoCo state"
+
+# Wrappers that change no transition: replicas do without them. A class derived from one may do more, and is kept.
+_TRANSPARENT: tuple[type, ...] = (
+    Monitor,
+    wrappers.PassiveEnvChecker,
+    wrappers.OrderEnforcing,
+    wrappers.RecordEpisodeStatistics,
+)
+_TRANSPARENT += (wrappers.RecordVideo, wrappers.RenderCollection, wrappers.HumanRendering)
+# How Gymnasium remembers what a class was made with; nothing reads it later.
+_CONSTRUCTION = {EzPickle: ("_ezpickle_args", "_ezpickle_kwargs"), RecordConstructorArgs: ("_saved_kwargs",)}
+
+
+def layers_of(env: gymnasium.Env) -> list[gymnasium.Env]:
+    """The environment and its wrappers, outermost first, without those that change no transition."""
+    return [layer for layer in chain_of(env) if type(layer) not in _TRANSPARENT]
+
+
+def chain_of(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """The environment and all its wrappers, outermost first."""
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
+
+
+def _parts(space: Any) -> Iterator[gymnasium.Space]:
+    yield space
+    parts = getattr(space, "spaces", None) or ()
+    for part in parts.values() if hasattr(parts, "values") else parts:
+        yield from _parts(part)
+
+
+def spaces_of(layers: list[gymnasium.Env]) -> list[gymnasium.Space]:
+    """Every space that a layer holds as an attribute, parts included, once; they have generators of their own."""
+    held = [vars(layer)[name] for layer in layers for name in sorted(vars(layer))]
+    spaces = [value for value in held if isinstance(value, gymnasium.Space)]
+    return list({id(part): part for space in spaces for part in _parts(space)}.values())
+
+
+def construction(layer: gymnasium.Env) -> set[str]:
+    """Attributes in which Gymnasium keeps what a layer was made with."""
+    return {name for kind, names in _CONSTRUCTION.items() if isinstance(layer, kind) for name in names}
+
+
+def links(layer: gymnasium.Env) -> set[str]:
+    """Attributes that are no state: the wrapped layer, spaces, and what the layer was made with."""
+    spaces = {name for name, value in vars(layer).items() if isinstance(value, gymnasium.Space)}
+    return spaces | construction(layer) | ({"env"} if isinstance(layer, gymnasium.Wrapper) else set())
 
 
 class Core:
@@ -37,9 +89,8 @@ class Core:
     def save(self, env: Any, memo: Memo) -> Any:
         """The state beyond the attributes."""
 
-    def restore(self, twin: Any, saved: Any, memo: Memo) -> Any:
-        """Brings a replica to a saved state, its attributes being restored already; returns the replica."""
-        return twin
+    def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
+        """Brings a replica to a saved state, its attributes being restored already."""
 
 
 class ByFunctions(Core):
@@ -55,22 +106,8 @@ class ByFunctions(Core):
         memo.setdefault("alive", []).append(state)
         return copy_value(state, memo)
 
-    def restore(self, twin: Any, saved: Any, memo: Memo) -> Any:
+    def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
         self._restore(twin, copy_value(saved, memo))
-        return twin
-
-
-class ByDeepCopy(Core):
-    """The environment's own ``__deepcopy__``; a restored replica is a new copy each time."""
-
-    name = DEEPCOPY
-    by_itself = True
-
-    def save(self, env: Any, memo: Memo) -> Any:
-        return deep_copy(env, {})
-
-    def restore(self, twin: Any, saved: Any, memo: Memo) -> Any:
-        return deep_copy(saved, {})
 
 
 class ByMuJoCo(Core):
@@ -80,13 +117,10 @@ class ByMuJoCo(Core):
     hidden = frozenset({"model", "data"})
 
     def __init__(self, env: Any):
-        mujoco = sys.modules["mujoco"]
-        self._spec = mujoco.mjtState.mjSTATE_INTEGRATION
-        self._size = mujoco.mj_stateSize(env.model, self._spec)
-        self._get, self._set = mujoco.mj_getState, mujoco.mj_setState
-        self._views: dict[
-            int, tuple[Any, list[np.ndarray]]
-        ] = {}  # of each data object, which is kept alive here
+        self._mujoco: Any = sys.modules["mujoco"]
+        self._spec = self._mujoco.mjtState.mjSTATE_INTEGRATION
+        self._size = self._mujoco.mj_stateSize(env.model, self._spec)
+        self._views: dict[int, tuple[Any, list[np.ndarray]]] = {}  # of each data object, which is kept alive
         self._model: tuple[Any, Any] = (None, None)
 
     def _arrays(self, data: Any) -> list[np.ndarray]:
@@ -100,22 +134,20 @@ class ByMuJoCo(Core):
     def blank(self, env: Any, twin: Any) -> None:
         if self._model[0] is not env.model:  # half a megabyte each: many would not fit a processor's cache
             self._model = (env.model, copy.deepcopy(env.model))
-        twin.model = self._model[1]
-        twin.data = copy.deepcopy(env.data)
+        twin.model, twin.data = self._model[1], copy.deepcopy(env.data)
 
     def save(self, env: Any, memo: Memo) -> Any:
         state = np.empty(self._size)
-        self._get(env.model, env.data, state, self._spec)
+        self._mujoco.mj_getState(env.model, env.data, state, self._spec)
         return state, np.concatenate(self._arrays(env.data))
 
-    def restore(self, twin: Any, saved: Any, memo: Memo) -> Any:
+    def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
         state, derived = saved
-        self._set(twin.model, twin.data, state, self._spec)
+        self._mujoco.mj_setState(twin.model, twin.data, state, self._spec)
         start = 0
         for view in self._arrays(twin.data):
             view[:] = derived[start : start + len(view)]
             start += len(view)
-        return twin
 
 
 # These lag one substep behind the positions, so a forward pass would not give them back.
@@ -127,8 +159,8 @@ _MUJOCO_DERIVED = """
 """.split()  # noqa: SIM905
 
 
-def is_mujoco(env: gymnasium.Env) -> bool:
-    mujoco = sys.modules.get("mujoco")  # loaded by whoever made a MuJoCo environment
+def _is_mujoco(env: Any) -> bool:
+    mujoco: Any = sys.modules.get("mujoco")  # loaded by whoever made a MuJoCo environment
     return (
         mujoco is not None
         and isinstance(getattr(env, "model", None), mujoco.MjModel)
@@ -147,18 +179,15 @@ def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
     """The ways that an innermost environment may be saved by, cheapest first; a user's pair leaves no other."""
     if functions is not None:
         return [ByFunctions("snapshot functions", *functions)]
-    found: list[Core] = []
-    if callable(getattr(core, "get_state", None)) and callable(getattr(core, "set_state", None)):
-        pair = ByFunctions(
-            "get_state/set_state", lambda env: env.get_state(), lambda env, state: env.set_state(state)
-        )
-        found.append(pair)
-    if is_mujoco(core):
-        found.append(ByMuJoCo(core))
-    if callable(getattr(core, "clone_state", None)) and callable(getattr(core, "restore_state", None)):
-        name = "clone_state/restore_state"
-        found.append(ByFunctions(name, _ale_save, lambda env, state: env.restore_state(state)))
-    found.append(Core())
-    if hasattr(type(core), "__deepcopy__"):
-        found.append(ByDeepCopy())
-    return found
+
+    def pair(save: str, restore: str, saving: Callable[[Any], Any]) -> list[Core]:
+        if not callable(getattr(core, save, None)) or not callable(getattr(core, restore, None)):
+            return []
+        return [ByFunctions(f"{save}/{restore}", saving, lambda env, state: getattr(env, restore)(state))]
+
+    return [
+        *pair("get_state", "set_state", lambda env: env.get_state()),
+        *([ByMuJoCo(core)] if _is_mujoco(core) else []),
+        *pair("clone_state", "restore_state", _ale_save),
+        Core(),
+    ]

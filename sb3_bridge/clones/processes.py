@@ -9,41 +9,32 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_bridge.clones.copying import Unclonable, forget_classes
 from sb3_bridge.clones.core_state import Functions
-from sb3_bridge.clones.fingerprint import large_ones_hashed_once
 from sb3_bridge.clones.replay_check import check, signature
 from sb3_bridge.clones.sandbox import global_generators_kept, keep_normal, kept_normal
-from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, make_cloner
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
 
 _DRAWING = {"step", "replay"}  # methods that run an environment's code, which may draw from global generators
-_HASHING = {"signature", "take", "changed_constants"}
 _DRAIN_SECONDS = 60.0  # until a worker that was interrupted is given up
 _NUMBERS = itertools.count()
 
 
 class Server:
-    """One environment's snapshots and replicas; for a SubprocVecEnv it lives in the worker.
-
-    Args:
-      env: the real one; it is only read.
-      functions: the user's pair, or None.
-    """
+    """One environment's snapshots and replicas; for a SubprocVecEnv it lives in the worker. ``env`` is only read."""
 
     def __init__(self, env: gymnasium.Env, functions: Functions | None):
         self.env, self._functions = env, functions
         self._cloner: Cloner | None = None
-        self._pools: dict[Cloner, list[Replica]] = {}
+        self._pools: dict[Cloner, dict[int, Replica]] = {}
         self._active: dict[int, Replica] = {}
         self._kept: dict[int, tuple[Cloner, Any]] = {}
         self._normal = (0, 0.0)
@@ -58,7 +49,7 @@ class Server:
 
     def prepare(self, report: tuple[Any, ...]) -> None:
         """Takes over what the check of this environment, or of one made alike, found."""
-        self._cloner = make_cloner(self.env, CloneReport(*report), self._functions)
+        self._cloner = Cloner(self.env, CloneReport(*report), self._functions)
 
     def take(self, number: int) -> None:
         """Keeps the present state. An environment that was replaced, or wrapped anew, is checked first."""
@@ -85,10 +76,11 @@ class Server:
 
     def _restored(self, slot: int, number: int, seed: np.ndarray | None) -> Replica:
         cloner, saved = self._kept[number]
-        pool = self._pools.setdefault(cloner, [])
-        while slot >= len(pool):
-            pool.append(cloner.replica(is_blank=True))
-        cloner.restore(pool[slot], saved, seed)
+        pool = self._pools.setdefault(cloner, {})
+        if slot in pool:
+            cloner.restore(pool[slot], saved, seed)
+        else:
+            pool[slot] = cloner.replica(saved, seed)
         return pool[slot]
 
     def step(
@@ -129,24 +121,14 @@ def _played(replica: Replica, action: Any) -> tuple[Any, ...]:
 
 def _stack(space: spaces.Space, observations: list[Any]) -> Any:
     if isinstance(space, spaces.Dict):
-        return {
-            name: _stack(part, [seen[name] for seen in observations]) for name, part in space.spaces.items()
-        }
+        return {name: _stack(part, [one[name] for one in observations]) for name, part in space.items()}
     return np.array(observations, space.dtype)
 
 
 def _guard(method: str) -> Any:
     if method in _DRAWING:
         return global_generators_kept(with_normal=method != "step")
-    return large_ones_hashed_once() if method in _HASHING else contextlib.nullcontext()
-
-
-class Group(Protocol):
-    """The servers of all environments, wherever they are."""
-
-    def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
-        """One call of each server, side by side; None where there is nothing to do for one."""
-        ...
+    return contextlib.nullcontext()
 
 
 class Local:
@@ -157,18 +139,15 @@ class Local:
 
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
         with _guard(method):
-            return [
-                None if args is None else self._call(index, method, args)
-                for index, args in enumerate(arguments)
-            ]
-
-    def _call(self, index: int, method: str, arguments: tuple[Any, ...]) -> Any:
-        self._servers[index].env = self._env.envs[index]  # it may have been replaced
-        return getattr(self._servers[index], method)(*arguments)
+            answers: list[Any] = []
+            for server, env, args in zip(self._servers, self._env.envs, arguments, strict=True):
+                server.env = env  # it may have been replaced
+                answers.append(None if args is None else getattr(server, method)(*args))
+            return answers
 
 
 class _Load:
-    """Pickles as a call of ``function``: unpickles to what that returns."""
+    """Unpickles to what ``function(*arguments)`` returns."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         self._reduced = (function, arguments)

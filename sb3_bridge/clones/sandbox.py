@@ -24,27 +24,20 @@ from sb3_bridge.clones.copying import Unclonable
 CAN_FORK = sys.platform.startswith("linux") and os.path.isdir("/proc/self/fd")
 if CAN_FORK:
     import fcntl
-_SILENCE_SECONDS, _ALL_SECONDS = (
-    20.0,
-    120.0,
-)  # until a child that does not go on, or does not end, is given up
+# Until a child that does not go on, or does not end, is given up.
+_SILENCE_SECONDS, _ALL_SECONDS = 20.0, 120.0
 _COPIED_BYTES = 1 << 26  # of an open file, so that the child can go on reading it
 _ALWAYS = (os.devnull, "/dev/urandom", "/dev/random")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_REFUSED_EVENTS = {
-    **dict.fromkeys(
-        ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink"), "changes files"
-    ),
-    **dict.fromkeys(("os.truncate", "shutil.copyfile", "shutil.move", "shutil.rmtree"), "changes files"),
-    **dict.fromkeys(("os.chmod", "os.chown", "os.utime", "sqlite3.connect"), "changes files"),
-    **dict.fromkeys(
-        ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"), "uses a connection"
-    ),
-    **dict.fromkeys(
-        ("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn"), "starts a program"
-    ),
-    **dict.fromkeys(("os.fork", "os.forkpty", "os.kill"), "starts or ends processes"),
+_EVENTS = {
+    "changes files": "os.mkdir os.rename os.remove os.rmdir os.link os.symlink os.truncate os.chmod os.chown os.utime"
+    " shutil.copyfile shutil.move shutil.rmtree sqlite3.connect",
+    "uses a connection": "socket.connect socket.bind socket.sendto socket.sendmsg",
+    "starts a program": "subprocess.Popen os.system os.exec os.spawn os.posix_spawn",
+    "starts or ends processes": "os.fork os.forkpty os.kill",
 }
+_REFUSED = {event: what for what, events in _EVENTS.items() for event in events.split()}
+_SCRATCH = np.random.MT19937(0)  # what draws from NumPy's global generator meanwhile gets
 
 _STATE: dict[str, Any] = {"pipe": -1, "refused": []}  # of the child
 
@@ -64,18 +57,12 @@ def keep_normal(kept: tuple[int, float]) -> None:
 
 @contextlib.contextmanager
 def global_generators_kept(*, with_normal: bool = True) -> Iterator[None]:
-    """The generators of ``random``, NumPy and torch come out as they went in, whatever was drawn meanwhile.
-
-    Args:
-      with_normal: also what :func:`kept_normal` gives, which takes a while.
-    """
+    """The generators of ``random``, NumPy and torch come out as they went in; of ``with_normal`` see ``kept_normal``."""
     torch: Any = sys.modules.get("torch")
     ours, bits = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
     normal = kept_normal() if with_normal else (0, 0.0)
-    if "scratch" not in _STATE:
-        _STATE["scratch"] = np.random.MT19937(0)
     theirs = None if torch is None else torch.get_rng_state()
-    np.random.set_bit_generator(_STATE["scratch"])  # type: ignore[attr-defined]
+    np.random.set_bit_generator(_SCRATCH)  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -94,6 +81,17 @@ def global_generators() -> dict[str, bytes]:
     return {name: pickle.dumps(state) for name, state in states.items()}
 
 
+def here(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns; whatever it raises is :class:`Unclonable`, as an environment's own code may raise anything."""
+    with global_generators_kept():
+        try:
+            return work()
+        except Unclonable:
+            raise
+        except Exception as error:
+            raise Unclonable(f"{type(error).__name__} {error}".strip()) from error
+
+
 def in_child(work: Callable[[], Any]) -> Any:
     """What ``work`` returns in a forked child, which sees all of this process and can change nothing outside of itself.
 
@@ -108,23 +106,21 @@ def in_child(work: Callable[[], Any]) -> Any:
     buffers = [one for one in gc.get_objects() if io.IOBase in type(one).__mro__] if files else []
     reader, writer = os.pipe()
     drawn = random.getstate()  # a fork seeds it anew
+    # JAX and Python >= 3.12 warn of forks beside threads: the child needs none.
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # JAX and Python >= 3.12 warn of forks beside threads: the child needs none
+        warnings.simplefilter("ignore")
         pid = os.fork()
     if pid == 0:
         _child(work, reader, writer, drawn, files, buffers)
     os.close(writer)
     try:
-        answer = _wait(reader)
+        is_fine, result = _wait(reader)
     finally:
         os.close(reader)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # it has nothing more to say
         with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
             os.waitpid(pid, 0)
-    is_fine, result = answer
     if not is_fine:
         raise Unclonable(result)
     return result
@@ -161,18 +157,14 @@ def _child(
             gc.disable()
             os.close(reader)
             _seal(writer, files, buffers)
-            random.setstate(drawn)
-            _STATE["pipe"], _STATE["refused"] = writer, []
+            _STATE.update(pipe=writer, refused=[])
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)  # its threads were not forked
+            random.setstate(drawn)
             sys.addaudithook(_audit)
-            answer = True, work()
-        except Unclonable as error:
-            answer = False, str(error)
-        except (
-            BaseException
-        ) as error:  # an environment's own code may raise anything: it is refused, with the reason
-            answer = False, f"{type(error).__name__} {error}".strip()
+            answer = True, here(work)
+        except BaseException as error:
+            answer = False, str(error) or type(error).__name__
         _flush(buffers)
         _STATE["refused"] += [f"writes to {name}" for fd, name in files.items() if os.fstat(fd).st_mtime_ns]
         if _STATE["refused"]:
@@ -214,23 +206,18 @@ def _seal(pipe: int, files: dict[int, str], buffers: list[Any]) -> None:
             if fd not in (pipe, nowhere) and (fd in printed or stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
                 os.dup2(nowhere, fd)
     for fd in files:
-        _replace(fd)
+        access, size = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE, os.fstat(fd).st_size
+        twin = os.memfd_create("copy")
+        if access == os.O_RDWR and size <= _COPIED_BYTES:
+            os.write(twin, os.pread(fd, size, 0))
+        os.ftruncate(twin, size)
+        os.lseek(twin, os.lseek(fd, 0, os.SEEK_CUR), os.SEEK_SET)
+        os.dup2(twin, fd)
+        os.close(twin)
     sys.stdout = sys.stderr = open(nowhere, "w")  # noqa: SIM115
     _flush(buffers)  # what this process has not written yet is no doing of the child
     for fd in files:
         os.utime(fd, ns=(0, 0))
-
-
-def _replace(fd: int) -> None:
-    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    size, position = os.fstat(fd).st_size, os.lseek(fd, 0, os.SEEK_CUR)
-    copy = os.memfd_create("copy")
-    if access == os.O_RDWR and size <= _COPIED_BYTES:
-        os.write(copy, os.pread(fd, size, 0))
-    os.ftruncate(copy, size)
-    os.lseek(copy, position, os.SEEK_SET)
-    os.dup2(copy, fd)
-    os.close(copy)
 
 
 def _flush(buffers: list[Any]) -> None:
@@ -245,8 +232,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         if isinstance(path, int) or not flags & _WRITING or path in _ALWAYS:
             return
         what = f"opens {path} for writing"
-    elif event in _REFUSED_EVENTS:
-        what = f"{_REFUSED_EVENTS[event]} ({event} {', '.join(map(repr, arguments[:1]))})"
+    elif event in _REFUSED:
+        what = f"{_REFUSED[event]} ({event} {', '.join(map(repr, arguments[:1]))})"
     else:
         return
     _STATE["refused"].append(what)

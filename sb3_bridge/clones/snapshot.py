@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from sb3_bridge.clones.changes import Fingerprint, fingerprint
 from sb3_bridge.clones.copying import (
     GENERATORS,
     PLAIN,
@@ -21,9 +22,15 @@ from sb3_bridge.clones.copying import (
     deep_copy,
     reseed,
 )
-from sb3_bridge.clones.core_state import DEEPCOPY, Functions, cores_for
-from sb3_bridge.clones.fingerprint import Fingerprint, fingerprint
-from sb3_bridge.clones.layers import chain_of, construction, layers_of, spaces_of
+from sb3_bridge.clones.core_state import (
+    Functions,
+    chain_of,
+    construction,
+    cores_for,
+    layers_of,
+    links,
+    spaces_of,
+)
 
 _LARGE = 1 << 20  # bytes of a constant that replicas share with the environment
 
@@ -73,9 +80,8 @@ class _Layer:
 class Snapshot(NamedTuple):
     """A saved state; opaque, restored by the cloner that saved it."""
 
-    layers: list[
-        tuple[dict[str, Any], list[tuple[str, Any]], int]
-    ]  # plain values, others, number of attributes
+    # Of each layer: plain values, others, number of attributes.
+    layers: list[tuple[dict[str, Any], list[tuple[str, Any]], int]]
     core: Any
     streams: list[tuple[int, Stream]]  # of spaces that drew numbers
 
@@ -88,20 +94,20 @@ class Replica:
       step: of the outermost.
       spaces: that it holds, and their parts.
       memo: what takes the place of the parts of a snapshot.
-      constants: its own, or shared, attributes that never change.
+      n_adopted: constants that it got.
     """
 
     def __init__(self, layers: list[Any], spaces: list[gymnasium.Space], memo: Memo):
-        self.layers, self.spaces, self.memo = layers, spaces, memo
-        self.constants: dict[tuple[int, str], Any] = {}
-        self.n_adopted = 0
-        self.link()
-
-    def link(self) -> None:
-        """Lets each wrapper wrap the next layer."""
-        for upper, lower in itertools.pairwise(self.layers):
+        self.layers, self.spaces, self.memo, self.n_adopted = layers, spaces, memo, 0
+        for upper, lower in itertools.pairwise(layers):
             upper.env = lower
-        self.step = self.layers[0].step
+        self.step = layers[0].step
+
+
+class _Constant(NamedTuple):
+    value: Any  # kept alive: its id is a key of replicas' memos
+    seen: Fingerprint
+    shared: Any  # what replicas have in its place; None where each has its own
 
 
 class Cloner:
@@ -109,60 +115,43 @@ class Cloner:
 
     Args:
       env: the real environment, in its wrappers. It is only read.
-      way: how states are saved, a name of :func:`cores_for`.
-      functions: the user's, where that is how states are saved.
-      constants: ``(layer, attribute)`` to leave out as long as they are the objects that were first seen.
-      varying: ``(layer, attribute)`` that change; where replicas are the environment's own deep copies, others are
-        theirs, as handles are, until they change.
+      report: of the check of this environment, or of another one made alike.
+      functions: the user's, where they were checked.
+
+    Raises:
+      Unclonable: the check refused the environment.
     """
 
-    def __init__(
-        self,
-        env: gymnasium.Env,
-        way: str,
-        functions: Functions | None = None,
-        constants: tuple[tuple[int, str], ...] = (),
-        varying: tuple[tuple[int, str], ...] = (),
-    ):
-        self.layers = layers_of(env)
+    def __init__(self, env: gymnasium.Env, report: CloneReport, functions: Functions | None = None):
+        if not report.passed:
+            raise Unclonable(report.reason)
+        self.way, self.layers, self._chain = report.way, layers_of(env), list(chain_of(env))
         core = self.layers[-1]
-        self.way = way
-        self._core = next(one for one in cores_for(core, functions) if one.name == way)
-        self._n_saved = len(self.layers) - (way == DEEPCOPY)
+        self._core = next(one for one in cores_for(core, functions) if one.name == report.way)
         self._spaces = spaces_of(self.layers)
-        self._hidden = [self._hidden_in(layer) for layer in self.layers]
+        self._hidden = [links(layer) for layer in self.layers]
         self._hidden[-1] |= self._core.hidden
-        self._is_human = getattr(core, "render_mode", None) == "human"
-        if self._is_human:
-            self._hidden[-1] |= {"render_mode"}
-        self._by_itself = False
-        always = {name for index, name in varying if index == len(self.layers) - 1}
+        if getattr(core, "render_mode", None) == "human":
+            self._hidden[-1].add("render_mode")
+        # Whether replicas are made by the environment's own deep copy; known once a state was saved. What does not vary
+        # is theirs then, as handles are.
+        self.copies_itself = False
+        always = {name for index, name in report.varying if index == len(self.layers) - 1}
         self._own = {name: value for name, value in vars(core).items() if name not in always}
         self._marks = [_Layer() for _ in self.layers]
         marks = dict(zip(map(id, self.layers), self._marks, strict=True))
-        self._chain = list(chain_of(env))
         self._memo: Memo = {id(space): space for space in self._spaces}
         mark: Any = None
         for layer in reversed(self._chain):  # a wrapper that is left out is what it wraps
             self._memo[id(layer)] = mark = marks.get(id(layer), mark)
-        self._awaited, self._n_adopted = set(constants), 0
+        self._awaited = set(report.constants)
         self._constants: list[dict[str, Any]] = [{} for _ in self.layers]
-        self._prints: dict[tuple[int, str], Fingerprint] = {}
-        self._shared: dict[tuple[int, str], Any] = {}
-
-    @staticmethod
-    def _hidden_in(layer: gymnasium.Env) -> set[str]:
-        found = {name for name, value in vars(layer).items() if isinstance(value, gymnasium.Space)}
-        if isinstance(layer, gymnasium.Wrapper):
-            found.add("env")
-        return found | construction(layer)
+        self._adopted: dict[tuple[int, str], _Constant] = {}
+        self._dropped: list[_Constant] = []
 
     def follows(self, env: gymnasium.Env) -> bool:
         """Whether ``env`` is still made of the layers that this cloner knows."""
-        chain = list(chain_of(env))
-        return len(chain) == len(self._chain) and all(
-            mine is its for mine, its in zip(self._chain, chain, strict=True)
-        )
+        return list(map(id, chain_of(env))) == list(map(id, self._chain))
 
     def save(self) -> Snapshot:
         """The present state.
@@ -172,12 +161,10 @@ class Cloner:
         """
         if self._awaited:
             self._adopt()
-        memo = dict(self._memo)
-        saved = []
-        for index in range(self._n_saved):
-            layer, hidden, left_out = self.layers[index], self._hidden[index], self._constants[index]
-            is_core = index == len(self.layers) - 1
-            if is_core and self._by_itself:
+        memo, saved = dict(self._memo), []
+        core = self.layers[-1]
+        for layer, hidden, left_out in zip(self.layers, self._hidden, self._constants, strict=True):
+            if layer is core and self.copies_itself:
                 left_out = left_out | self._own
             plain: dict[str, Any] = {}
             others: list[tuple[str, Any]] = []
@@ -191,108 +178,90 @@ class Cloner:
                 try:
                     others.append((name, copy_value(value, memo)))
                 except Exception as error:  # whatever a value's own pickling raises
-                    if not self._core.by_itself or not is_core:
+                    if not self._core.by_itself or layer is not core:
                         why = f"{type(layer).__name__}.{name} cannot be copied: {error}"
                         raise Unclonable(why) from error
                     hidden.add(name)  # left to the functions, and to the environment's own deep copy
-                    self._by_itself = True
+                    self.copies_itself = True
                     return self.save()
             saved.append((plain, others, len(values)))
-        streams = [
-            (number, copy_value(space._np_random, memo))
-            for number, space in enumerate(self._spaces)
-            if space._np_random is not None
-        ]
-        return Snapshot(saved, self._core.save(self.layers[-1], memo), streams)
+        drew = [(i, space._np_random) for i, space in enumerate(self._spaces) if space._np_random is not None]
+        streams = [(i, copy_value(generator, memo)) for i, generator in drew]
+        return Snapshot(saved, self._core.save(core, memo), streams)
 
-    @property
-    def copies_itself(self) -> bool:
-        """Whether replicas are made by the environment's own deep copy; known once a state was saved."""
-        return self._by_itself or self.way == DEEPCOPY
-
-    def replica(self, *, is_blank: bool = False) -> Replica:
-        """A new replica, in the present state; a blank one must be restored before it is stepped.
+    def replica(self, snapshot: Snapshot | None = None, words: np.ndarray | None = None) -> Replica:
+        """A new replica, restored to a snapshot (None: the present state) as by :meth:`restore`.
 
         Raises:
           Unclonable: what cannot be copied.
         """
-        snapshot = None if is_blank else self.save()
+        snapshot = self.save() if snapshot is None else snapshot
+        core = self.layers[-1]
         twins = [blank(layer) for layer in self.layers]
-        if self._by_itself:
+        if self.copies_itself:
             try:
-                twins[-1] = deep_copy(self.layers[-1], {})
+                twins[-1] = deep_copy(core, {})
             except Exception as error:
-                names = ", ".join(sorted(self._hidden[-1] - construction(self.layers[-1])))
-                raise Unclonable(
-                    f"{type(self.layers[-1]).__name__} cannot be copied ({names}): {error}"
-                ) from error
+                names = ", ".join(sorted(self._hidden[-1] - construction(core)))
+                raise Unclonable(f"{type(core).__name__} cannot be copied ({names}): {error}") from error
         memo: Memo = {}
         spaces = [copy.deepcopy(space, memo) for space in self._spaces]
         twin_of = dict(zip(map(id, self._spaces), spaces, strict=True))
         for twin, layer in zip(twins, self.layers, strict=True):
-            for name in construction(layer):
-                twin.__dict__[name] = vars(layer).get(name)
-            spaces_here = {name: value for name, value in vars(layer).items() if id(value) in twin_of}
-            twin.__dict__.update({name: twin_of[id(value)] for name, value in spaces_here.items()})
-        if self._is_human:
+            for name, value in vars(layer).items():
+                if id(value) in twin_of or name in construction(layer):
+                    vars(twin)[name] = twin_of.get(id(value), value)
+        if "render_mode" in self._hidden[-1]:
             twins[-1].render_mode = None
-        self._core.blank(self.layers[-1], twins[-1])
-        memo = dict(zip(map(id, self._marks), twins, strict=True))
-        memo |= {id(mine): its for mine, its in zip(self._spaces, spaces, strict=True)}
-        replica = Replica(twins, spaces, memo)
-        if snapshot is not None:
-            self.restore(replica, snapshot)
+        self._core.blank(core, twins[-1])
+        replica = Replica(twins, spaces, twin_of | dict(zip(map(id, self._marks), twins, strict=True)))
+        self.restore(replica, snapshot, words)
         return replica
 
     def restore(self, replica: Replica, snapshot: Snapshot, words: np.ndarray | None = None) -> None:
-        """Brings a replica to a saved state.
+        """Brings a replica of this cloner to one of its snapshots.
 
-        Args:
-          replica: of this cloner.
-          snapshot: of this cloner.
-          words: uint64 ``[4]``, a seed for all random generators in place of their saved states.
+        ``words``, uint64 ``[4]``, are a seed for all random generators in place of their saved states.
         """
-        if replica.n_adopted < self._n_adopted:
+        if replica.n_adopted < len(self._adopted) + len(self._dropped):
             self._give_constants(replica)
         memo = dict(replica.memo)
         drawn: list[Any] = []  # generators, once each
+
+        def generator(stream: Stream, current: Any) -> Any:
+            if id(stream) not in memo:  # if two were one when last restored, one of them is made anew
+                target = stream.of_kind(None if any(current is one for one in drawn) else current)
+                drawn.append(target)
+                memo[id(stream)] = target if words is not None else stream.set(target)
+            return memo[id(stream)]
+
         for index, (plain, others, n_attributes) in enumerate(snapshot.layers):
             values = vars(replica.layers[index])
-            for name in self._constants[index]:
-                values[name] = replica.constants[index, name]
+            for name, constant in self._constants[index].items():
+                values[name] = memo[id(constant)]
             values.update(plain)
             for name, item in others:
-                if type(item) is Stream and id(item) not in memo:
-                    target = item.of_kind(values.get(name))
-                    if any(
-                        target is one for one in drawn
-                    ):  # they were one generator when last restored, but are two
-                        target = item.of_kind(None)
-                    drawn.append(target)
-                    memo[id(item)] = target if words is not None else item.set(target)
-                values[name] = copy_value(item, memo)
+                if type(item) is Stream:
+                    values[name] = generator(item, values.get(name))
+                else:
+                    values[name] = copy_value(item, memo)
             if len(values) != n_attributes:
                 kept = {*plain, *(name for name, _ in others), *self._constants[index], *self._hidden[index]}
-                if self._by_itself and index == len(self.layers) - 1:
+                if self.copies_itself and index == len(self.layers) - 1:
                     kept |= self._own.keys()
-                for name in [name for name in values if name not in kept]:
+                for name in values.keys() - kept:
                     del values[name]
         for position, stream in snapshot.streams:
             space = replica.spaces[position]
-            if id(stream) not in memo:
-                memo[id(stream)] = stream.set(space._np_random)
-                drawn.append(memo[id(stream)])
-            space._np_random = memo[id(stream)]
-        core = self._core.restore(replica.layers[-1], snapshot.core, memo)
-        if core is not replica.layers[-1]:
-            replica.layers[-1] = core
-            replica.link()
+            space._np_random = generator(stream, space._np_random)
+        core = replica.layers[-1]
+        self._core.restore(core, snapshot.core, memo)
         if words is not None:
             drawn += memo.get("generators", ())
             if self._core.by_itself:  # its functions may have set others
                 drawn += [value for value in vars(core).values() if isinstance(value, GENERATORS)]
-            for number, generator in enumerate({id(one): one for one in drawn}.values()):
-                reseed(generator, words, number)
+            for number, one in enumerate({id(one): one for one in drawn}.values()):
+                reseed(one, words, number)
 
     def _adopt(self) -> None:
         """Constants that exist by now: some are made by the first reset only."""
@@ -303,28 +272,22 @@ class Cloner:
             if found is None:
                 continue
             self._constants[index][name] = self._memo[id(value)] = value
-            self._prints[index, name] = found
-            self._n_adopted += 1
-            if found.refers:
-                continue  # each replica has its own
+            shared: Any = None
             if type(value) is np.ndarray and not value.dtype.hasobject:
                 shared = value.view()
                 shared.flags.writeable = False
-            else:
+            elif not found.refers:
                 shared = value if found.size > _LARGE else copy_value(copy_value(value, {}), {})
-            self._shared[index, name] = shared
+            self._adopted[index, name] = _Constant(value, found, shared)
 
     def _give_constants(self, replica: Replica) -> None:
-        replica.n_adopted = self._n_adopted
-        for index, name in self._prints:
-            if (index, name) not in replica.constants:
-                value = self._constants[index][name]
-                if (index, name) in self._shared:
-                    mine = self._shared[index, name]
-                else:
+        replica.n_adopted = len(self._adopted) + len(self._dropped)
+        for value, _, shared in self._adopted.values():
+            if id(value) not in replica.memo:
+                if shared is None:
                     memo = {key: item for key, item in self._memo.items() if key != id(value)}
-                    mine = copy_value(copy_value(value, memo), dict(replica.memo))
-                replica.constants[index, name] = replica.memo[id(value)] = mine
+                    shared = copy_value(copy_value(value, memo), dict(replica.memo))
+                replica.memo[id(value)] = shared
 
     def changed_constants(self) -> list[str]:
         """Attributes held to be constant that were changed in place; from now on they are part of snapshots.
@@ -333,11 +296,10 @@ class Cloner:
           Unclonable: one that is too large for that.
         """
         changed = []
-        for (index, name), before in list(self._prints.items()):
-            value, shared = self._constants[index][name], self._shared.get((index, name))
-            after = fingerprint(value)
+        for (index, name), constant in list(self._adopted.items()):
+            value, before, shared = constant
             is_copy = shared is not None and type(value) is not np.ndarray and before.size <= _LARGE
-            if after == before and not (is_copy and fingerprint(shared) != before):
+            if fingerprint(value) == before and not (is_copy and fingerprint(shared) != before):
                 continue
             label = f"{type(self.layers[index]).__name__}.{name}"
             if before.size > _LARGE:
@@ -346,22 +308,7 @@ class Cloner:
                     " with every state"
                 )
             changed.append(label)
-            del self._constants[index][name], self._prints[index, name]
+            self._dropped.append(self._adopted.pop((index, name)))
+            del self._constants[index][name]
             self._memo.pop(id(value), None)
         return sorted(changed)
-
-
-def make_cloner(env: gymnasium.Env, report: CloneReport, functions: Functions | None = None) -> Cloner:
-    """The cloner that a replay check approved.
-
-    Args:
-      env: the one that was checked, or another one made alike.
-      report: of the check.
-      functions: the user's, if they were checked.
-
-    Raises:
-      Unclonable: the check refused the environment.
-    """
-    if not report.passed:
-        raise Unclonable(report.reason)
-    return Cloner(env, report.way, functions, report.constants, report.varying)

@@ -15,9 +15,9 @@ import pytest
 from gymnasium.utils import EzPickle
 from sb3.clones import kinds
 
+from sb3_bridge.clones.changes import fingerprint
 from sb3_bridge.clones.copying import Stream, Unclonable, copy_value, quiet
-from sb3_bridge.clones.fingerprint import fingerprint
-from sb3_bridge.clones.snapshot import Cloner
+from sb3_bridge.clones.snapshot import Cloner, CloneReport
 
 
 def twice(value: Any) -> Any:
@@ -117,7 +117,7 @@ def test_an_environment_within_is_copied_as_it_is_and_not_made_anew():
     env = Outer()
     env.reset(seed=0)
     env.step(2)
-    cloner = Cloner(env, "attributes")
+    cloner = Cloner(env, CloneReport("attributes"))
     replica = cloner.replica()
     assert replica.step(1)[0] == env.step(1)[0] == 8.0
     assert replica.layers[0].back() is replica.layers[0]
@@ -133,7 +133,7 @@ class Thing:
 def test_an_id_that_is_used_again_names_nobody_else():
     env: Any = kinds.Counter()
     env.screen, env.thing = Thing(0), None
-    cloner, old, others = Cloner(env, "attributes"), id(env.screen), []
+    cloner, old, others = Cloner(env, CloneReport("attributes")), id(env.screen), []
     cloner.save()
     env.screen = None
     for _ in range(10_000):
@@ -153,7 +153,7 @@ def test_replicas_are_of_a_class_that_is_not_finalised():
             ended.append(self.x)
 
     env = Ending()
-    cloner = Cloner(env, "attributes")
+    cloner = Cloner(env, CloneReport("attributes"))
     del cloner.replica().layers[:]
     assert ended == [] and isinstance(cloner.replica().layers[0], Ending)
     assert quiet(Ending).__qualname__ == Ending.__qualname__ and quiet(kinds.Counter) is kinds.Counter
@@ -172,7 +172,7 @@ def test_generators_within_are_seeded_anew_too():
 
     env = Dice()
     env.reset(seed=0)
-    cloner = Cloner(env, "attributes")
+    cloner = Cloner(env, CloneReport("attributes"))
     replica, snapshot = cloner.replica(), cloner.save()
 
     def drawn(seed: int | None) -> float:

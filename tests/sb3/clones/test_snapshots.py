@@ -16,10 +16,9 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import cores_for
 from sb3_bridge.clones.replay_check import check
-from sb3_bridge.clones.snapshot import CloneReport, make_cloner
+from sb3_bridge.clones.snapshot import Cloner, CloneReport
 
-IDS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
-IDS += ["FrozenLake-v1", "Taxi-v4", "CliffWalking-v1", "Blackjack-v1"]
+IDS = ["CartPole-v1", "MountainCarContinuous-v0", "FrozenLake-v1", "Taxi-v4", "Blackjack-v1"]
 
 
 def play(env: Any, actions: list[Any]) -> list[Any]:
@@ -43,7 +42,7 @@ def test_every_restore_repeats_what_the_original_does(name):
     report = check(env)
     assert report.passed and report.way == "attributes", report.reason
     assert min(report.snapshot_us, report.restore_us, report.step_us) > 0
-    cloner = make_cloner(env, report)
+    cloner = Cloner(env, report)
     env.reset(seed=3)
     replica, actions = cloner.replica(), sampled(env, 40, 1)
     for start in (0, 9):
@@ -54,40 +53,11 @@ def test_every_restore_repeats_what_the_original_does(name):
             assert play(replica.layers[0], actions[start : start + 9]) == future
 
 
-def test_the_original_is_untouched_by_snapshots_and_branches():
-    def run(branching: bool) -> list[Any]:
-        env = gym.make("FrozenLake-v1")
-        env.reset(seed=5)
-        cloner = make_cloner(env, check(env)) if branching else None
-        rows = []
-        for action in sampled(env, 200, 2):
-            if cloner is not None:
-                replica = cloner.replica()
-                cloner.restore(replica, cloner.save(), np.arange(4, dtype=np.uint64))
-                play(replica.layers[0], [0, 1, 2, 3])
-            rows += play(env, [action])
-        return rows
-
-    assert run(True) == run(False)
-
-
-def test_the_time_limit_goes_on_from_where_it_stood():
-    env = TimeLimit(gym.make("Pendulum-v1").unwrapped, 30)
-    env.reset(seed=0)
-    cloner = make_cloner(env, check(env))
-    action = np.zeros(1, np.float32)
-    for _ in range(25):
-        env.step(action)
-    replica = cloner.replica()
-    cloner.restore(replica, cloner.save())
-    assert [replica.step(action)[3] for _ in range(5)] == [False] * 4 + [True]
-
-
 def test_wrappers_with_state_are_part_of_it_and_monitor_is_not(tmp_path):
     env = Monitor(FrameStackObservation(gym.make("CartPole-v1"), 3), str(tmp_path / "run"))
     report = check(env)
     assert report.passed, report.reason
-    cloner = make_cloner(env, report)
+    cloner = Cloner(env, report)
     first, _ = env.reset(seed=0)
     replica = cloner.replica()
     cloner.restore(replica, cloner.save())
@@ -104,7 +74,7 @@ def test_wrappers_with_state_are_part_of_it_and_monitor_is_not(tmp_path):
 
 def test_new_seeds_replace_the_future_and_equal_seeds_share_it():
     env = gym.make("FrozenLake-v1")
-    cloner = make_cloner(env, check(env))
+    cloner = Cloner(env, check(env))
     env.reset(seed=0)
     snapshot, replica = cloner.save(), cloner.replica()
 
@@ -160,7 +130,7 @@ def test_aliases_containers_and_own_generators_are_restored_and_heavy_constants_
 
 def test_a_constant_that_changes_after_all_is_found():
     env = Custom()
-    cloner: Any = make_cloner(env, check(env))
+    cloner: Any = Cloner(env, check(env))
     cloner.replica()
     assert cloner.changed_constants() == []
     env.table[0, 1] = [5.0, 1]
@@ -218,7 +188,7 @@ def test_hooks_come_first_and_a_false_hook_is_refused_with_the_reason():
     assert "get_state/set_state: after a restore at step 0, the same actions do not repeat" in report.reason
     assert "attributes: Sealed.world cannot be copied: cannot pickle this" in report.reason
     with pytest.raises(Unclonable, match="Sealed.world"):
-        make_cloner(Sealed(), report)
+        Cloner(Sealed(), report)
 
 
 def test_a_users_pair_is_used_instead_of_everything_else():
@@ -234,7 +204,7 @@ def test_a_users_pair_is_used_instead_of_everything_else():
 
 
 class Copied(Sealed):
-    """Saved by its own ``__deepcopy__`` alone."""
+    """Copied by its own ``__deepcopy__`` alone."""
 
     get_state: Any = None
 
@@ -244,29 +214,11 @@ class Copied(Sealed):
         return twin
 
 
-def test_deepcopy_is_the_last_resort():
+def test_an_environment_that_copies_itself_needs_a_pair_of_functions():
     report = check(TimeLimit(Copied(), 9))
-    assert report.way == "deepcopy", report.reason
-    env = TimeLimit(Copied(), 9)
-    cloner = make_cloner(env, report)
-    env.reset()
-    env.step(1)
-    replica = cloner.replica()
-    cloner.restore(replica, cloner.save())
-    assert [replica.step(0)[0].item() for _ in range(2)] == [3.0, 4.0]
-    assert env.step(0)[0] == 3.0
-
-
-class GlobalNoise(Custom):
-    def step(self, action: Any) -> Any:
-        observation, *rest = super().step(action)
-        return observation + np.random.normal(), *rest
-
-
-def test_numbers_from_outside_of_the_environment_are_refused():
-    report = check(GlobalNoise())
-    assert not report.passed and "np.random" in report.reason
+    assert not report.passed and "Copied.world cannot be copied" in report.reason
     assert report.description.startswith("cannot be cloned exactly: ")
+    assert check(TimeLimit(Copied(), 9), (Sealed.get_state, Sealed.set_state)).passed
 
 
 def test_generators_of_spaces_are_part_of_the_state():
@@ -277,7 +229,7 @@ def test_generators_of_spaces_are_part_of_the_state():
 def test_changes_made_after_construction_are_copied():
     env = gym.make("Pendulum-v1")
     env.unwrapped.g = 2.5
-    cloner = make_cloner(env, check(env))
+    cloner = Cloner(env, check(env))
     env.reset(seed=0)
     replica = cloner.replica()
     cloner.restore(replica, cloner.save())
@@ -294,7 +246,7 @@ def test_rendering_is_not_copied():
     env.render()
     report = check(env)
     assert report.passed, report.reason
-    replica = make_cloner(env, report).replica()
+    replica = Cloner(env, report).replica()
     assert replica.layers[-1].screen is None and env.unwrapped.screen is not None  # type: ignore[attr-defined]
     env.close()
 
@@ -306,7 +258,7 @@ def test_mujoco_repeats_bit_for_bit(name):
     report = check(env)
     assert report.way == "MuJoCo state", report.reason
     env.unwrapped.model.opt.gravity[2] = -5.0  # a change after construction
-    cloner = make_cloner(env, report)
+    cloner = Cloner(env, report)
     env.reset(seed=1)
     replica, actions = cloner.replica(), sampled(env, 60, 4)
     for start in range(0, 60, 20):

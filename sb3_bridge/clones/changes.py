@@ -1,31 +1,84 @@
-"""What all instances of an environment share beside their attributes: class attributes, and globals that methods read."""
+"""What changes: fingerprints of values, and what all instances of an environment share beside their attributes."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import sys
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from sb3_bridge.clones.fingerprint import fingerprint
+import gymnasium
+
+from sb3_bridge.clones.copying import PLAIN
 
 # Libraries that keep nothing of an environment's state in their classes and globals.
-_FOREIGN = {
-    "gymnasium",
-    "numpy",
-    "stable_baselines3",
-    "torch",
-    "jax",
-    "jaxlib",
-    "flax",
-    "scipy",
-    "pandas",
-    "cloudpickle",
-}
-_FOREIGN |= {"pygame", "mujoco", "matplotlib", "grpo_jax", "sb3_bridge", "gymnax", "chex", "optax"}
-_JAX = {"jax", "jaxlib", "flax", "gymnax", "brax", "jumanji", "pgx"}
+_FOREIGN = """
+    gymnasium numpy stable_baselines3 torch jax jaxlib flax scipy pandas cloudpickle pygame mujoco matplotlib
+    grpo_jax sb3_bridge gymnax chex optax
+""".split()  # noqa: SIM905
+_JAX = {"jax", "jaxlib", "flax", "gymnax", "brax", "jumanji", "pgx", "grpo_jax", "sb3_bridge"}
 _LARGE = 1 << 20  # bytes above which a value is looked at once at the end only
+
+
+class Fingerprint(NamedTuple):
+    """Of a value: equal where nothing in it changed."""
+
+    digest: bytes
+    size: int  # bytes that were read
+    refers: bool  # whether an environment is among it
+
+
+class _Hash(pickle.Pickler):
+    """Pickles into a hash: nothing of the value is ever copied."""
+
+    def __init__(self) -> None:
+        self.hash, self.size, self.refers = hashlib.blake2b(digest_size=16), 0, False
+        super().__init__(self, protocol=5, buffer_callback=self._buffer)
+
+    def write(self, data: Any) -> None:
+        self.hash.update(data)
+        self.size += len(data)
+
+    def _buffer(self, buffer: pickle.PickleBuffer) -> None:
+        raw = buffer.raw()
+        self.hash.update(b"%d %d" % (zlib.crc32(raw), len(raw)))
+        self.size += len(raw)
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, gymnasium.Env):
+            self.refers = True
+            return f"env {type(value).__qualname__}"
+        if isinstance(value, types.ModuleType):
+            return f"module {value.__name__}"
+        return f"class {value.__module__}.{value.__qualname__}" if isinstance(value, type) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, types.FunctionType):
+            return NotImplemented
+        code = value.__code__
+        content = []
+        for cell in value.__closure__ or ():
+            try:
+                content.append(cell.cell_contents)
+            except ValueError:
+                content.append("empty")
+        constants = [constant for constant in code.co_consts if type(constant) in PLAIN]
+        place = (value.__module__, value.__qualname__, code.co_code, code.co_names, constants)
+        return object, (), (place, value.__defaults__, value.__kwdefaults__, content)
+
+
+def fingerprint(value: Any) -> Fingerprint | None:
+    """The fingerprint of a value; None where its own pickling raises, so that its changes cannot be seen."""
+    pickler = _Hash()
+    try:
+        pickler.dump(value)
+    except Exception:
+        return None
+    return Fingerprint(pickler.hash.digest(), pickler.size, pickler.refers)
 
 
 class SharedState:
@@ -41,9 +94,8 @@ class SharedState:
     def __init__(self, kinds: list[type]):
         self.uses_jax = False
         self._seen: set[int] = set()
-        self._found: dict[
-            tuple[str, int], Callable[[], Any]
-        ] = {}  # a replica's class may have the name of another
+        # By name and holder: a replica's class may have the name of another.
+        self._found: dict[tuple[str, int], Callable[[], Any]] = {}
         for kind in kinds:
             self._visit_class(kind, is_env=True)
         self._before = {key: fingerprint(get()) for key, get in self._found.items()}
@@ -71,26 +123,20 @@ class SharedState:
 
     def _visit_class(self, kind: type, is_env: bool = False) -> None:
         for base in kind.__mro__:
-            if id(base) in self._seen or (
-                _is_foreign(base.__module__) and not (is_env and _is_ours(base.__module__))
-            ):
+            is_ours = is_env and base.__module__.split(".")[0] in ("sb3_bridge", "gymnax")
+            if id(base) in self._seen or (_is_foreign(base.__module__) and not is_ours):
                 continue
             self._seen.add(id(base))
-            label = f"the list of class attributes of {base.__qualname__}"
-            self._add(label, partial(_attributes, base), id(base))
+            names = f"the list of class attributes of {base.__qualname__}"
+            self._add(names, partial(_attributes, base), id(base))
             for name, value in list(vars(base).items()):
                 functions = list(_functions(value))
                 for function in functions:
                     self._visit_function(function)
-                if (
-                    not functions
-                    and not (name.startswith("__") and name.endswith("__"))
-                    and name != "_abc_impl"
-                ):
-                    self._add(
-                        f"{base.__qualname__}.{name}, an attribute of the class",
-                        partial(getattr, base, name, None),
-                    )
+                is_special = name == "_abc_impl" or (name.startswith("__") and name.endswith("__"))
+                if not functions and not is_special:
+                    get = partial(getattr, base, name, None)
+                    self._add(f"{base.__qualname__}.{name}, an attribute of the class", get)
 
     def _visit_function(self, function: types.FunctionType) -> None:
         if id(function) in self._seen:
@@ -98,15 +144,13 @@ class SharedState:
         self._seen.add(id(function))
         for defaults in ("__defaults__", "__kwdefaults__"):
             if getattr(function, defaults):
-                self._add(
-                    f"a default argument of {function.__qualname__}", partial(getattr, function, defaults)
-                )
+                get = partial(getattr, function, defaults)
+                self._add(f"a default argument of {function.__qualname__}", get)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":
                 content = partial(getattr, cell, "cell_contents", None)
                 self._visit_value(f"{name}, a variable of {function.__qualname__}", content, set())
-        names = set(_names(function.__code__))
-        self._visit_names(function.__globals__, function.__module__, names)
+        self._visit_names(function.__globals__, function.__module__, set(_names(function.__code__)))
 
     def _visit_names(self, values: dict[str, Any], module: str, names: set[str]) -> None:
         for name in sorted(names & set(values)):
@@ -152,10 +196,6 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
-
-
-def _is_ours(module: str) -> bool:
-    return module.split(".")[0] in ("sb3_bridge", "gymnax")
 
 
 def _is_foreign(module: str) -> bool:
