@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -103,28 +104,16 @@ class Brancher:
     def replay(self, handle: int, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
         """What ``actions`` lead to from a kept state, with the random generators as they were in it.
 
-        Equal, bit for bit, to what the environments did, if they were stepped with these actions from that state. A
-        DummyVecEnv rounds rewards to float32, and after an end shows the next episode's first observation instead
+        Equal, bit for bit, to what the environments did, if they were stepped with these actions ``[N, *A]`` from that
+        state. A DummyVecEnv rounds rewards to float32, and after an end shows the next episode's first observation instead
         (this one is ``infos[i]["terminal_observation"]``).
-
-        Args:
-          handle: of ``take``, not freed yet.
-          actions: ``[N, *A]``, as the environments get them.
 
         Returns:
           Observations ``[N, ...]`` (a dict of such arrays for Dict spaces) before any VecEnvWrapper, rewards float64,
           terminated and truncated bool ``[N]``.
         """
         answers = self._group.call("replay", [(handle, action) for action in np.asarray(actions)])
-        observations, *rest = zip(*answers, strict=True)
-        rewards, terminated, truncated = (np.concatenate(part) for part in rest)
-        if isinstance(observations[0], dict):
-            stacked: Any = {
-                name: np.concatenate([one[name] for one in observations]) for name in observations[0]
-            }
-        else:
-            stacked = np.concatenate(observations)
-        return stacked, rewards, terminated, truncated
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *answers)
 
     def seconds(self, n_states: int, n_candidates: int, horizon: int, n_rollouts: int = 1) -> float:
         """What the branches of ``n_states`` states will cost at most, by the times that the check measured."""

@@ -60,15 +60,17 @@ class _Hash(pickle.Pickler):
         if not isinstance(value, types.FunctionType):
             return NotImplemented
         code = value.__code__
-        content = []
-        for cell in value.__closure__ or ():
-            try:
-                content.append(cell.cell_contents)
-            except ValueError:
-                content.append("empty")
+        content = [_content(cell) for cell in value.__closure__ or ()]
         constants = [constant for constant in code.co_consts if type(constant) in PLAIN]
         place = (value.__module__, value.__qualname__, code.co_code, code.co_names, constants)
         return object, (), (place, value.__defaults__, value.__kwdefaults__, content)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None  # still empty
 
 
 def fingerprint(value: Any) -> Fingerprint | None:
@@ -128,9 +130,9 @@ class SharedState:
                 continue
             self._seen.add(id(base))
             names = f"the list of class attributes of {base.__qualname__}"
-            self._add(names, partial(_attributes, base), id(base))
+            self._add(names, partial(sorted, vars(base)), id(base))
             for name, value in list(vars(base).items()):
-                functions = list(_functions(value))
+                functions = _functions(value)
                 for function in functions:
                     self._visit_function(function)
                 is_special = name == "_abc_impl" or (name.startswith("__") and name.endswith("__"))
@@ -148,8 +150,8 @@ class SharedState:
                 self._add(f"a default argument of {function.__qualname__}", get)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":
-                content = partial(getattr, cell, "cell_contents", None)
-                self._visit_value(f"{name}, a variable of {function.__qualname__}", content, set())
+                label = f"{name}, a variable of {function.__qualname__}"
+                self._visit_value(label, partial(_content, cell), set())
         self._visit_names(function.__globals__, function.__module__, set(_names(function.__code__)))
 
     def _visit_names(self, values: dict[str, Any], module: str, names: set[str]) -> None:
@@ -176,19 +178,11 @@ class SharedState:
         self._found.setdefault((label, holder), get)
 
 
-def _functions(value: Any) -> Iterator[types.FunctionType]:
+def _functions(value: Any) -> list[types.FunctionType]:
     """The functions that an entry of a class is made of."""
-    if isinstance(value, types.FunctionType):
-        yield value
-    elif isinstance(value, staticmethod | classmethod):
-        yield from _functions(value.__func__)
-    elif isinstance(value, property):
-        for part in (value.fget, value.fset):
-            yield from _functions(part)
-
-
-def _attributes(kind: type) -> list[str]:
-    return sorted(vars(kind))
+    is_property = isinstance(value, property)
+    parts = (value.fget, value.fset) if is_property else (getattr(value, "__func__", value),)
+    return [part for part in parts if isinstance(part, types.FunctionType)]
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
