@@ -117,9 +117,10 @@ class ByMuJoCo(Core):
     hidden = frozenset({"model", "data"})
 
     def __init__(self, env: Any):
-        self._mujoco: Any = sys.modules["mujoco"]
-        self._spec = self._mujoco.mjtState.mjSTATE_INTEGRATION
-        self._size = self._mujoco.mj_stateSize(env.model, self._spec)
+        mujoco: Any = sys.modules["mujoco"]
+        self._spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        self._size = mujoco.mj_stateSize(env.model, self._spec)
+        self._get, self._set = mujoco.mj_getState, mujoco.mj_setState
         self._views: dict[int, tuple[Any, list[np.ndarray]]] = {}  # of each data object, which is kept alive
         self._model: tuple[Any, Any] = (None, None)
 
@@ -138,12 +139,12 @@ class ByMuJoCo(Core):
 
     def save(self, env: Any, memo: Memo) -> Any:
         state = np.empty(self._size)
-        self._mujoco.mj_getState(env.model, env.data, state, self._spec)
+        self._get(env.model, env.data, state, self._spec)
         return state, np.concatenate(self._arrays(env.data))
 
     def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
         state, derived = saved
-        self._mujoco.mj_setState(twin.model, twin.data, state, self._spec)
+        self._set(twin.model, twin.data, state, self._spec)
         start = 0
         for view in self._arrays(twin.data):
             view[:] = derived[start : start + len(view)]

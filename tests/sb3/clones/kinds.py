@@ -11,6 +11,17 @@ import numpy as np
 from gymnasium import spaces
 
 
+def play(env: Any, actions: list[Any]) -> list[Any]:
+    """What steps lead to, bit for bit; a reset follows each episode's end."""
+    rows = []
+    for action in actions:
+        observation, reward, terminated, truncated, _ = env.step(action)
+        over = terminated or truncated
+        after = np.copy(env.reset()[0]).tobytes() if over else None
+        rows.append((np.copy(observation).tobytes(), float(reward), bool(terminated), bool(truncated), after))
+    return rows
+
+
 class Counter(gym.Env):
     """Counts actions; an episode takes 23 steps. ``self.add`` and ``self.seen`` are how state is reached."""
 

@@ -20,19 +20,9 @@ from sb3_bridge.clones import replay_check, sandbox
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.changes import SharedState
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.replay_check import check, signature
+from sb3_bridge.clones.replay_check import check
 from sb3_bridge.clones.snapshot import Cloner
 from sb3_bridge.gymnax.env import GymnaxEnv
-
-
-def play(env: Any, actions: list[int]) -> list[Any]:
-    rows = []
-    for action in actions:
-        observation, reward, over, cut, _ = env.step(action)
-        rows.append(
-            (observation.tolist(), reward, over, cut, env.reset()[0].tolist() if over or cut else None)
-        )
-    return rows
 
 
 def generators() -> list[Any]:
@@ -52,9 +42,9 @@ def test_state_that_is_reached_by_other_ways_than_attributes_is_copied(kind: Any
     replica, wanted, found = cloner.replica(), [], []
     for start in range(0, 60, 10):
         cloner.restore(replica, cloner.save())
-        future = play(replica.layers[0], actions[start : start + 20])
-        found += play(env, actions[start : start + 10])
-        wanted += play(alone, actions[start : start + 10])
+        future = kinds.play(replica.layers[0], actions[start : start + 20])
+        found += kinds.play(env, actions[start : start + 10])
+        wanted += kinds.play(alone, actions[start : start + 10])
         assert future[:10] == found[-10:]
     assert found == wanted
 
@@ -166,7 +156,7 @@ def test_attributes_that_the_functions_of_an_environment_forget_are_saved_all_th
             env.reset()
     cloner.restore(replica, cloner.save())
     actions = [1] * 12
-    assert play(replica.layers[0], actions) == play(env, actions)
+    assert kinds.play(replica.layers[0], actions) == kinds.play(env, actions)
 
 
 def test_a_second_environment_with_other_parameters_is_checked_too():
@@ -191,15 +181,6 @@ def test_environments_made_alike_are_checked_once(monkeypatch):
     assert len(checks) == 1
     Brancher(DummyVecEnv([lambda late=late: kinds.Limited(late) for late in (9, 9, 8, 8)]))
     assert len(checks) == 3
-
-
-def test_a_signature_is_of_what_an_environment_was_made_with():
-    one, two, other = kinds.Limited(5), kinds.Limited(5), kinds.Limited(6)
-    one.reset(seed=0)
-    one.step(1)
-    two.reset(seed=9)
-    varying = check(one).varying
-    assert signature(one, varying) == signature(two, varying) != signature(other, varying)
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of all forks; workers do without it

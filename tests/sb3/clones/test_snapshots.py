@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation, TimeLimit
+from sb3.clones.kinds import play
 from sb3.envs import RandomEnv
 from stable_baselines3.common.monitor import Monitor
 
@@ -19,16 +20,6 @@ from sb3_bridge.clones.replay_check import check
 from sb3_bridge.clones.snapshot import Cloner, CloneReport
 
 IDS = ["CartPole-v1", "MountainCarContinuous-v0", "FrozenLake-v1", "Taxi-v4", "Blackjack-v1"]
-
-
-def play(env: Any, actions: list[Any]) -> list[Any]:
-    rows = []
-    for action in actions:
-        observation, reward, terminated, truncated, _ = env.step(action)
-        over = terminated or truncated
-        after = np.copy(env.reset()[0]).tobytes() if over else None
-        rows.append((np.copy(observation).tobytes(), float(reward), bool(terminated), bool(truncated), after))
-    return rows
 
 
 def sampled(env: Any, n: int, seed: int) -> list[Any]:
