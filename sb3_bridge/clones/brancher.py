@@ -67,12 +67,11 @@ class Brancher:
 
     def _check(self) -> list[CloneReport]:
         """Environments that were made alike are checked once: first one of them, then all that are not like it."""
-        reports: list[CloneReport | None] = [None] * self.num_envs
-        reports[0] = first = self._checked([0])[0]
+        first = self._checked([0])[0]
         signatures = self._all("signature", first.varying)
-        others = {signature: index for index, signature in reversed(list(enumerate(signatures)))}
-        del others[signatures[0]]
-        found = {signatures[0]: first} | dict(zip(others, self._checked(list(others.values())), strict=True))
+        found = {signatures[0]: first}
+        others = {one: i for i, one in reversed(list(enumerate(signatures))) if one not in found}
+        found |= dict(zip(others, self._checked(list(others.values())), strict=True))
         chosen = [found[signature] for signature in signatures]
         self._group.call("prepare", [(tuple(vars(report).values()),) for report in chosen])
         return list(found.values())

@@ -84,17 +84,12 @@ def fingerprint(value: Any) -> Fingerprint | None:
 
 
 class SharedState:
-    """What replicas and the real environment share, and whether it changes.
-
-    Args:
-      kinds: classes of the environment, its wrappers and its replicas.
-
-    Attributes:
-      uses_jax: whether a method refers to JAX, whose threads do not live on in a forked child.
-    """
+    """What replicas and the real environment share, and whether it changes; ``kinds`` are their classes."""
 
     def __init__(self, kinds: list[type]):
-        self.uses_jax = False
+        self.uses_jax = (
+            False  # whether a method refers to JAX, whose threads do not live on in a forked child
+        )
         self._seen: set[int] = set()
         # By name and holder: a replica's class may have the name of another.
         self._found: dict[tuple[str, int], Callable[[], Any]] = {}
@@ -103,11 +98,8 @@ class SharedState:
         self._before = {key: fingerprint(get()) for key, get in self._found.items()}
 
     def changed(self, *, all_of_it: bool = False, but_containers: bool = False) -> str | None:
-        """Names something that changed since it was accepted, None where nothing did.
-
-        Args:
-          all_of_it: look at large values too.
-          but_containers: leave out dicts, lists and sets, in which copies may have entries of their own.
+        """Names something that changed since it was accepted: ``all_of_it``, large values too; in dicts, lists and sets
+        ``but_containers`` allows copies to have entries of their own.
         """
         for key, before in self._before.items():
             if before is None or (before.size > _LARGE and not all_of_it):

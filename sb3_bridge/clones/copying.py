@@ -31,12 +31,10 @@ _REFUSED: tuple[type, ...] = (
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
 )
 # What draws on a screen, by the module that its class comes from. A game's pygame.Rect is its state, and no part of this.
-_WINDOWS: tuple[str, ...] = (
-    *("pyglet", "OpenGL", "glfw", "tkinter", "_tkinter", "matplotlib", "mpl_toolkits", "PIL.ImageTk"),
-    *("pygame.surface", "pygame.time", "pygame.font", "pygame.display", "pygame.mixer", "pygame.window"),
-    "gymnasium.envs.mujoco.mujoco_rendering",
-)
-_MISSING = object()
+_WINDOWS = """
+    pyglet. OpenGL. glfw. tkinter. _tkinter. matplotlib. mpl_toolkits. PIL.ImageTk. pygame.surface. pygame.time. pygame.font.
+    pygame.display. pygame.mixer. pygame.window. gymnasium.envs.mujoco.mujoco_rendering.
+""".split()  # noqa: SIM905
 
 Memo = dict[Any, Any]
 """Copies by the id of what they were made of. Whoever fills one keeps the originals alive as long as it is used."""
@@ -110,8 +108,8 @@ def copy_value(value: Any, memo: Memo) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return value
-    known = memo.get(id(value), _MISSING)
-    if known is not _MISSING:
+    known = memo.get(id(value), memo)
+    if known is not memo:
         return known
     copier = _FOUND.get(kind)
     if copier is None:
@@ -123,8 +121,7 @@ def copy_value(value: Any, memo: Memo) -> Any:
 def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
     if kind in _COPIERS:
         return _COPIERS[kind]
-    origins = [base.__module__ or "" for base in kind.__mro__]
-    if any(origin == window or origin.startswith(window + ".") for origin in origins for window in _WINDOWS):
+    if any(f"{base.__module__}.".startswith(tuple(_WINDOWS)) for base in kind.__mro__):
         return lambda value, memo: None
     if issubclass(kind, _SHARED) or (
         kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl"
@@ -319,9 +316,9 @@ def blank(env: gymnasium.Env) -> Any:
     return object.__new__(quiet(type(env)))
 
 
-def deep_copy(value: Any, memo: Memo) -> Any:
+def deep_copy(env: gymnasium.Env) -> Any:
     """An environment's copy by its own ``__deepcopy__`` or pickling, which nothing finalises."""
-    twin = copy.deepcopy(value, memo)
+    twin = copy.deepcopy(env)
     if quiet(type(twin)) is not type(twin):
         twin.__class__ = quiet(type(twin))
     return twin

@@ -71,17 +71,11 @@ def links(layer: gymnasium.Env) -> set[str]:
 
 
 class Core:
-    """Nothing beyond the attributes.
+    """Nothing beyond the attributes."""
 
-    Attributes:
-      name: for the log.
-      hidden: attributes that are not saved as such.
-      by_itself: whether a replica's innermost environment may be the original's own deep copy.
-    """
-
-    name = "attributes"
-    hidden: frozenset[str] = frozenset()
-    by_itself = False
+    name = "attributes"  # for the log
+    hidden: frozenset[str] = frozenset()  # attributes that are not saved as such
+    by_itself = False  # whether a replica's innermost environment may be the original's own deep copy
 
     def blank(self, env: Any, twin: Any) -> None:
         """Gives a new replica what is not saved."""

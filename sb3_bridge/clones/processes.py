@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import sys
@@ -41,7 +40,7 @@ class Server:
 
     def check(self) -> tuple[Any, ...]:
         """The replay check's report, as a plain tuple."""
-        return dataclasses.astuple(check(self.env, self._functions))
+        return tuple(vars(check(self.env, self._functions)).values())
 
     def signature(self, varying: tuple[tuple[int, str], ...]) -> bytes:
         """Equal for environments made alike: one check will do for them."""
@@ -86,11 +85,7 @@ class Server:
     def step(
         self, begins: list[tuple[int, int]], seeds: np.ndarray, slots: list[int], actions: np.ndarray
     ) -> Any:
-        """Restores ``(slot, handle)`` with ``seeds`` [n_begins, 4], then steps ``slots`` with ``actions``.
-
-        Returns:
-          Observations ``[n, ...]`` (a dict for Dict spaces), rewards float64, terminated and truncated bool ``[n]``.
-        """
+        """Restores ``(slot, handle)`` with ``seeds`` [n_begins, 4], then steps ``slots`` with ``actions``; see ``Reached``."""
         for (slot, number), seed in zip(begins, seeds, strict=True):
             self._active[slot] = self._restored(slot, number, seed)
         lent = np.array(actions)  # an environment may change its action in place

@@ -31,20 +31,12 @@ Original = Callable[[gymnasium.Env], Any]
 
 
 class _Alone(NamedTuple):
-    """What the environment does with nobody looking.
+    """What the environment does with nobody looking; for the last three see :class:`CloneReport`."""
 
-    Attributes:
-      first: the observation of the reset, as a digest.
-      actions: that were played.
-      end: steps of the first episode, None where it did not end.
-      transitions: one for each action.
-      step_us, constants, varying: see :class:`CloneReport`.
-    """
-
-    first: Any
+    first: Any  # the observation of the reset, as a digest
     actions: list[Any]
-    end: int | None
-    transitions: list[tuple[Any, ...]]
+    end: int | None  # steps of the first episode, None where it did not end
+    transitions: list[tuple[Any, ...]]  # one for each action
     step_us: float
     constants: tuple[tuple[int, str], ...]
     varying: tuple[tuple[int, str], ...]

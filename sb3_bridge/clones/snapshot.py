@@ -87,14 +87,9 @@ class Snapshot(NamedTuple):
 
 
 class Replica:
-    """A copy of an environment for branches.
+    """A copy of an environment for branches: its wrappers and itself, outermost first, and the spaces that they hold.
 
-    Attributes:
-      layers: its wrappers and itself, outermost first, without wrappers that change no transition.
-      step: of the outermost.
-      spaces: that it holds, and their parts.
-      memo: what takes the place of the parts of a snapshot.
-      n_adopted: constants that it got.
+    ``memo`` says what takes the place of the parts of a snapshot, ``n_adopted`` how many constants are among it.
     """
 
     def __init__(self, layers: list[Any], spaces: list[gymnasium.Space], memo: Memo):
@@ -200,7 +195,7 @@ class Cloner:
         twins = [blank(layer) for layer in self.layers]
         if self.copies_itself:
             try:
-                twins[-1] = deep_copy(core, {})
+                twins[-1] = deep_copy(core)
             except Exception as error:
                 names = ", ".join(sorted(self._hidden[-1] - construction(core)))
                 raise Unclonable(f"{type(core).__name__} cannot be copied ({names}): {error}") from error
