@@ -9,7 +9,9 @@ import base64
 import contextlib
 import functools
 import importlib
+import inspect
 import math
+import operator
 import pathlib
 import sys
 import types
@@ -52,7 +54,7 @@ def encode(value: Any) -> Any:
         return value
     if type(value) is list:
         return [encode(item) for item in value]
-    if type(value) is dict and all(_is_plain_key(key) for key in value):
+    if type(value) is dict and all(map(_is_plain_key, value)):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, jax.Array):
         refuse_key(value, "the value")
@@ -81,13 +83,11 @@ def decode(form: Any) -> Any:
 
 def is_json(value: Any) -> bool:
     """Whether JSON gives back the very same."""
-    if type(value) is float:
-        return math.isfinite(value)
     if type(value) is list:
-        return all(is_json(item) for item in value)
+        return all(map(is_json, value))
     if type(value) is dict:
-        return all(_is_plain_key(key) and is_json(item) for key, item in value.items())
-    return value is None or type(value) in (bool, int, str)
+        return all(map(_is_plain_key, value)) and all(map(is_json, value.values()))
+    return type(value) in (type(None), bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 def refuse_key(array: Any, where: str) -> None:
@@ -123,42 +123,26 @@ def _subclass_of(*bases: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, type) and issubclass(value, bases)
 
 
-def _function_of(package: str) -> Callable[[Any], bool]:
-    def may_be_named(value: Any) -> bool:
-        function = value.func if isinstance(value, functools.partial) else value
-        is_own = str(function.__module__).split(".")[0] == package  # not imported for the package's own use
-        return is_own and callable(function) and not isinstance(function, type)
-
-    return may_be_named
+def _is_function(value: Any, package: str) -> bool:
+    function = value.func if isinstance(value, functools.partial) else value
+    is_own = str(function.__module__).split(".")[0] == package  # not imported for the package's own use
+    return is_own and callable(function) and not isinstance(function, type)
 
 
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "absolute",
-        "arcsinh",
-        "arctan",
-        "cos",
-        "exp",
-        "expm1",
-        "log1p",
-        "sign",
-        "sin",
-        "sinc",
-        "sinh",
-        "sqrt",
-        "square",
-        "tanh",
-    ]
+# fmt: off
+_ELEMENTWISE = (
+    "abs", "absolute", "arcsinh", "arctan", "cos", "exp", "expm1", "log1p", "sign", "sin", "sinc", "sinh", "sqrt",
+    "square", "tanh",
 )
+# fmt: on
 _TRUSTED: dict[str, Callable[[Any], bool]] = {
     "sb3_bridge.policies": _subclass_of(torch.nn.Module, linen.Module),
-    "jax.nn": _function_of("jax"),
-    "jax.nn.initializers": _function_of("jax"),
+    "jax.nn": lambda value: _is_function(value, "jax"),
+    "jax.nn.initializers": lambda value: _is_function(value, "jax"),
     # By name: this module has functions that read files, and unpickle them.
     "jax.numpy": lambda value: isinstance(value, type(jnp.float32)) or value.__name__ in _ELEMENTWISE,
     "flax.linen": _subclass_of(linen.Module),
-    "optax": _function_of("optax"),
+    "optax": lambda value: _is_function(value, "optax"),
     "numpy": _subclass_of(np.generic),
     "torch.nn": _subclass_of(torch.nn.Module),
     "torch.optim": _subclass_of(torch.optim.Optimizer),
@@ -167,10 +151,6 @@ _TRUSTED: dict[str, Callable[[Any], bool]] = {
     "stable_baselines3.common.buffers": _subclass_of(BaseBuffer),
 }
 """Modules whose functions and classes are stored by name -> which of them. A file can call for nothing else."""
-
-
-def _reference_fields(value: Any) -> dict[str, Any]:
-    return dict(zip(("module", "name"), trusted_name(value) or (), strict=True))
 
 
 def _to_reference(module: str, name: str) -> Any:
@@ -200,9 +180,8 @@ def _to_dtype(text: str) -> np.dtype:
 
 
 def _array_fields(value: Any) -> dict[str, Any]:
-    array = np.asarray(value)
-    content = base64.b64encode(array.tobytes()).decode()
-    return {"dtype": _dtype_fields(array.dtype)["text"], "shape": list(array.shape), "content": content}
+    dtype, shape = _dtype_fields(value.dtype)["text"], list(value.shape)
+    return {"dtype": dtype, "shape": shape, "content": base64.b64encode(value.tobytes()).decode()}
 
 
 def _to_array(dtype: str, shape: list[int], content: str) -> np.ndarray:
@@ -259,8 +238,7 @@ def _is_closure(value: Any) -> bool:
 
 
 def _closure_fields(closure: types.FunctionType) -> dict[str, Any]:
-    cells = [cell.cell_contents for cell in closure.__closure__ or ()]
-    arguments = dict(zip(closure.__code__.co_freevars, cells, strict=True))
+    arguments = inspect.getclosurevars(closure).nonlocals
     return {"schedule": _CLOSURES[closure.__qualname__](**arguments)}
 
 
@@ -284,35 +262,16 @@ def _pairs(owner: type) -> _Kind:
 
 
 def _space(owner: type, to_value: Callable[..., Any], *names: str) -> _Kind:
-    def to_fields(space: Any) -> dict[str, Any]:
-        return {"seed": space._np_random} | {name: getattr(space, name) for name in names}
-
-    return _Kind(owner, to_fields, to_value)
+    fields = operator.attrgetter("_np_random", *names)
+    return _Kind(owner, lambda space: dict(zip(("seed", *names), fields(space), strict=True)), to_value)
 
 
 def _schedule(owner: type, *names: str) -> _Kind:
-    def holds(value: Any) -> bool:
-        return type(value) is owner and vars(value).keys() == set(names)
-
-    return _Kind(holds, lambda schedule: dict(vars(schedule)), owner)
-
-
-def _to_deque(items: list[Any], maxlen: int | None) -> deque:
-    return deque(items, maxlen)
-
-
-def _to_multi_discrete(seed: Any, nvec: np.ndarray, start: np.ndarray) -> spaces.MultiDiscrete:
-    return spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start)
-
-
-def _dict_fields(space: spaces.Dict) -> dict[str, Any]:
-    # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
-    return {"seed": space._np_random, "parts": OrderedDict(space.spaces)}
-
-
-def _is_dummy(value: Any) -> bool:
-    # SB3 stores it in place of the schedule when a policy is saved alone.
-    return value is BasePolicy._dummy_schedule
+    return _Kind(
+        lambda value: type(value) is owner and vars(value).keys() == set(names),
+        lambda schedule: dict(vars(schedule)),
+        owner,
+    )
 
 
 _KINDS: dict[str, _Kind] = {
@@ -320,7 +279,11 @@ _KINDS: dict[str, _Kind] = {
     "tuple": _Kind(tuple, lambda x: {"items": list(x)}, lambda items: tuple(items)),
     "dict": _pairs(dict),
     "OrderedDict": _pairs(OrderedDict),
-    "deque": _Kind(deque, lambda x: {"items": list(x), "maxlen": x.maxlen}, _to_deque),
+    "deque": _Kind(
+        deque,
+        lambda x: {"items": list(x), "maxlen": x.maxlen},
+        lambda items, maxlen: deque(items, maxlen),
+    ),
     "path": _text(type(pathlib.Path())),
     "device": _text(torch.device),
     "dtype": _Kind(lambda value: isinstance(value, np.dtype), _dtype_fields, _to_dtype),
@@ -329,14 +292,31 @@ _KINDS: dict[str, _Kind] = {
     "generator": _Kind(np.random.Generator, _generator_fields, _to_generator),
     "Box": _space(spaces.Box, _to_box, "low", "high", "bounded_below", "bounded_above"),
     "Discrete": _space(spaces.Discrete, _to_discrete, "n", "start"),
-    "MultiDiscrete": _space(spaces.MultiDiscrete, _to_multi_discrete, "nvec", "start"),
+    "MultiDiscrete": _space(
+        spaces.MultiDiscrete,
+        lambda seed, nvec, start: spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start),
+        "nvec",
+        "start",
+    ),
     "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed), "n"),
-    "Dict": _Kind(spaces.Dict, _dict_fields, lambda seed, parts: spaces.Dict(parts, seed)),
+    "Dict": _Kind(
+        spaces.Dict,
+        # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
+        lambda x: {"seed": x._np_random, "parts": OrderedDict(x.spaces)},
+        lambda seed, parts: spaces.Dict(parts, seed),
+    ),
     "FloatSchedule": _schedule(utils.FloatSchedule, "value_schedule"),
     "LinearSchedule": _schedule(utils.LinearSchedule, "start", "end", "end_fraction"),
     "ConstantSchedule": _schedule(utils.ConstantSchedule, "val"),
     "CosineSchedule": _schedule(CosineSchedule, "start"),
     "schedule_closure": _Kind(_is_closure, _closure_fields, lambda schedule: schedule),
-    "dummy_schedule": _Kind(_is_dummy, lambda _: {}, lambda: BasePolicy._dummy_schedule),
-    "reference": _Kind(lambda x: trusted_name(x) is not None, _reference_fields, _to_reference),
+    # SB3 stores it in place of the schedule when a policy is saved alone.
+    "dummy_schedule": _Kind(
+        lambda x: x is BasePolicy._dummy_schedule, lambda _: {}, lambda: BasePolicy._dummy_schedule
+    ),
+    "reference": _Kind(
+        lambda x: trusted_name(x) is not None,
+        lambda x: dict(zip(("module", "name"), trusted_name(x) or (), strict=True)),
+        _to_reference,
+    ),
 }

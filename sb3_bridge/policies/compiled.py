@@ -47,48 +47,31 @@ def functions_of(structure: Policy) -> Functions:
         parameters = structure.parameters(state, observation)
         return structure.to_world(distribution.sample(parameters, bits_to_uniform(words)))
 
-    def mode(state: PolicyState, observation: Observation) -> jax.Array:
-        return structure.to_world(distribution.mode(structure.parameters(state, observation)))
-
-    def log_prob(parameters: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return distribution.log_prob(parameters, action), distribution.entropy(parameters)
-
-    def init(words: jax.Array) -> PolicyState:
-        return structure.init(bits_to_keys(words))
-
-    def parameters(state: PolicyState, observation: Observation) -> jax.Array:
-        return structure.parameters(state, observation)
-
-    def value(state: PolicyState, observation: Observation) -> jax.Array:
-        return structure.value(state, observation)
-
-    jitted = [jax.jit(function) for function in (init, sample, mode, parameters, value, log_prob)]
-    return Functions(*jitted)
+    functions = Functions(
+        init=lambda words: structure.init(bits_to_keys(words)),
+        sample=sample,
+        mode=lambda *seen: structure.to_world(distribution.mode(structure.parameters(*seen))),
+        parameters=lambda *seen: structure.parameters(*seen),
+        value=lambda *seen: structure.value(*seen),
+        log_prob=lambda parameters, action: (
+            distribution.log_prob(parameters, action),
+            distribution.entropy(parameters),
+        ),
+    )
+    return Functions(*map(jax.jit, functions))
 
 
-class _Process:
-    """Whether this process uses JAX, and whether it is the child of one that did: JAX's threads do not survive a fork."""
-
-    uses_jax = False
-    is_broken = False
-
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.is_broken = cls.is_broken or cls.uses_jax
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Process.after_fork)
+_user: dict[str, int] = {}
+"""The process that first used a policy; a child that was forked from it inherits the entry."""
 
 
 def check_process() -> None:
-    """Refuses to compute where that would never return.
+    """Refuses to compute where that would never return: JAX's threads do not survive a fork.
 
     Raises:
       RuntimeError: this process was forked from one in which a policy had been used.
     """
-    _Process.uses_jax = True
-    if _Process.is_broken:
+    if _user.setdefault("pid", os.getpid()) != os.getpid():
         raise RuntimeError(
             "this process was forked from one that uses JAX, whose threads do not survive a fork: a policy would hang"
             " here. Start processes by 'spawn' or 'forkserver' (SubprocVecEnv(..., start_method='forkserver'),"

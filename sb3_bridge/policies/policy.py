@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -11,22 +10,29 @@ import flax.linen as nn
 import gymnasium
 import numpy as np
 import torch
+from flax import traverse_util
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.distributions import Distribution, make_proba_distribution
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.utils import ConstantSchedule, get_device
 
 from grpo_jax.policies.networks import CNN
 from grpo_jax.policies.policy import PolicyState, assemble
 from grpo_jax.types import Observation
+from sb3_bridge.files.model_zip import File, load_zip, save_zip
 from sb3_bridge.policies import layers
 from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
 from sb3_bridge.policies.model import JaxModel
-from sb3_bridge.policies.observations import to_batch, to_finite_arrays
 from sb3_bridge.policies.optimizer import Optimizer, to_optimizer
 from sb3_bridge.policies.parameters import to_arrays
-from sb3_bridge.policies.spaces import stretch_of, to_action_space, to_observation_space
+from sb3_bridge.policies.spaces import (
+    stretch_of,
+    to_action_space,
+    to_batch,
+    to_finite_arrays,
+    to_observation_space,
+)
 
 SelfPolicy = TypeVar("SelfPolicy", bound="GRPOPolicy")
 
@@ -50,9 +56,8 @@ class GRPOPolicy(JaxModel):
       net_arch: dense layers: a list, or a dict with ``pi`` and ``vf``; None: 64, 64, none behind convolutions.
       activation_fn: of the dense layers: a function of JAX arrays, a name, or a class of torch.nn.
       ortho_init: orthogonal kernels; False: flax's own initialisers.
-      use_sde, full_std, use_expln: accepted, without a meaning here.
+      use_sde, full_std, use_expln, squash_output: accepted as in SB3, without a meaning here.
       log_std_init: start of the log standard deviation, on actions scaled to [-1, 1].
-      squash_output: only with ``use_sde``, as in SB3; no meaning here.
       features_extractor_class: flax module class, see :func:`sb3_bridge.policies.extractor.to_features_extractor`.
       features_extractor_kwargs: its arguments.
       share_features_extractor: whether the critic learns the actor's extractor with it.
@@ -97,15 +102,12 @@ class GRPOPolicy(JaxModel):
         seed: int | None = None,
     ):
         if squash_output and not use_sde:
-            raise AssertionError(
-                "squash_output=True is only available when using gSDE (use_sde=True): leave it out"
-            )
+            raise AssertionError("squash_output=True is only available when using gSDE: leave it out")
         super().__init__(
             observation_space, action_space, normalize_images=normalize_images, squash_output=squash_output
         )
-        features_extractor_kwargs, optimizer_kwargs = (
-            dict(given or {}) for given in (features_extractor_kwargs, optimizer_kwargs)
-        )
+        features_extractor_kwargs = dict(features_extractor_kwargs or {})
+        optimizer_kwargs = dict(optimizer_kwargs or {})
         given = locals()
         for name in _KEPT:
             setattr(self, name, given[name])
@@ -123,13 +125,8 @@ class GRPOPolicy(JaxModel):
 
     def _assemble(self) -> None:
         """Makes the structure that the arguments mean."""
-        extractor = to_features_extractor(
-            self.kind,
-            self.observation_space,
-            self.features_extractor_class,
-            self.features_extractor_kwargs,
-            self.normalize_images,
-        )
+        given = (self.features_extractor_class, self.features_extractor_kwargs, self.normalize_images)
+        extractor = to_features_extractor(self.kind, self.observation_space, *given)
         self.net_arch = layers.to_net_arch(self.net_arch, isinstance(extractor, CNN))
         widths, critic_widths = layers.widths_of(self.net_arch)
         self.structure = assemble(
@@ -164,8 +161,8 @@ class GRPOPolicy(JaxModel):
         Args:
           observation: ``[*shape]`` or ``[N, *shape]``, a dict of such arrays for ``Dict`` spaces; images with the channels
             first or last.
-          state: returned as it is.
-          episode_start: without a meaning: the policy has no memory.
+          state: returned as it is: the policy has no memory.
+          episode_start: without a meaning.
           deterministic: the most probable action in place of a sampled one.
 
         Returns:
@@ -209,11 +206,7 @@ class GRPOPolicy(JaxModel):
         return actions, values, log_prob
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
-        """Values ``[N, 1]`` of observations ``[N, *shape]`` (torch, as ``obs_to_tensor`` gives them, NumPy or JAX).
-
-        Raises:
-          RuntimeError: there is no critic.
-        """
+        """Values ``[N, 1]`` of observations ``[N, *shape]`` (torch, NumPy or JAX); without a critic a RuntimeError."""
         if not self.has_critic:
             raise RuntimeError("this policy has no critic (bootstrap=False): there are no values to predict")
         return self._to_tensor(self._functions.value(self.state, to_finite_arrays(obs))[:, None])
@@ -221,15 +214,10 @@ class GRPOPolicy(JaxModel):
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """What the policy thinks of actions; no gradients flow.
+        """Values ``[N, 1]`` (None without a critic), log densities ``[N]`` and entropies ``[N]``, without gradients.
 
-        Args:
-          obs: ``[N, *shape]``, as ``obs_to_tensor`` gives them.
-          actions: ``[N, *A]`` in the environment's units.
-
-        Returns:
-          Values ``[N, 1]`` (None without a critic), log densities ``[N]`` and entropies ``[N]``. Of a Gaussian in the
-          environment's units, before actions are clipped.
+        For observations ``[N, *shape]`` and actions ``[N, *A]`` in the environment's units, as are the densities of a
+        Gaussian (before actions are clipped).
         """
         observation = to_finite_arrays(obs)
         array = np.asarray(to_arrays(actions)).reshape((-1, *self.structure.action_space.shape))
@@ -247,10 +235,8 @@ class GRPOPolicy(JaxModel):
         parameters = self._to_tensor(self._functions.parameters(self.state, to_finite_arrays(obs)))
         distribution: Any = make_proba_distribution(self.action_space)
         if isinstance(self.action_space, gymnasium.spaces.Box):
-            middle, half = (
-                torch.as_tensor(part.reshape(-1)).to(parameters)
-                for part in stretch_of(self.structure.action_space)
-            )
+            stretch = stretch_of(self.structure.action_space)
+            middle, half = (torch.as_tensor(part.reshape(-1)).to(parameters) for part in stretch)
             mean, log_std = parameters.chunk(2, dim=-1)
             return distribution.proba_distribution(mean * half + middle, log_std + half.log())
         if isinstance(self.action_space, gymnasium.spaces.MultiBinary):
@@ -259,15 +245,8 @@ class GRPOPolicy(JaxModel):
         return distribution.proba_distribution(action_logits=parameters)
 
     def reset_noise(self, n_envs: int = 1) -> None:
-        """As SB3's without gSDE.
-
-        Raises:
-          AssertionError: always.
-        """
-        del n_envs
-        raise AssertionError(
-            "reset_noise() is only available when using gSDE, which this policy does not have"
-        )
+        """As SB3's without gSDE: always an AssertionError."""
+        raise AssertionError("reset_noise() is only available when using gSDE, which is not known here")
 
     # Files and copies -----------------------------------------------------------------------------------------------
 
@@ -280,35 +259,40 @@ class GRPOPolicy(JaxModel):
             "seed": self._seed,
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the policy without pickle; see :func:`sb3_bridge.files.model_zip.policy_to_file`."""
-        from sb3_bridge.files.model_zip import policy_to_file
-
-        policy_to_file(self, path)  # type: ignore[arg-type]
+    def save(self, path: File) -> None:
+        """Writes the policy without pickle: its constructor's arguments and its parameters; errors of ``save_zip``."""
+        save_zip(path, self._get_constructor_parameters(), {"policy": self.state.params})
 
     @classmethod
     def load(
-        cls: type[SelfPolicy],
-        path: str | os.PathLike[str],
-        device: torch.device | str = "auto",
-        *,
-        custom_objects: dict[str, Any] | None = None,
-        allow_pickle: bool = False,
+        cls: type[SelfPolicy], path: File, device: torch.device | str = "auto", **reading: Any
     ) -> SelfPolicy:
-        """A policy that :meth:`save` wrote; see :func:`sb3_bridge.files.model_zip.policy_from_file`."""
-        from sb3_bridge.files.model_zip import policy_from_file
+        """A policy that :meth:`save` wrote.
 
-        return policy_from_file(
-            cls,
-            path,  # type: ignore[arg-type]
-            device,
-            custom_objects=custom_objects,
-            allow_pickle=allow_pickle,
-        )
+        Args:
+          path: the file.
+          device: of torch tensors.
+          **reading: ``custom_objects`` and ``allow_pickle`` of :func:`sb3_bridge.files.model_zip.load_zip`.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: no policy's file, or not one of this class.
+        """
+        data, params = load_zip(path, **reading)
+        if "policy_class" in data or "policy" not in params:
+            raise ValueError(f"{path} holds a whole model, not a policy alone: use GRPO.load(path).policy")
+        try:
+            policy = cls(**data)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} does not hold what the policy is made from ({error}); pass what is missing in custom_objects"
+            ) from error
+        policy.load_state_dict(traverse_util.flatten_dict(params["policy"], sep="."))
+        return policy.to(get_device(device))
 
     def __deepcopy__(self: SelfPolicy, memo: dict[int, Any]) -> SelfPolicy:
         # What is static is shared: a copied jitted function is another function, and its structure another one.
-        static = (self.activation_fn, self.features_extractor_kwargs, self.optimizer.factory)
+        static = (self.activation_fn, self.features_extractor_kwargs, self.optimizer.given)
         memo.update({id(part): part for part in static})
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -316,9 +300,8 @@ class GRPOPolicy(JaxModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # Jitted functions cannot be pickled; torch's classes stand for those of the activations.
-        state = {
-            name: value for name, value in self.__dict__.items() if name not in ("_compiled", "structure")
-        }
+        left_out = ("_compiled", "structure")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         state["activation_fn"] = layers.TORCH_CLASSES.get(self.structure.actor.activation, self.activation_fn)
         return state
 
@@ -357,9 +340,10 @@ def to_policy_class(policy: Any) -> str | type[GRPOPolicy]:
     Raises:
       TypeError: another class, such as one derived from SB3's.
     """
-    if isinstance(policy, str) or (isinstance(policy, type) and issubclass(policy, GRPOPolicy)):
+    is_class = isinstance(policy, type)
+    if isinstance(policy, str) or (is_class and issubclass(policy, GRPOPolicy)):
         return policy
-    if isinstance(policy, type) and policy in SB3_POLICIES:
+    if is_class and policy in SB3_POLICIES:
         return SB3_POLICIES[policy]
     raise TypeError(
         f"policy={policy!r} must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy', SB3's classes of these names, or a class"

@@ -1,21 +1,18 @@
-"""Gymnasium's spaces as the networks of ``grpo_jax`` see them."""
+"""Gymnasium's spaces and observations as the networks of ``grpo_jax`` see them."""
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import gymnasium
 import numpy as np
-from stable_baselines3.common.preprocessing import check_for_nested_spaces, is_image_space
+from stable_baselines3.common.preprocessing import check_for_nested_spaces, is_image_space, maybe_transpose
+from stable_baselines3.common.utils import is_vectorized_observation
 
 from grpo_jax import spaces
-
-_FLAT = (
-    gymnasium.spaces.Box,
-    gymnasium.spaces.Discrete,
-    gymnasium.spaces.MultiDiscrete,
-    gymnasium.spaces.MultiBinary,
-)
+from grpo_jax.types import Observation
+from sb3_bridge.policies.compiled import check_not_exported
+from sb3_bridge.policies.parameters import to_arrays
 
 
 def to_observation_space(space: gymnasium.Space, normalize_images: bool = True) -> spaces.Space:
@@ -30,10 +27,8 @@ def to_observation_space(space: gymnasium.Space, normalize_images: bool = True) 
     """
     check_for_nested_spaces(space)
     if isinstance(space, gymnasium.spaces.Dict):
-        entries = space.spaces.items()
-        return spaces.Dict(
-            tuple((name, to_observation_space(part, normalize_images)) for name, part in entries)
-        )
+        parts = ((name, to_observation_space(part, normalize_images)) for name, part in space.spaces.items())
+        return spaces.Dict(tuple(parts))
     _check_size(space, "observation_space")
     if isinstance(space, gymnasium.spaces.Box):
         # Only uint8 is divided by 255 in grpo_jax, and here only images are.
@@ -43,7 +38,7 @@ def to_observation_space(space: gymnasium.Space, normalize_images: bool = True) 
         return spaces.Box(space.low, space.high, space.shape, dtype, channels_first)
     if isinstance(space, gymnasium.spaces.MultiBinary) and len(space.shape) != 1:
         return spaces.Box(np.float32(0), np.float32(1), space.shape)  # type: ignore[arg-type]
-    return spaces.from_gymnasium(_without_subclass(space), "observation_space")
+    return spaces.from_gymnasium(space, "observation_space")
 
 
 def to_action_space(space: gymnasium.Space) -> spaces.ActionSpace:
@@ -58,7 +53,7 @@ def to_action_space(space: gymnasium.Space) -> spaces.ActionSpace:
     if isinstance(space, gymnasium.spaces.Dict):
         raise NotImplementedError(f"action_space={space}: use Box, Discrete, MultiDiscrete or MultiBinary")
     _check_size(space, "action_space")
-    action_space = spaces.from_gymnasium(_without_subclass(space), "action_space")
+    action_space = spaces.from_gymnasium(space, "action_space")
     assert not isinstance(action_space, spaces.Dict)
     return action_space
 
@@ -86,10 +81,47 @@ def _check_size(space: gymnasium.Space, name: str) -> None:
         )
 
 
-def _without_subclass(space: gymnasium.Space) -> gymnasium.Space:
-    """A space of a user's class as the one of Gymnasium's that it derives from."""
-    for kind in _FLAT:
-        if isinstance(space, kind) and type(space) is not kind:
-            space = copy.copy(space)
-            space.__class__ = kind
-    return space
+def to_batch(observation: Any, space: gymnasium.Space) -> tuple[Observation, bool]:
+    """Observations ``[N, *shape]`` as SB3 makes them, images with the channels first, and whether they had the axis N.
+
+    Raises:
+      ValueError: a wrong shape, or what Gymnasium's ``reset`` returned.
+      RuntimeError: an empty batch.
+      AssertionError, KeyError: a dict for another space, or an entry that the space does not have; as in SB3.
+    """
+    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+        raise ValueError(
+            "You have passed a tuple to the predict() function, which is what Gymnasium's env.reset() returns: pass the"
+            " observation alone (obs, info = env.reset())"
+        )
+    if isinstance(observation, dict):
+        assert isinstance(space, gymnasium.spaces.Dict), (
+            f"The observation provided is a dict but the obs space is {space}"
+        )
+        pairs = {name: to_batch(value, space.spaces[name]) for name, value in observation.items()}
+        return {name: batch for name, (batch, _) in pairs.items()}, any(many for _, many in pairs.values())
+    array = np.asarray(observation)
+    if array.ndim >= 3 and is_image_space(space):
+        array = maybe_transpose(array, space)
+    is_vectorized = is_vectorized_observation(array, space)
+    if array.size == 0:
+        raise RuntimeError(f"the batch of observations is empty: its shape is {list(array.shape)}")
+    return array.reshape((-1, *(space.shape or ()))), is_vectorized
+
+
+def to_finite_arrays(observation: Any) -> Any:
+    """Observations (torch, NumPy or JAX, dicts of them too) as arrays.
+
+    Raises:
+      ValueError: NaN or inf.
+      RuntimeError: torch traces or exports.
+    """
+    check_not_exported()
+    arrays = to_arrays(observation)
+    for name, leaf in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
+        array = np.asarray(leaf)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            place = np.argwhere(~np.isfinite(array))[0]
+            value = f"{array[tuple(place)]} at index {place.tolist()}"
+            raise ValueError(f"observation{f'[{name!r}]' if name else ''} must be finite: it is {value}")
+    return arrays
