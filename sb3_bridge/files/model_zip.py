@@ -48,9 +48,6 @@ def save_zip(path: File, data: dict[str, Any], params: dict[str, PyTree]) -> Non
         has that name ``_2`` is added, both with a warning), or a writable binary file object.
       data: attributes by name: anything, see :func:`encode` for what is loaded again without a pickle.
       params: nested dicts of arrays (NumPy, JAX) and plain numbers, by name.
-
-    Raises:
-      TypeError: a value that cannot be stored, or a path that is none.
     """
     attributes = {_checked_name(name): _to_entry(name, value) for name, value in data.items()}
     versions = {"JAX": jax.__version__, "Flax": flax.__version__, "GRPO-JAX": grpo_jax.__version__}
@@ -88,11 +85,9 @@ def load_zip(
       print_system_info: prints what the file was saved with.
 
     Returns:
-      data: without what is stored as a pickle only; one warning names all of these.
-      params: nested dicts of writable NumPy arrays.
+      data (without what is stored as a pickle only; one warning names all of these), and params (writable NumPy arrays).
 
     Raises:
-      FileNotFoundError: no such file.
       ValueError: not such a file, a damaged one, or another algorithm's: names the path, the entry and the fix.
     """
     if custom_objects is not None and not isinstance(custom_objects, dict):

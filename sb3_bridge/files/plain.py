@@ -44,11 +44,8 @@ def encode(value: Any) -> Any:
     Known are None, booleans, numbers, strings, lists, tuples, dicts, deques; NumPy arrays, scalars, dtypes and PCG64
     generators, JAX arrays (loaded as NumPy); Gymnasium's Box, Discrete, MultiDiscrete, MultiBinary and Dict spaces with
     their random states; SB3's schedules (closures of its old makers are loaded as the classes that replaced them); torch
-    devices, paths; and what ``_TRUSTED`` lists, by name. In any nesting. Subclasses of these are not known.
-
-    Raises:
-      NotPlainError: anything else.
-      TypeError: a typed PRNG key.
+    devices, paths; and what ``_TRUSTED`` lists, by name. In any nesting; anything else, their subclasses too, is a
+    NotPlainError.
     """
     if is_json(value):
         return value
@@ -66,11 +63,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(form: Any) -> Any:
-    """The value of a plain form; calls nothing but what ``_KINDS`` names.
-
-    Raises:
-      Exception: of any type, for a form that :func:`encode` does not write.
-    """
+    """The value of a plain form; calls nothing but what ``_KINDS`` names. What ``encode`` does not write is any error."""
     if not isinstance(form, dict):
         return [decode(item) for item in form] if isinstance(form, list) else form
     fields = {name: decode(part) for name, part in form.items() if name != KIND}
@@ -164,11 +157,11 @@ def _to_reference(module: str, name: str) -> Any:
 # --- Kinds of values: their fields, and the values made of these ------------------------------------------------------
 
 
-def _dtype_fields(dtype: np.dtype) -> dict[str, Any]:
+def _dtype_name(dtype: np.dtype) -> str:
     text = dtype.name if dtype.kind == "V" else dtype.str  # the first for bfloat16 and its like
     with contextlib.suppress(TypeError):
         if np.dtype(text) == dtype and not dtype.hasobject:
-            return {"text": text}
+            return text
     raise NotPlainError
 
 
@@ -180,8 +173,8 @@ def _to_dtype(text: str) -> np.dtype:
 
 
 def _array_fields(value: Any) -> dict[str, Any]:
-    dtype, shape = _dtype_fields(value.dtype)["text"], list(value.shape)
-    return {"dtype": dtype, "shape": shape, "content": base64.b64encode(value.tobytes()).decode()}
+    content = base64.b64encode(value.tobytes()).decode()
+    return {"dtype": _dtype_name(value.dtype), "shape": list(value.shape), "content": content}
 
 
 def _to_array(dtype: str, shape: list[int], content: str) -> np.ndarray:
@@ -195,12 +188,6 @@ def _is_scalar(value: Any) -> bool:
     # But strings, which lose zeros at their ends as arrays, and what a user derived from a scalar.
     kinds = isinstance(value, np.generic) and value.dtype.kind not in "SU"
     return kinds and type(value) is np.asarray(value).dtype.type
-
-
-def _generator_fields(generator: np.random.Generator) -> dict[str, Any]:
-    if type(generator.bit_generator) is not np.random.PCG64:
-        raise NotPlainError
-    return {"state": dict(generator.bit_generator.state)}
 
 
 def _to_generator(state: dict[str, Any]) -> np.random.Generator:
@@ -237,11 +224,6 @@ def _is_closure(value: Any) -> bool:
     return is_sb3s and value.__qualname__ in _CLOSURES
 
 
-def _closure_fields(closure: types.FunctionType) -> dict[str, Any]:
-    arguments = inspect.getclosurevars(closure).nonlocals
-    return {"schedule": _CLOSURES[closure.__qualname__](**arguments)}
-
-
 class _Kind(NamedTuple):
     """How values of one class, or those that a function accepts, are taken apart and made again."""
 
@@ -261,17 +243,15 @@ def _pairs(owner: type) -> _Kind:
     return _Kind(owner, lambda x: {"items": [list(pair) for pair in x.items()]}, lambda items: owner(items))
 
 
-def _space(owner: type, to_value: Callable[..., Any], *names: str) -> _Kind:
-    fields = operator.attrgetter("_np_random", *names)
-    return _Kind(owner, lambda space: dict(zip(("seed", *names), fields(space), strict=True)), to_value)
+def _space(owner: type, to_value: Callable[..., Any]) -> _Kind:
+    names = tuple(inspect.signature(to_value).parameters)
+    fields = operator.attrgetter("_np_random", *names[1:])  # the first argument is the seed
+    return _Kind(owner, lambda space: dict(zip(names, fields(space), strict=True)), to_value)
 
 
-def _schedule(owner: type, *names: str) -> _Kind:
-    return _Kind(
-        lambda value: type(value) is owner and vars(value).keys() == set(names),
-        lambda schedule: dict(vars(schedule)),
-        owner,
-    )
+def _schedule(owner: type) -> _Kind:
+    names = inspect.signature(owner).parameters.keys()
+    return _Kind(lambda x: type(x) is owner and vars(x).keys() == names, lambda x: dict(vars(x)), owner)
 
 
 _KINDS: dict[str, _Kind] = {
@@ -286,30 +266,36 @@ _KINDS: dict[str, _Kind] = {
     ),
     "path": _text(type(pathlib.Path())),
     "device": _text(torch.device),
-    "dtype": _Kind(lambda value: isinstance(value, np.dtype), _dtype_fields, _to_dtype),
+    "dtype": _Kind(lambda x: isinstance(x, np.dtype), lambda x: {"text": _dtype_name(x)}, _to_dtype),
     "ndarray": _Kind(np.ndarray, _array_fields, _to_array),
     "scalar": _Kind(_is_scalar, _array_fields, lambda **fields: _to_array(**fields)[()]),
-    "generator": _Kind(np.random.Generator, _generator_fields, _to_generator),
-    "Box": _space(spaces.Box, _to_box, "low", "high", "bounded_below", "bounded_above"),
-    "Discrete": _space(spaces.Discrete, _to_discrete, "n", "start"),
+    "generator": _Kind(
+        lambda x: type(x) is np.random.Generator and type(x.bit_generator) is np.random.PCG64,
+        lambda x: {"state": dict(x.bit_generator.state)},
+        _to_generator,
+    ),
+    "Box": _space(spaces.Box, _to_box),
+    "Discrete": _space(spaces.Discrete, _to_discrete),
     "MultiDiscrete": _space(
         spaces.MultiDiscrete,
         lambda seed, nvec, start: spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start),
-        "nvec",
-        "start",
     ),
-    "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed), "n"),
+    "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed)),
     "Dict": _Kind(
         spaces.Dict,
         # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
         lambda x: {"seed": x._np_random, "parts": OrderedDict(x.spaces)},
         lambda seed, parts: spaces.Dict(parts, seed),
     ),
-    "FloatSchedule": _schedule(utils.FloatSchedule, "value_schedule"),
-    "LinearSchedule": _schedule(utils.LinearSchedule, "start", "end", "end_fraction"),
-    "ConstantSchedule": _schedule(utils.ConstantSchedule, "val"),
-    "CosineSchedule": _schedule(CosineSchedule, "start"),
-    "schedule_closure": _Kind(_is_closure, _closure_fields, lambda schedule: schedule),
+    "FloatSchedule": _schedule(utils.FloatSchedule),
+    "LinearSchedule": _schedule(utils.LinearSchedule),
+    "ConstantSchedule": _schedule(utils.ConstantSchedule),
+    "CosineSchedule": _schedule(CosineSchedule),
+    "schedule_closure": _Kind(
+        _is_closure,
+        lambda x: {"schedule": _CLOSURES[x.__qualname__](**inspect.getclosurevars(x).nonlocals)},
+        lambda schedule: schedule,
+    ),
     # SB3 stores it in place of the schedule when a policy is saved alone.
     "dummy_schedule": _Kind(
         lambda x: x is BasePolicy._dummy_schedule, lambda _: {}, lambda: BasePolicy._dummy_schedule

@@ -24,7 +24,6 @@ class Functions(NamedTuple):
       mode: (state, observation) -> the most probable action ``[N, *A]``.
       parameters: (state, observation) -> distribution parameters ``[N, P]``.
       value: (state, observation) -> ``[N]``.
-      log_prob: (parameters, action in the policy's own units) -> log density and entropy, ``[N]`` both.
     """
 
     init: Callable[..., PolicyState]
@@ -32,15 +31,12 @@ class Functions(NamedTuple):
     mode: Callable[..., jax.Array]
     parameters: Callable[..., jax.Array]
     value: Callable[..., jax.Array]
-    log_prob: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @functools.lru_cache(maxsize=128)
 def functions_of(structure: Policy) -> Functions:
-    """The compiled functions of a policy.
-
-    They are closures: a static argument would be hashed at every call, which takes longer than the call.
-    """
+    """The compiled functions of a policy."""
+    # They are closures: a static argument would be hashed at every call, which takes longer than the call.
     distribution = structure.distribution
 
     def sample(state: PolicyState, observation: Observation, words: jax.Array) -> jax.Array:
@@ -53,10 +49,6 @@ def functions_of(structure: Policy) -> Functions:
         mode=lambda *seen: structure.to_world(distribution.mode(structure.parameters(*seen))),
         parameters=lambda *seen: structure.parameters(*seen),
         value=lambda *seen: structure.value(*seen),
-        log_prob=lambda parameters, action: (
-            distribution.log_prob(parameters, action),
-            distribution.entropy(parameters),
-        ),
     )
     return Functions(*map(jax.jit, functions))
 
@@ -66,11 +58,7 @@ _user: dict[str, int] = {}
 
 
 def check_process() -> None:
-    """Refuses to compute where that would never return: JAX's threads do not survive a fork.
-
-    Raises:
-      RuntimeError: this process was forked from one in which a policy had been used.
-    """
+    """Refuses to compute in a process that was forked from one in which a policy had been used."""
     if _user.setdefault("pid", os.getpid()) != os.getpid():
         raise RuntimeError(
             "this process was forked from one that uses JAX, whose threads do not survive a fork: a policy would hang"
@@ -80,11 +68,7 @@ def check_process() -> None:
 
 
 def check_not_exported() -> None:
-    """Refuses to become a constant in an exported program.
-
-    Raises:
-      RuntimeError: torch is tracing, compiling or exporting.
-    """
+    """Refuses to become a constant in a program that torch traces, compiles or exports."""
     dynamo = torch._C._dynamo.eval_frame  # after a graph break, it alone knows that torch.compile is at work
     is_compiled = torch.compiler.is_compiling() or dynamo.get_eval_frame_callback() not in (None, False)
     if is_compiled or torch.jit.is_tracing():

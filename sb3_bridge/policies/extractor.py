@@ -37,20 +37,9 @@ def to_features_extractor(
     """The flax module that turns observations into features.
 
     A module of the user's sees observations as ``[B, *shape]``: one-hot where they are categories, images with the
-    channels last and divided by 255; a dict of such arrays for a ``Dict`` space. It gives ``[B, F]``.
-
-    Args:
-      kind: which of the three policies asks.
-      space: the observation space.
-      features_extractor_class: a flax module class; SB3's own three mean ours; None: what the policy stands for.
-      features_extractor_kwargs: its arguments: ``features_dim`` for convolutions (where our own CNN is named also
-        ``activation``, and feature maps of any number of channels do), ``cnn_output_dim`` for the combined one, as in SB3.
-      normalize_images: whether images are divided by 255; False also lets images of other dtypes be images.
-
-    Raises:
-      ValueError: another policy fits the space.
-      AssertionError: convolutions on what is no image, as in SB3.
-      TypeError: not a flax module class, or arguments that it does not take.
+    channels last and divided by 255; a dict of such arrays for a ``Dict`` space. It gives ``[B, F]``. SB3's own three
+    classes mean ours; their arguments are ``features_dim`` for convolutions (where our own CNN is named also
+    ``activation``, and feature maps of any number of channels do) and ``cnn_output_dim`` for the combined one, as in SB3.
     """
     is_dict, (name, default) = isinstance(space, gymnasium.spaces.Dict), _POLICIES[kind]
     if is_dict != (kind == "multi_input"):

@@ -17,13 +17,7 @@ NetArch = list[int] | dict[str, list[int]]
 
 
 def to_net_arch(net_arch: Any, convolutional: bool) -> NetArch:
-    """``net_arch`` in one of SB3's two forms: a list for actor and critic, or a dict with ``pi`` and/or ``vf``.
-
-    None: no layers behind convolutions (of one :class:`CNN`), else 64, 64.
-
-    Raises:
-      ValueError: layers that are no positive integers, or a dict with other keys; says what to pass.
-    """
+    """``net_arch`` in one of SB3's two forms: a list for actor and critic, or a dict with ``pi`` and/or ``vf``."""
     if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
         warnings.warn(
             "net_arch=[dict(pi=..., vf=...)] is the form of old SB3 versions, which had shared layers: pass the dict"
@@ -74,12 +68,7 @@ TORCH_NAMES = ", ".join(sorted(theirs.__name__ for theirs in TORCH_ACTIVATIONS))
 
 
 def to_activation(activation: Any) -> Activation:
-    """``activation_fn`` as a name or a function of JAX arrays; the same function always in the same form.
-
-    Raises:
-      TypeError: a torch class without a counterpart, or no function; says what to pass.
-      ValueError: an unknown name.
-    """
+    """``activation_fn`` as a name or a function of JAX arrays; the same function always in the same form."""
     if isinstance(activation, type) and activation in TORCH_ACTIVATIONS:
         activation = TORCH_ACTIVATIONS[activation]
     inner = activation.func if isinstance(activation, functools.partial) else activation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -48,8 +49,13 @@ class JaxModel(BasePolicy):
 
     @property
     def state(self) -> PolicyState:
-        """Parameters, with what was done to the tensors that :meth:`parameters` gave."""
-        self.sync_parameters()
+        """Parameters, with what was done in place to the tensors that :meth:`parameters` gave."""
+        pairs = self._tensors.items()
+        changed = {
+            name: leaf for name, leaf in pairs if not torch.equal(leaf.detach().cpu(), self._seen[name])
+        }
+        if changed:
+            self.state = self._loaded(changed, self._state, strict=False)[0]
         return self._state
 
     @state.setter
@@ -59,19 +65,6 @@ class JaxModel(BasePolicy):
             self._seen = self.state_dict_of(state)
             for name, tensor in self._tensors.items():
                 tensor.data.copy_(self._seen[name])
-
-    def sync_parameters(self) -> None:
-        """Takes over what was done in place to the tensors that :meth:`parameters` gave; ``state`` does so by itself.
-
-        Raises:
-          RuntimeError: a tensor has another shape now.
-        """
-        pairs = self._tensors.items()
-        changed = {
-            name: leaf for name, leaf in pairs if not torch.equal(leaf.detach().cpu(), self._seen[name])
-        }
-        if changed:
-            self.state = self._loaded(changed, self._state, strict=False)[0]
 
     def __getattr__(self, name: str) -> Any:
         if name in TORCH_ONLY:
@@ -105,18 +98,14 @@ class JaxModel(BasePolicy):
 
     make_features_extractor = extract_features = apply = _apply = _refuse
 
-    # The device, for tensors ----------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         """Where torch tensors go; the parameters are JAX's, and stay where they are."""
         return self._device
 
-    def to(  # type: ignore[override]
-        self: SelfModel, device: Any = None, *args: Any, **kwargs: Any
-    ) -> SelfModel:
+    def to(self: SelfModel, device: Any = None, **others: Any) -> SelfModel:  # type: ignore[override]
         """Sets the device of tensors; anything but a device, such as a dtype, is a TypeError."""
-        if args or kwargs or isinstance(device, torch.dtype):
+        if others or isinstance(device, torch.dtype):
             raise TypeError(f"to({device!r}, ...) takes a device alone: the parameters are JAX arrays")
         if device is not None:
             self._device = torch.device(device)
@@ -124,9 +113,7 @@ class JaxModel(BasePolicy):
                 tensor.data = tensor.data.to(self._device)
         return self
 
-    def cpu(self: SelfModel) -> SelfModel:
-        """``to("cpu")``."""
-        return self.to("cpu")
+    cpu = functools.partialmethod(to, "cpu")  # type: ignore[assignment]
 
     def cuda(self: SelfModel, device: Any = None) -> SelfModel:
         """``to("cuda")``."""
@@ -138,8 +125,6 @@ class JaxModel(BasePolicy):
         if not self._tensors or not torch.is_grad_enabled():
             return tensor
         return NoGradient.apply(tensor, *self._tensors.values())
-
-    # Parameters -----------------------------------------------------------------------------------------------------
 
     def state_dict_of(self, state: PolicyState) -> dict[str, torch.Tensor]:
         """Parameters of a state of this policy as CPU tensors, ``{"actor.MLP_0.Dense_0.kernel": ...}``; copies."""

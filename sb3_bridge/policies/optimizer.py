@@ -23,10 +23,7 @@ _OPTAX_NAMES = ("adam", "adamw", "sgd", "rmsprop", "adagrad", "adadelta", "adama
 class OptimizerFactory:
     """From a learning rate to an optimizer; equal arguments give equal factories.
 
-    Attributes:
-      function: an optax factory, such as ``optax.adam``.
-      arguments: its keyword arguments, sorted by name.
-      frozen: parameters that it leaves as they are, such as ``actor.output.kernel``; the state is the same without them.
+    ``frozen`` parameters, such as ``actor.output.kernel``, stay as they are; they change nothing in the state.
     """
 
     function: Callable[..., optax.GradientTransformation]
@@ -48,11 +45,7 @@ class OptimizerFactory:
 
 
 def to_optimizer(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None) -> OptimizerFactory | None:
-    """``optimizer_class`` and ``optimizer_kwargs`` as one function of the learning rate; None: the library's own Adam.
-
-    Raises:
-      TypeError: not an optax factory (names the counterpart of a torch class), or arguments that it does not take.
-    """
+    """``optimizer_class`` and ``optimizer_kwargs`` as one function of the learning rate; None: the library's own Adam."""
     if optimizer_class is None and not optimizer_kwargs:
         return None
     arguments = dict(optimizer_kwargs or {})
@@ -77,15 +70,15 @@ def to_optimizer(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | Non
     taken = inspect.signature(optimizer_class).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     for name, value in arguments.items():
-        problem = None
         if name in ("learning_rate", "lr"):
             problem = "the learning rate is an argument of the algorithm"
         elif name not in taken and not takes_any:
             problem = f"{label} takes no {name}, but {', '.join(list(taken)[1:])}"
         elif not _is_hashable(value):
             problem = f"{name} must be hashable, such as a number, tuple or function"
-        if problem is not None:
-            raise TypeError(f"optimizer_kwargs={arguments!r}: {problem}")
+        else:
+            continue
+        raise TypeError(f"optimizer_kwargs={arguments!r}: {problem}")
     factory = OptimizerFactory(optimizer_class, tuple(sorted(arguments.items())))
     if not isinstance(factory(1e-3), optax.GradientTransformation):
         raise TypeError(f"optimizer_class={label} must return an optax.GradientTransformation")
@@ -133,11 +126,7 @@ class Optimizer:
         return {name: to_tensor(leaf) for name, leaf in self._named().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes over arrays (torch, NumPy or JAX) by name.
-
-        Raises:
-          RuntimeError: other names (where ``strict``) or shapes than those of the present state.
-        """
+        """Takes over arrays (torch, NumPy or JAX) by name; other names (where ``strict``) or shapes are a RuntimeError."""
         leaves, _ = replaced(self._named(), state_dict, strict, "the optimizer")
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves.values())
 

@@ -50,11 +50,7 @@ def to_arrays(tree: Any) -> Any:
 def replaced(
     present: dict[str, Any], given: Mapping[str, Any], strict: bool, owner: str
 ) -> tuple[dict[str, Any], _IncompatibleKeys]:
-    """The leaves of ``present`` with those of ``given`` in their places, in their dtypes and on their devices.
-
-    Raises:
-      RuntimeError: names (where ``strict``) or shapes that are not those of ``owner``.
-    """
+    """The leaves of ``present`` with those of ``given`` in their places, in their dtypes and on their devices."""
     missing = [name for name in present if name not in given]
     unexpected = [name for name in given if name not in present]
     named = {"missing": missing, "unexpected": unexpected} if strict else {}

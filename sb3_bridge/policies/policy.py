@@ -13,6 +13,7 @@ import torch
 from flax import traverse_util
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.distributions import Distribution, make_proba_distribution
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, get_device
 
@@ -25,7 +26,6 @@ from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
 from sb3_bridge.policies.model import JaxModel
 from sb3_bridge.policies.optimizer import Optimizer, to_optimizer
-from sb3_bridge.policies.parameters import to_arrays
 from sb3_bridge.policies.spaces import (
     stretch_of,
     to_action_space,
@@ -69,7 +69,6 @@ class GRPOPolicy(JaxModel):
 
     Attributes:
       structure: the policy of ``grpo_jax``, static; equal arguments make equal ones.
-      state, optimizer: see :class:`~sb3_bridge.policies.model.JaxModel`.
 
     Raises:
       TypeError, ValueError, NotImplementedError, AssertionError: what is wrong with which argument, and the fix.
@@ -147,8 +146,6 @@ class GRPOPolicy(JaxModel):
         check_process()
         return self._compiled
 
-    # Acting ---------------------------------------------------------------------------------------------------------
-
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
@@ -219,16 +216,11 @@ class GRPOPolicy(JaxModel):
         For observations ``[N, *shape]`` and actions ``[N, *A]`` in the environment's units, as are the densities of a
         Gaussian (before actions are clipped).
         """
-        observation = to_finite_arrays(obs)
-        array = np.asarray(to_arrays(actions)).reshape((-1, *self.structure.action_space.shape))
-        middle, half = stretch_of(self.structure.action_space)
-        if isinstance(self.action_space, gymnasium.spaces.Box):
-            array = ((array - middle) / half).astype(np.float32)
-        parameters = self._functions.parameters(self.state, observation)
-        log_prob, entropy = self._functions.log_prob(parameters, array)
-        volume = float(np.sum(np.log(half)))
+        distribution: Any = self.get_distribution(obs)
         values = self.predict_values(obs) if self.has_critic else None
-        return values, self._to_tensor(log_prob) - volume, self._to_tensor(entropy) + volume
+        shape = (-1, get_action_dim(self.action_space)) if self.action_space.shape else (-1,)
+        flat = torch.as_tensor(actions).to(self.device, torch.float32).reshape(shape)
+        return values, distribution.log_prob(flat), distribution.entropy()
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients."""
@@ -247,8 +239,6 @@ class GRPOPolicy(JaxModel):
     def reset_noise(self, n_envs: int = 1) -> None:
         """As SB3's without gSDE: always an AssertionError."""
         raise AssertionError("reset_noise() is only available when using gSDE, which is not known here")
-
-    # Files and copies -----------------------------------------------------------------------------------------------
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -269,10 +259,7 @@ class GRPOPolicy(JaxModel):
     ) -> SelfPolicy:
         """A policy that :meth:`save` wrote.
 
-        Args:
-          path: the file.
-          device: of torch tensors.
-          **reading: ``custom_objects`` and ``allow_pickle`` of :func:`sb3_bridge.files.model_zip.load_zip`.
+        ``reading``: ``custom_objects`` and ``allow_pickle``; see :func:`sb3_bridge.files.model_zip.load_zip`.
 
         Raises:
           FileNotFoundError: no such file.
@@ -335,11 +322,7 @@ SB3_POLICIES: dict[Any, type[GRPOPolicy]] = {
 
 
 def to_policy_class(policy: Any) -> str | type[GRPOPolicy]:
-    """The policy that a user means: a name, a class derived from ours, or one of SB3's three, which stands for ours.
-
-    Raises:
-      TypeError: another class, such as one derived from SB3's.
-    """
+    """The policy that a user means: a name, a class derived from ours, or ours for one of SB3's three."""
     is_class = isinstance(policy, type)
     if isinstance(policy, str) or (is_class and issubclass(policy, GRPOPolicy)):
         return policy

@@ -19,17 +19,13 @@ def to_observation_space(space: gymnasium.Space, normalize_images: bool = True) 
     """The space as the networks see it, with SB3's view of what an image is.
 
     Images (uint8 from 0 to 255 in three dimensions, where they are normalised) are divided by 255; the smallest of their
-    dimensions is the channels', first or last. Nothing else is divided.
-
-    Raises:
-      NotImplementedError: nested, or of a kind that SB3 has no policy for.
-      AssertionError: an axis of length 0, as in SB3.
+    dimensions is the channels', first or last. Errors are of SB3's types.
     """
     check_for_nested_spaces(space)
     if isinstance(space, gymnasium.spaces.Dict):
         parts = ((name, to_observation_space(part, normalize_images)) for name, part in space.spaces.items())
         return spaces.Dict(tuple(parts))
-    _check_size(space, "observation_space")
+    assert 0 not in (space.shape or ()), f"observation_space={space} has an axis of length 0: drop it"
     if isinstance(space, gymnasium.spaces.Box):
         # Only uint8 is divided by 255 in grpo_jax, and here only images are.
         divided = normalize_images and is_image_space(space)
@@ -42,19 +38,13 @@ def to_observation_space(space: gymnasium.Space, normalize_images: bool = True) 
 
 
 def to_action_space(space: gymnasium.Space) -> spaces.ActionSpace:
-    """The space of a policy's actions.
-
-    Raises:
-      NotImplementedError: ``Dict``, ``Tuple`` and their like.
-      AssertionError: ``MultiBinary`` of more than one dimension, as in SB3, or an axis of length 0.
-    """
-    if isinstance(space, gymnasium.spaces.MultiBinary) and len(space.shape) != 1:
-        raise AssertionError(f"action_space={space} must be one-dimensional: flatten it")
-    if isinstance(space, gymnasium.spaces.Dict):
-        raise NotImplementedError(f"action_space={space}: use Box, Discrete, MultiDiscrete or MultiBinary")
-    _check_size(space, "action_space")
+    """The space of a policy's actions; errors are of SB3's types."""
+    if isinstance(space, gymnasium.spaces.MultiBinary):
+        assert len(space.shape) == 1, f"action_space={space} must be one-dimensional: flatten it"
+    assert 0 not in (space.shape or ()), f"action_space={space} has an axis of length 0: drop it"
     action_space = spaces.from_gymnasium(space, "action_space")
-    assert not isinstance(action_space, spaces.Dict)
+    if isinstance(action_space, spaces.Dict):
+        raise NotImplementedError(f"action_space={space}: use Box, Discrete, MultiDiscrete or MultiBinary")
     return action_space
 
 
@@ -74,25 +64,12 @@ def stretch_of(space: spaces.ActionSpace) -> tuple[np.ndarray, np.ndarray]:
     return (space.high + space.low) / 2, np.where(half > 0, half, np.float32(1))
 
 
-def _check_size(space: gymnasium.Space, name: str) -> None:
-    if 0 in (space.shape or ()):
-        raise AssertionError(
-            f"{name}={space} has an axis of length 0: there is nothing to see or to do, drop it"
-        )
-
-
 def to_batch(observation: Any, space: gymnasium.Space) -> tuple[Observation, bool]:
-    """Observations ``[N, *shape]`` as SB3 makes them, images with the channels first, and whether they had the axis N.
-
-    Raises:
-      ValueError: a wrong shape, or what Gymnasium's ``reset`` returned.
-      RuntimeError: an empty batch.
-      AssertionError, KeyError: a dict for another space, or an entry that the space does not have; as in SB3.
-    """
+    """Observations ``[N, *shape]`` as SB3 makes them, images with the channels first, and whether they had the axis N."""
     if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
         raise ValueError(
-            "You have passed a tuple to the predict() function, which is what Gymnasium's env.reset() returns: pass the"
-            " observation alone (obs, info = env.reset())"
+            "You have passed a tuple to the predict() function as env.reset() of Gymnasium returns it (and a VecEnv does"
+            " not): pass the observation alone, `obs, info = env.reset()`"
         )
     if isinstance(observation, dict):
         assert isinstance(space, gymnasium.spaces.Dict), (
@@ -110,12 +87,7 @@ def to_batch(observation: Any, space: gymnasium.Space) -> tuple[Observation, boo
 
 
 def to_finite_arrays(observation: Any) -> Any:
-    """Observations (torch, NumPy or JAX, dicts of them too) as arrays.
-
-    Raises:
-      ValueError: NaN or inf.
-      RuntimeError: torch traces or exports.
-    """
+    """Observations (torch, NumPy or JAX, dicts of them too) as arrays, without NaN and inf."""
     check_not_exported()
     arrays = to_arrays(observation)
     for name, leaf in arrays.items() if isinstance(arrays, dict) else [("", arrays)]:
