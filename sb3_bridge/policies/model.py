@@ -50,11 +50,8 @@ class JaxModel(BasePolicy):
     @property
     def state(self) -> PolicyState:
         """Parameters, with what was done in place to the tensors that :meth:`parameters` gave."""
-        pairs = self._tensors.items()
-        changed = {
-            name: leaf for name, leaf in pairs if not torch.equal(leaf.detach().cpu(), self._seen[name])
-        }
-        if changed:
+        seen, held = self._seen, {name: leaf.detach().cpu() for name, leaf in self._tensors.items()}
+        if changed := {name: held[name] for name in held if not torch.equal(held[name], seen[name])}:
             self.state = self._loaded(changed, self._state, strict=False)[0]
         return self._state
 
@@ -113,7 +110,7 @@ class JaxModel(BasePolicy):
                 tensor.data = tensor.data.to(self._device)
         return self
 
-    cpu = functools.partialmethod(to, "cpu")  # type: ignore[assignment]
+    cpu = functools.partialmethod(to, "cpu")
 
     def cuda(self: SelfModel, device: Any = None) -> SelfModel:
         """``to("cuda")``."""

@@ -55,12 +55,8 @@ def to_optimizer(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | Non
     if is_class and issubclass(optimizer_class, torch.optim.Optimizer):
         name = optimizer_class.__name__.lower()
         name = "rmsprop" if name.startswith("rmsprop") else name  # SB3's RMSpropTFLike
-        hint = (
-            f"optax.{name}"
-            if name in _OPTAX_NAMES
-            else "an optimizer of optax, such as optax.adam or optax.sgd"
-        )
-        raise TypeError(f"optimizer_class={optimizer_class.__name__} is torch's: pass {hint}")
+        known = f"optax.{name}" if name in _OPTAX_NAMES else "one of optax, such as optax.adam or optax.sgd"
+        raise TypeError(f"optimizer_class={optimizer_class.__name__} is torch's: pass {known}")
     if is_class or isinstance(optimizer_class, optax.GradientTransformation) or not callable(optimizer_class):
         raise TypeError(
             f"optimizer_class={optimizer_class!r} must be a function from a learning rate to an optax optimizer, such"
@@ -98,21 +94,21 @@ def _own_adam(learning_rate: Any) -> optax.GradientTransformation:
     return optax.flatten(optax.adam(learning_rate, eps=1e-5))
 
 
+@dataclasses.dataclass(eq=False)
 class Optimizer:
     """What SB3 calls ``policy.optimizer``: an optax optimizer and its state.
 
     Attributes:
       given: the user's factory; None: the library's own Adam.
+      param_groups: one, with the learning rate ``"lr"`` that SB3 sets.
       state: optax state, None until the algorithm sets it.
       frozen: names of the parameters that are not learned.
-      param_groups: one, with the learning rate ``"lr"`` that SB3 sets.
     """
 
-    def __init__(self, given: OptimizerFactory | None, learning_rate: float):
-        self.given = given
-        self.state: PyTree = None
-        self.frozen: tuple[str, ...] = ()
-        self.param_groups: list[dict[str, Any]] = [{"lr": learning_rate}]
+    given: OptimizerFactory | None
+    param_groups: list[dict[str, Any]]
+    state: PyTree = None
+    frozen: tuple[str, ...] = ()
 
     @property
     def factory(self) -> OptimizerFactory | None:
@@ -131,6 +127,5 @@ class Optimizer:
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves.values())
 
     def _named(self) -> dict[str, Any]:
-        return {
-            jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self.state)
-        }
+        leaves = jax.tree_util.tree_leaves_with_path(self.state)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -113,7 +113,8 @@ class GRPOPolicy(JaxModel):
         self.dist_kwargs = None  # SB3's arguments of gSDE
 
         self._assemble()
-        self.optimizer = Optimizer(to_optimizer(optimizer_class, optimizer_kwargs), float(lr_schedule(1)))
+        factory = to_optimizer(optimizer_class, optimizer_kwargs)
+        self.optimizer = Optimizer(factory, [{"lr": float(lr_schedule(1))}])
         self.seed(seed)
         words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
         self.state: PolicyState = self._functions.init(words)
