@@ -43,11 +43,9 @@ File = str | pathlib.Path | io.BufferedIOBase
 def save_zip(path: File, data: dict[str, Any], params: dict[str, PyTree]) -> None:
     """Writes a model; a save that fails leaves the old file as it was.
 
-    Args:
-      path: the file (``.zip`` is added where there is no suffix; as in SB3, a missing folder is made, and where a folder
-        has that name ``_2`` is added, both with a warning), or a writable binary file object.
-      data: attributes by name: anything, see :func:`encode` for what is loaded again without a pickle.
-      params: nested dicts of arrays (NumPy, JAX) and plain numbers, by name.
+    ``path`` is treated as by SB3, or is a writable binary file object; ``data`` holds attributes by name, see
+    :func:`encode` for what is loaded again without a pickle; ``params`` nested dicts of arrays and plain numbers. What
+    cannot be stored is a TypeError.
     """
     attributes = {_checked_name(name): _to_entry(name, value) for name, value in data.items()}
     versions = {"JAX": jax.__version__, "Flax": flax.__version__, "GRPO-JAX": grpo_jax.__version__}
@@ -127,7 +125,7 @@ def load_zip(
 
 
 def _target(path: pathlib.Path) -> pathlib.Path:
-    """Where SB3's ``open_path`` would write."""
+    """Where SB3's ``open_path`` would write, with its warnings."""
     if path.suffix == "":
         path = pathlib.Path(f"{path}.zip")
     while path.is_dir():

@@ -16,21 +16,13 @@ from grpo_jax.types import Observation
 
 
 class Functions(NamedTuple):
-    """What equal structures share. Batches ``[N, ...]``, A the action's shape.
+    """What equal structures share: from a state and observations ``[N, *shape]`` to actions ``[N, *A]`` and more."""
 
-    Attributes:
-      init: key words uint32 ``[2]`` -> state.
-      sample: (state, observation, words uint32 ``[N, n_uniforms]``) -> action in the environment's units ``[N, *A]``.
-      mode: (state, observation) -> the most probable action ``[N, *A]``.
-      parameters: (state, observation) -> distribution parameters ``[N, P]``.
-      value: (state, observation) -> ``[N]``.
-    """
-
-    init: Callable[..., PolicyState]
-    sample: Callable[..., jax.Array]
-    mode: Callable[..., jax.Array]
-    parameters: Callable[..., jax.Array]
-    value: Callable[..., jax.Array]
+    init: Callable[..., PolicyState]  # from key words, uint32 [2]
+    sample: Callable[..., jax.Array]  # also from words uint32 [N, n_uniforms]; in the environment's units
+    mode: Callable[..., jax.Array]  # the most probable action
+    parameters: Callable[..., jax.Array]  # of the distribution, [N, P]
+    value: Callable[..., jax.Array]  # [N]
 
 
 @functools.lru_cache(maxsize=128)

@@ -19,12 +19,8 @@ NetArch = list[int] | dict[str, list[int]]
 def to_net_arch(net_arch: Any, convolutional: bool) -> NetArch:
     """``net_arch`` in one of SB3's two forms: a list for actor and critic, or a dict with ``pi`` and/or ``vf``."""
     if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
-        warnings.warn(
-            "net_arch=[dict(pi=..., vf=...)] is the form of old SB3 versions, which had shared layers: pass the dict"
-            " alone, net_arch=dict(pi=..., vf=...)",
-            UserWarning,
-            stacklevel=4,
-        )
+        message = "net_arch=[dict(...)] is the form of old SB3 versions: pass net_arch=dict(pi=..., vf=...)"
+        warnings.warn(message, UserWarning, stacklevel=4)
         net_arch = net_arch[0]
     if net_arch is None:
         return [] if convolutional else {"pi": [64, 64], "vf": [64, 64]}

@@ -49,26 +49,13 @@ _KEPT = (
 class GRPOPolicy(JaxModel):
     """Actor and critic in JAX behind SB3's policy, for vectors and, flattened, everything but dicts.
 
-    Args:
-      observation_space: of the environment, images as SB3 transposes them (channels first).
-      action_space: of the environment.
-      lr_schedule: learning rate from the remaining progress.
-      net_arch: dense layers: a list, or a dict with ``pi`` and ``vf``; None: 64, 64, none behind convolutions.
-      activation_fn: of the dense layers: a function of JAX arrays, a name, or a class of torch.nn.
-      ortho_init: orthogonal kernels; False: flax's own initialisers.
-      use_sde, full_std, use_expln, squash_output: accepted as in SB3, without a meaning here.
-      log_std_init: start of the log standard deviation, on actions scaled to [-1, 1].
-      features_extractor_class: flax module class, see :func:`sb3_bridge.policies.extractor.to_features_extractor`.
-      features_extractor_kwargs: its arguments.
-      share_features_extractor: whether the critic learns the actor's extractor with it.
-      normalize_images: whether images are divided by 255.
-      optimizer_class: optax factory such as ``optax.adamw``; None: Adam with eps=1e-5.
-      optimizer_kwargs: its arguments, the learning rate apart.
-      has_critic: whether there is a critic.
-      seed: of the parameters and of the actions that ``predict`` samples; None: the operating system's entropy.
-
-    Attributes:
-      structure: the policy of ``grpo_jax``, static; equal arguments make equal ones.
+    Arguments are those of SB3's ``ActorCriticPolicy``, in its order, and mean the same but for these: ``activation_fn`` is
+    a function of JAX arrays, a name, or a class of torch.nn; ``features_extractor_class`` a flax module class, see
+    :func:`sb3_bridge.policies.extractor.to_features_extractor`; ``optimizer_class`` an optax factory such as
+    ``optax.adamw`` (None: Adam with eps=1e-5), and ``optimizer_kwargs`` its arguments, the learning rate apart.
+    ``log_std_init`` is of actions scaled to [-1, 1]. ``use_sde`` and what belongs to it has no meaning. GRPO's own are
+    ``has_critic`` and ``seed`` (of the parameters and of the actions that ``predict`` samples; None: the operating
+    system's entropy). ``structure`` is the policy of ``grpo_jax``; equal arguments make equal ones.
 
     Raises:
       TypeError, ValueError, NotImplementedError, AssertionError: what is wrong with which argument, and the fix.
@@ -154,17 +141,10 @@ class GRPOPolicy(JaxModel):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Actions for one observation or a batch; see SB3.
+        """Actions ``[*A]`` or ``[N, *A]`` in the action space's dtype, within its bounds; and ``state``. See SB3.
 
-        Args:
-          observation: ``[*shape]`` or ``[N, *shape]``, a dict of such arrays for ``Dict`` spaces; images with the channels
-            first or last.
-          state: returned as it is: the policy has no memory.
-          episode_start: without a meaning.
-          deterministic: the most probable action in place of a sampled one.
-
-        Returns:
-          Actions ``[*A]`` or ``[N, *A]`` in the action space's dtype, within its bounds; and ``state``.
+        Observations are ``[*shape]`` or ``[N, *shape]``, dicts of such arrays for ``Dict`` spaces; images with the channels
+        first or last. ``deterministic`` takes the most probable action in place of a sampled one.
 
         Raises:
           ValueError: a wrong shape, NaN or inf, or what Gymnasium's ``reset`` returned.
@@ -258,13 +238,9 @@ class GRPOPolicy(JaxModel):
     def load(
         cls: type[SelfPolicy], path: File, device: torch.device | str = "auto", **reading: Any
     ) -> SelfPolicy:
-        """A policy that :meth:`save` wrote.
+        """A policy that :meth:`save` wrote; a file of anything else is a ValueError.
 
         ``reading``: ``custom_objects`` and ``allow_pickle``; see :func:`sb3_bridge.files.model_zip.load_zip`.
-
-        Raises:
-          FileNotFoundError: no such file.
-          ValueError: no policy's file, or not one of this class.
         """
         data, params = load_zip(path, **reading)
         if "policy_class" in data or "policy" not in params:

@@ -25,7 +25,7 @@ class FeatureMapsCNN(BaseFeaturesExtractor):
     Args:
       observation_space: a Box of three axes.
       features_dim: of the last layer; None: 512 for 36 pixels or more, else 128.
-      activation_fn: behind each layer.
+      activation: behind each layer.
       channels_first: False: maps are ``[height, width, channels]``.
     """
 
@@ -33,7 +33,7 @@ class FeatureMapsCNN(BaseFeaturesExtractor):
         self,
         observation_space: gymnasium.Space,
         features_dim: int | None = None,
-        activation_fn: type[nn.Module] = nn.ReLU,
+        activation: type[nn.Module] = nn.ReLU,
         channels_first: bool = True,
     ) -> None:
         shape: Any = observation_space.shape
@@ -43,11 +43,11 @@ class FeatureMapsCNN(BaseFeaturesExtractor):
         self.channels_first = channels_first
         modules: list[nn.Module] = []
         for n_maps, kernel, stride in [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if is_large else [(16, 3, 1)]:
-            modules += [nn.Conv2d(n_channels, n_maps, kernel, stride), activation_fn()]
+            modules += [nn.Conv2d(n_channels, n_maps, kernel, stride), activation()]
             n_channels, pixels = n_maps, [(n - kernel) // stride + 1 for n in pixels]
         self.cnn = nn.Sequential(*modules, nn.Flatten())
         n_flat = n_channels * math.prod(pixels)
-        self.linear = nn.Sequential(nn.Linear(n_flat, self.features_dim), activation_fn())
+        self.linear = nn.Sequential(nn.Linear(n_flat, self.features_dim), activation())
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Features ``[N, F]``."""

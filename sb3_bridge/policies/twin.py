@@ -109,16 +109,12 @@ def arguments_of(policy: ActorCriticPolicy) -> tuple[type[GRPOPolicy], dict[str,
             f"features_extractor_class={extractor.__name__} is torch's and has no counterpart in JAX here: only"
             " FlattenExtractor, NatureCNN and CombinedExtractor have"
         )
-    given = dict(policy.features_extractor_kwargs)
-    for name in ("normalized_image", "channels_first"):  # what the policy and the space say
-        given.pop(name, None)
-    if "activation_fn" in given:
-        given["activation"] = given.pop("activation_fn")
+    known = ("normalized_image", "channels_first")  # which the policy and the space say
+    kwargs = {name: leaf for name, leaf in policy.features_extractor_kwargs.items() if name not in known}
     arguments = {name: getattr(policy, name) for name in (*_NETWORKS, "activation_fn")}
-    arguments |= {"features_extractor_class": _EXTRACTORS[extractor], "features_extractor_kwargs": given}
-    for owner, name in ((arguments, "activation_fn"), (given, "activation")):
-        if owner.get(name) is TanhGELU:
-            owner[name] = "gelu"
+    for owner in (kwargs, arguments):
+        owner |= {name: "gelu" for name, value in owner.items() if value is TanhGELU}
+    arguments |= {"features_extractor_class": _EXTRACTORS[extractor], "features_extractor_kwargs": kwargs}
     return SB3_POLICIES[type(policy)], arguments
 
 
@@ -190,20 +186,17 @@ def to_sb3(model: GRPO) -> PPO:
 
 
 def _torch_arguments(policy: GRPOPolicy) -> tuple[type[ActorCriticPolicy], dict[str, Any]]:
-    extractor_class, extractor_kwargs = _torch_extractor(policy)
-    return _TORCH_POLICIES[policy.kind], {
-        **{name: getattr(policy, name) for name in _NETWORKS},
-        "activation_fn": _torch_activation(policy.structure.actor.activation),
-        "features_extractor_class": extractor_class,
-        "features_extractor_kwargs": extractor_kwargs,
-    }
+    arguments = {name: getattr(policy, name) for name in _NETWORKS}
+    arguments["activation_fn"] = _torch_activation(policy.structure.actor.activation)
+    arguments |= zip(
+        ("features_extractor_class", "features_extractor_kwargs"), _torch_extractor(policy), strict=True
+    )
+    return _TORCH_POLICIES[policy.kind], arguments
 
 
 def _torch_activation(activation: Any) -> type[torch.nn.Module]:
     if activation not in _ACTIVATIONS:
-        raise TypeError(
-            f"activation_fn={activation!r} has no counterpart in torch here: only {TORCH_NAMES} have"
-        )
+        raise TypeError(f"activation_fn={activation!r} has no counterpart in torch here: only {TORCH_NAMES}")
     return _ACTIVATIONS[activation]
 
 
@@ -223,8 +216,7 @@ def _torch_extractor(policy: GRPOPolicy) -> tuple[type, dict[str, Any]]:
         if extractor.activation == "relu" and is_natures(seen, space):
             return NatureCNN, n_features
         activation = _torch_activation(extractor.activation)
-        own = {"activation_fn": activation, "channels_first": seen.channels_first}
-        return FeatureMapsCNN, n_features | own
+        return FeatureMapsCNN, {**n_features, "activation": activation, "channels_first": seen.channels_first}
     if isinstance(extractor, Combined):
         n_features, parts = {"cnn_output_dim": extractor.n_features}, dict(seen.spaces)
         of_sb3 = {name for name in parts if is_image(space[name], policy.normalize_images)}
@@ -278,7 +270,7 @@ def _layers(structure: Policy, twin: Any) -> Iterator[_Layer]:
     for name, module in extractors:
         if isinstance(extractor, CNN):
             yield from _convolutional(name, module)
-        for image in extractor.images if isinstance(extractor, Combined) else ():
+        for image in getattr(extractor, "images", ()):
             yield from _convolutional(f"{name}.CNN_{image}", module.extractors[image])
     heads = [("actor", twin.mlp_extractor.policy_net, twin.action_net, _outputs(structure.action_space))]
     heads += [("critic", twin.mlp_extractor.value_net, twin.value_net, ())] if has_critic else []
@@ -303,7 +295,7 @@ def _order(extractor: Any, space: Any) -> np.ndarray | None:
     """Where torch has each of our features; None: as we do, behind convolutions."""
     if isinstance(extractor, CNN):
         return None
-    images = extractor.images if isinstance(extractor, Combined) else ()
+    images = getattr(extractor, "images", ())
     orders: list[np.ndarray] = []
     for name, part in space.spaces if isinstance(space, spaces.Dict) else [("", space)]:
         order = np.arange(extractor.n_features if name in images else spaces.encoded_size(part))
