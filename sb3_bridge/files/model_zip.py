@@ -32,7 +32,7 @@ from stable_baselines3.common.save_util import open_path
 import grpo_jax
 from grpo_jax.training.checkpoint import write_atomically
 from grpo_jax.types import PyTree
-from sb3_bridge.files.plain import NotPlainError, decode, encode, is_json, refuse_key, trusted_name
+from sb3_bridge.files.plain import KIND, NotPlainError, decode, encode, refuse_key, trusted_name
 
 PLAIN, TYPE, PICKLED = ":plain:", ":type:", ":serialized:"
 PARAMETERS = ".msgpack"
@@ -223,9 +223,9 @@ class _Pickler(cloudpickle.Pickler):
 def _to_entry(name: str, value: Any) -> Any:
     entry: dict[str, Any] = {TYPE: str(type(value))}
     try:
-        if is_json(value):
-            return value
         entry[PLAIN] = encode(value)
+        if KIND not in json.dumps(entry[PLAIN]):  # JSON knows it
+            return value
     except (NotPlainError, RecursionError):  # a container that holds itself recurses
         pass
     except TypeError as error:

@@ -47,11 +47,12 @@ def encode(value: Any) -> Any:
     devices, paths; and what ``_TRUSTED`` lists, by name. In any nesting; anything else, their subclasses too, is a
     NotPlainError.
     """
-    if is_json(value):
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
     if type(value) is list:
         return [encode(item) for item in value]
-    if type(value) is dict and all(map(_is_plain_key, value)):
+    # Our own keys begin with a colon: a user's must not be mistaken for one.
+    if type(value) is dict and all(type(key) is str and not key.startswith(":") for key in value):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, jax.Array):
         refuse_key(value, "the value")
@@ -74,15 +75,6 @@ def decode(form: Any) -> Any:
     return _KINDS[form[KIND]].to_value(**fields)
 
 
-def is_json(value: Any) -> bool:
-    """Whether JSON gives back the very same."""
-    if type(value) is list:
-        return all(map(is_json, value))
-    if type(value) is dict:
-        return all(map(_is_plain_key, value)) and all(map(is_json, value.values()))
-    return type(value) in (type(None), bool, int, str) or (type(value) is float and math.isfinite(value))
-
-
 def refuse_key(array: Any, where: str) -> None:
     """Raises a TypeError for a typed PRNG key."""
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -102,11 +94,6 @@ def trusted_name(value: Any) -> tuple[str, str] | None:
         if isinstance(name, str) and members.get(name) is value and _TRUSTED[module](value):
             return module, name
     return None
-
-
-def _is_plain_key(key: Any) -> bool:
-    # Our own keys begin with a colon: a user's must not be mistaken for one.
-    return type(key) is str and not key.startswith(":")
 
 
 # --- What may be stored by name ---------------------------------------------------------------------------------------

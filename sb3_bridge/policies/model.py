@@ -150,13 +150,9 @@ class JaxModel(BasePolicy):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Takes over parameters (torch, NumPy or JAX arrays) by name; ``assign`` has no meaning here.
+        """Takes over parameters (torch, NumPy or JAX arrays) by name; returns the names that are missing or unexpected.
 
-        Returns:
-          The names that are missing and those that were not expected.
-
-        Raises:
-          RuntimeError: wrong names (where ``strict``) or shapes, named; nothing is changed then.
+        Wrong names (where ``strict``) or shapes are a RuntimeError; nothing is changed then.
         """
         self.state, keys = self._loaded(state_dict, self.state, strict)
         return keys
@@ -181,9 +177,8 @@ class JaxModel(BasePolicy):
         """See SB3; with ``mode``, frozen parameters are told to the optimizer."""
         super().set_training_mode(mode)
         if mode:
-            pairs = self._tensors.items()
-            frozen = (name for name, leaf in pairs if leaf.is_floating_point() and not leaf.requires_grad)
-            self.optimizer.frozen = tuple(frozen)
+            real = {name: leaf for name, leaf in self._tensors.items() if leaf.is_floating_point()}
+            self.optimizer.frozen = tuple(name for name in real if not real[name].requires_grad)
 
     def parameters_to_vector(self) -> np.ndarray:
         """All parameters, ``[n]``."""

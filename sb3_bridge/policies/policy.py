@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import flax.linen as nn
 import gymnasium
+import jax
 import numpy as np
 import torch
 from flax import traverse_util
@@ -26,6 +27,7 @@ from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
 from sb3_bridge.policies.model import JaxModel
 from sb3_bridge.policies.optimizer import Optimizer, to_optimizer
+from sb3_bridge.policies.parameters import to_arrays, to_tensor
 from sb3_bridge.policies.spaces import (
     stretch_of,
     to_action_space,
@@ -161,8 +163,7 @@ class GRPOPolicy(JaxModel):
         if deterministic:
             chosen = self._functions.mode(self.state, batch)
         else:
-            leaf = next(iter(batch.values())) if isinstance(batch, dict) else batch
-            shape = (leaf.shape[0], self.structure.distribution.n_uniforms)
+            shape = (len(jax.tree.leaves(batch)[0]), self.structure.distribution.n_uniforms)
             words = self._generator.integers(0, 2**32, shape, np.uint32)
             chosen = self._functions.sample(self.state, batch, words)
         space = self.action_space
@@ -200,7 +201,7 @@ class GRPOPolicy(JaxModel):
         distribution: Any = self.get_distribution(obs)
         values = self.predict_values(obs) if self.has_critic else None
         shape = (-1, get_action_dim(self.action_space)) if self.action_space.shape else (-1,)
-        flat = torch.as_tensor(actions).to(self.device, torch.float32).reshape(shape)
+        flat = to_tensor(to_arrays(actions)).to(self.device, torch.float32).reshape(shape)
         return values, distribution.log_prob(flat), distribution.entropy()
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:

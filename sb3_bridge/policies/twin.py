@@ -66,9 +66,9 @@ def to_torch(policy: GRPOPolicy) -> ActorCriticPolicy:
         twin = kind(*copy.deepcopy((policy.observation_space, policy.action_space)), rate, **arguments)
         arrays = {name: leaf.float().numpy() for name, leaf in policy.state_dict().items()}
         for layer in _layers(policy.structure, twin):
-            parts = layer.to_torch(*(arrays[f"{layer.name}.{part}"] for part in ("kernel", "bias")))
-            for tensor, array in zip((layer.module.weight, layer.module.bias), parts, strict=True):
-                tensor.copy_(torch.as_tensor(array))
+            weight, bias = layer.to_torch(arrays[f"{layer.name}.kernel"], arrays[f"{layer.name}.bias"])
+            layer.module.weight.copy_(torch.as_tensor(weight))
+            layer.module.bias.copy_(torch.as_tensor(bias))
         if policy.structure.actor.gaussian:
             twin.log_std.copy_(torch.as_tensor(arrays["actor.log_std"] + _log_half(policy.structure)))
         if not policy.has_critic:
@@ -239,10 +239,10 @@ class _Layer(NamedTuple):
 
     name: str
     module: Any
-    order: np.ndarray | None = None
-    """Where torch has each of our inputs; None: in the same place."""
-    matrix: np.ndarray | None = None
-    """From our outputs to torch's, which lie ``shift`` higher; None: they are the same."""
+    order: np.ndarray | None = None  # where torch has each of our inputs; None: in the same place
+    matrix: np.ndarray | None = (
+        None  # from our outputs to torch's, which lie ``shift`` higher; None: they are the same
+    )
     shift: Any = 0
 
     def to_torch(self, kernel: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
