@@ -121,9 +121,6 @@ def load_zip(
     return _from_entries(path, attributes, custom_objects or {}, allow_pickle), params
 
 
-# --- The file ---------------------------------------------------------------------------------------------------------
-
-
 def _target(path: pathlib.Path) -> pathlib.Path:
     """Where SB3's ``open_path`` would write, with its warnings."""
     if path.suffix == "":
@@ -169,9 +166,6 @@ def _no_parameters(path: File, names: list[str], attributes: dict[str, Any]) -> 
     return ValueError(f"{path} holds torch parameters (*.pth) of another algorithm: load it with {owner}")
 
 
-# --- Parameters -------------------------------------------------------------------------------------------------------
-
-
 def _storable(tree: PyTree, where: str) -> PyTree:
     """The tree as msgpack takes it; native byte order, because msgpack's form has none."""
     if isinstance(tree, dict):
@@ -205,9 +199,6 @@ def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name {name!r} must be a string, and not an empty one")
     return name
-
-
-# --- Attributes -------------------------------------------------------------------------------------------------------
 
 
 class _Pickler(cloudpickle.Pickler):

@@ -96,9 +96,6 @@ def trusted_name(value: Any) -> tuple[str, str] | None:
     return None
 
 
-# --- What may be stored by name ---------------------------------------------------------------------------------------
-
-
 def _subclass_of(*bases: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, type) and issubclass(value, bases)
 
@@ -139,9 +136,6 @@ def _to_reference(module: str, name: str) -> Any:
     if value is None or not _TRUSTED[module](value):
         raise ValueError(f"{module}.{name} is not among the functions and classes that a file may name")
     return value
-
-
-# --- Kinds of values: their fields, and the values made of these ------------------------------------------------------
 
 
 def _dtype_name(dtype: np.dtype) -> str:

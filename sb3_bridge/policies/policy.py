@@ -22,19 +22,12 @@ from grpo_jax.policies.networks import CNN
 from grpo_jax.policies.policy import PolicyState, assemble
 from grpo_jax.types import Observation
 from sb3_bridge.files.model_zip import File, load_zip, save_zip
-from sb3_bridge.policies import layers
+from sb3_bridge.policies import layers, spaces
 from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
 from sb3_bridge.policies.model import JaxModel
 from sb3_bridge.policies.optimizer import Optimizer, to_optimizer
 from sb3_bridge.policies.parameters import to_arrays, to_tensor
-from sb3_bridge.policies.spaces import (
-    stretch_of,
-    to_action_space,
-    to_batch,
-    to_finite_arrays,
-    to_observation_space,
-)
 
 SelfPolicy = TypeVar("SelfPolicy", bound="GRPOPolicy")
 
@@ -119,8 +112,8 @@ class GRPOPolicy(JaxModel):
         self.net_arch = layers.to_net_arch(self.net_arch, isinstance(extractor, CNN))
         widths, critic_widths = layers.widths_of(self.net_arch)
         self.structure = assemble(
-            to_observation_space(self.observation_space, self.normalize_images),
-            to_action_space(self.action_space),
+            spaces.to_observation_space(self.observation_space, self.normalize_images),
+            spaces.to_action_space(self.action_space),
             features_extractor=extractor,
             share_features_extractor=self.share_features_extractor,
             widths=widths,
@@ -154,8 +147,8 @@ class GRPOPolicy(JaxModel):
         """
         if self.training:
             self.set_training_mode(False)
-        batch, is_vectorized = to_batch(observation, self.observation_space)
-        actions = self._act(to_finite_arrays(batch), deterministic)
+        batch, is_vectorized = spaces.to_batch(observation, self.observation_space)
+        actions = self._act(spaces.to_finite_arrays(batch), deterministic)
         return actions if is_vectorized else actions.squeeze(axis=0), state
 
     def _act(self, batch: Observation, deterministic: bool) -> np.ndarray:
@@ -174,7 +167,9 @@ class GRPOPolicy(JaxModel):
         return actions
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> torch.Tensor:
-        return torch.from_numpy(self._act(to_finite_arrays(observation), deterministic)).to(self.device)
+        return torch.from_numpy(self._act(spaces.to_finite_arrays(observation), deterministic)).to(
+            self.device
+        )
 
     def forward(
         self, obs: PyTorchObs, deterministic: bool = False
@@ -188,7 +183,7 @@ class GRPOPolicy(JaxModel):
         """Values ``[N, 1]`` of observations ``[N, *shape]`` (torch, NumPy or JAX); without a critic a RuntimeError."""
         if not self.has_critic:
             raise RuntimeError("this policy has no critic (bootstrap=False): there are no values to predict")
-        return self._to_tensor(self._functions.value(self.state, to_finite_arrays(obs))[:, None])
+        return self._to_tensor(self._functions.value(self.state, spaces.to_finite_arrays(obs))[:, None])
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor
@@ -206,10 +201,10 @@ class GRPOPolicy(JaxModel):
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients."""
-        parameters = self._to_tensor(self._functions.parameters(self.state, to_finite_arrays(obs)))
+        parameters = self._to_tensor(self._functions.parameters(self.state, spaces.to_finite_arrays(obs)))
         distribution: Any = make_proba_distribution(self.action_space)
         if isinstance(self.action_space, gymnasium.spaces.Box):
-            stretch = stretch_of(self.structure.action_space)
+            stretch = spaces.stretch_of(self.structure.action_space)
             middle, half = (torch.as_tensor(part.reshape(-1)).to(parameters) for part in stretch)
             mean, log_std = parameters.chunk(2, dim=-1)
             return distribution.proba_distribution(mean * half + middle, log_std + half.log())

@@ -182,9 +182,6 @@ def to_sb3(model: GRPO) -> PPO:
     return ppo
 
 
-# Arguments ------------------------------------------------------------------------------------------------------------
-
-
 def _torch_arguments(policy: GRPOPolicy) -> tuple[type[ActorCriticPolicy], dict[str, Any]]:
     arguments = {name: getattr(policy, name) for name in _NETWORKS}
     arguments["activation_fn"] = _torch_activation(policy.structure.actor.activation)
@@ -229,9 +226,6 @@ def _torch_extractor(policy: GRPOPolicy) -> tuple[type, dict[str, Any]]:
         f"features_extractor_class={type(extractor).__name__} is JAX's and has no counterpart in torch: only Flatten, CNN"
         " and Combined have"
     )
-
-
-# Parameters -----------------------------------------------------------------------------------------------------------
 
 
 class _Layer(NamedTuple):
