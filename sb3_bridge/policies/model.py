@@ -117,8 +117,10 @@ class JaxModel(BasePolicy):
         return self.to(torch.device("cuda", device))
 
     def _to_tensor(self, array: jax.Array) -> torch.Tensor:
-        """On the device; its ``backward`` says that no gradient reaches the tensors that somebody holds."""
-        tensor = to_tensor(array).to(self.device)
+        return self._without_gradient(to_tensor(array).to(self.device))
+
+    def _without_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same; its ``backward`` says that no gradient reaches the tensors that somebody holds."""
         if not self._tensors or not torch.is_grad_enabled():
             return tensor
         return NoGradient.apply(tensor, *self._tensors.values())

@@ -87,8 +87,10 @@ class GRPOPolicy(JaxModel):
         super().__init__(
             observation_space, action_space, normalize_images=normalize_images, squash_output=squash_output
         )
-        features_extractor_kwargs = dict(features_extractor_kwargs or {})
-        optimizer_kwargs = dict(optimizer_kwargs or {})
+        features_extractor_kwargs, optimizer_kwargs = (
+            dict(features_extractor_kwargs or {}),
+            dict(optimizer_kwargs or {}),
+        )
         given = locals()
         for name in _KEPT:
             setattr(self, name, given[name])
@@ -193,11 +195,13 @@ class GRPOPolicy(JaxModel):
         For observations ``[N, *shape]`` and actions ``[N, *A]`` in the environment's units, as are the densities of a
         Gaussian (before actions are clipped).
         """
-        distribution: Any = self.get_distribution(obs)
-        values = self.predict_values(obs) if self.has_critic else None
         shape = (-1, get_action_dim(self.action_space)) if self.action_space.shape else (-1,)
-        flat = to_tensor(to_arrays(actions)).to(self.device, torch.float32).reshape(shape)
-        return values, distribution.log_prob(flat), distribution.entropy()
+        with torch.no_grad():
+            distribution: Any = self.get_distribution(obs)
+            flat = to_tensor(to_arrays(actions)).to(self.device, torch.float32).reshape(shape)
+            answers = distribution.log_prob(flat), distribution.entropy()
+        log_prob, entropy = map(self._without_gradient, answers)
+        return self.predict_values(obs) if self.has_critic else None, log_prob, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients."""
