@@ -29,25 +29,19 @@ class RolloutView:
       pos: steps that are there.
     """
 
-    buffer_size: int
-    n_envs: int
-    pos: int
-
     def __init__(self, buffer_size: int, n_envs: int):
-        self._set(
-            buffer_size=buffer_size, n_envs=n_envs, pos=0, _arrays={}, _policy=None, _config=None, _known={}
-        )
+        self._set(buffer_size=buffer_size, n_envs=n_envs, pos=0, _arrays={}, _policy=None, _config=None)
 
     def _set(self, **values: Any) -> None:
-        self.__dict__.update(values)
+        self.__dict__.update(values, _known={})
 
     def start(self, arrays: Mapping[str, Any], policy: GRPOPolicy, config: GRPOConfig) -> None:
         """A rollout begins; ``arrays`` are filled step by step, under the names of a :class:`Trajectory`."""
-        self._set(pos=0, _arrays=arrays, _policy=policy, _config=config, _known={})
+        self._set(pos=0, _arrays=arrays, _policy=policy, _config=config)
 
     def advance(self, pos: int) -> None:
         """``pos`` steps are there."""
-        self._set(pos=pos, _known={})
+        self._set(pos=pos)
 
     @property
     def full(self) -> bool:
@@ -69,26 +63,20 @@ class RolloutView:
             self._known[name] = _read_only(_FIELDS[name](self))
         return self._known[name]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse()
-
     def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
         """Minibatches of the whole rollout in a random order, as SB3's buffer gives them: CPU tensors."""
         assert self.full, "the rollout is not complete"
         n_rows = self.buffer_size * self.n_envs
         names = ("observations", "actions", "values", "log_probs", "advantages", "returns")
-        flat = [
-            jax.tree.map(
-                lambda leaf: leaf.swapaxes(0, 1).reshape(n_rows, *leaf.shape[2:]), getattr(self, name)
-            )
-            for name in names
-        ]
+        fields = [getattr(self, name) for name in names]
         order, size = np.random.permutation(n_rows), batch_size or n_rows  # noqa: NPY002  # as SB3 draws it
         for start in range(0, n_rows, size):
-            rows = order[start : start + size]
-            yield RolloutBufferSamples(
-                *jax.tree.map(lambda leaf, rows=rows: torch.from_numpy(np.array(leaf[rows])), flat)
-            )
+            envs, steps = np.divmod(order[start : start + size], self.buffer_size)
+
+            def rows(leaf: np.ndarray, steps: Any = steps, envs: Any = envs) -> torch.Tensor:
+                return torch.from_numpy(np.array(leaf[steps, envs]))
+
+            yield RolloutBufferSamples(*jax.tree.map(rows, fields))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"buffer_size": self.buffer_size, "n_envs": self.n_envs}
@@ -101,17 +89,11 @@ class RolloutView:
             lambda leaf: leaf[..., None] if leaf.ndim == 2 else leaf, self._arrays["observation"]
         )
 
-    def _actions(self) -> np.ndarray:
-        return self._arrays["actions"].reshape(self.buffer_size, self.n_envs, -1)
-
-    def _values(self) -> np.ndarray:
-        return self._valued(self._arrays["observation"])
-
-    def _valued(self, observations: Any) -> np.ndarray:
+    def _values(self, name: str = "observation") -> np.ndarray:
+        shape = (self.buffer_size, self.n_envs)
         if not self._policy.has_critic:
-            return np.full((self.buffer_size, self.n_envs), np.nan, np.float32)
-        values = self._policy.predict_values(_merged(observations))
-        return values.cpu().numpy().reshape(self.buffer_size, self.n_envs)
+            return np.full(shape, np.nan, np.float32)
+        return self._policy.predict_values(_merged(self._arrays[name])).cpu().numpy().reshape(shape)
 
     def _log_probs(self) -> np.ndarray:
         actions = torch.from_numpy(np.array(_merged(self._arrays["actions"])))
@@ -122,28 +104,22 @@ class RolloutView:
         if not self._policy.has_critic:
             return self._values()
         arrays, config = self._arrays, self._config
-        terminated: Any = arrays["terminated"]
+        rewards = arrays["learned_reward" if "learned_reward" in arrays else "reward"]
+        terminated, ended = arrays["terminated"], arrays["terminated"] | arrays["truncated"]
+        values = self.values, jnp.asarray(self._values("next_observation"))
         return np.asarray(
-            lambda_returns(
-                arrays.get("learned_reward", arrays["reward"]),
-                self.values,
-                jnp.asarray(self._valued(arrays["next_observation"])),
-                terminated,
-                terminated | arrays["truncated"],
-                config.gamma,
-                config.gae_lambda,
-            )
+            lambda_returns(rewards, *values, terminated, ended, config.gamma, config.gae_lambda)
         )
 
     def _no_writing(self, *_: Any, **__: Any) -> NoReturn:
         refuse()
 
-    add = reset = compute_returns_and_advantage = _no_writing
+    add = reset = compute_returns_and_advantage = __setattr__ = _no_writing
 
 
 _FIELDS: dict[str, Callable[[RolloutView], Any]] = {
     "observations": RolloutView._observations,
-    "actions": RolloutView._actions,
+    "actions": lambda view: view._arrays["actions"].reshape(view.buffer_size, view.n_envs, -1),
     "rewards": lambda view: view._arrays["reward"],
     "episode_starts": lambda view: np.asarray(view._arrays["episode_starts"], np.float32),
     "values": RolloutView._values,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -41,40 +42,42 @@ class Model(Protocol):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None: ...
 
 
-def asks_for_every_step(callback: BaseCallback) -> bool:
-    """Whether a callback must be called at every step: all do but "no callback" and the progress bar."""
+def _flat(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+    """The callbacks of a list of lists; "no callback" is none."""
     if isinstance(callback, CallbackList):
-        return any(asks_for_every_step(child) for child in callback.callbacks)
-    if type(callback) is ConvertCallback:
-        return callback.callback is not None
-    return type(callback) is not ProgressBarCallback
+        for child in callback.callbacks:
+            yield from _flat(child)
+    elif callback is not None and not (type(callback) is ConvertCallback and callback.callback is None):
+        yield callback
+
+
+def asks_for_every_step(callback: BaseCallback) -> bool:
+    """Whether a callback must be called at every step: all but the progress bar must."""
+    return any(type(one) is not ProgressBarCallback for one in _flat(callback))
 
 
 def reads_values(callback: BaseCallback | None) -> bool:
     """Whether a callback may read ``values`` and ``log_probs``: SB3's own do not, and the policy need not be asked."""
-    if callback is None:
-        return False
-    if isinstance(callback, CallbackList):
-        return any(map(reads_values, callback.callbacks))
-    if type(callback) is ConvertCallback:
-        return callback.callback is not None
-    is_own = type(callback).__module__.startswith("stable_baselines3.")
-    return not is_own or (isinstance(callback, EventCallback) and reads_values(callback.callback))
+    return any(
+        type(one) is ConvertCallback
+        or not type(one).__module__.startswith("stable_baselines3.")
+        or (isinstance(one, EventCallback) and reads_values(one.callback))
+        for one in _flat(callback)
+    )
 
 
 def advance_progress_bars(callback: BaseCallback, n_timesteps: int) -> None:
     """Tells progress bars of steps that no callback was called for."""
-    if isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            advance_progress_bars(child, n_timesteps)
-    elif isinstance(callback, ProgressBarCallback):
-        callback.pbar.update(n_timesteps)
+    for one in _flat(callback):
+        if isinstance(one, ProgressBarCallback):
+            one.pbar.update(n_timesteps)
 
 
 def show_step(
     model: Model,
     callback: BaseCallback,
-    shown: dict[str, Any],
+    actions: tuple[np.ndarray, np.ndarray],
+    returned: Sequence[Any],
     seen: Any = None,
     value: Any = None,
     log_prob: Any = None,
@@ -84,25 +87,23 @@ def show_step(
     Args:
       model: which trains.
       callback: initialised.
-      shown: ``n_steps``, ``actions``, ``clipped_actions``, ``new_obs``, ``rewards``, ``dones`` and ``infos``.
+      actions: before and after they were brought within a box's bounds.
+      returned: new observations, rewards, ends and infos.
       seen: observations of the decision states ``[N, ...]``, where the callback reads values.
       value: of these states, ``[N]``; None without a critic.
       log_prob: of the actions, ``[N]`` in the environment's units.
     """
     buffer = model.rollout_buffer
-    same: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
-    same["n_rollout_steps"] = buffer.buffer_size
+    shown: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
+    shown |= {"n_rollout_steps": buffer.buffer_size, "n_steps": buffer.pos}
+    shown |= zip(("actions", "clipped_actions"), actions, strict=True)
+    shown |= zip(("new_obs", "rewards", "dones", "infos"), returned, strict=True)
     if seen is not None:
         shown["obs_tensor"] = obs_as_tensor(jax.tree.map(np.array, seen), model.policy.device)
-        shown["values"] = None if value is None else to_tensor(value).reshape(-1, 1)
-        shown["log_probs"] = to_tensor(log_prob)
-    callback.update_locals(same | shown)
+        shown["values"] = None if value is None else torch.from_numpy(np.array(value)).reshape(-1, 1)
+        shown["log_probs"] = torch.from_numpy(np.array(log_prob))
+    callback.update_locals(shown)
     return callback.on_step()
-
-
-def to_tensor(array: Any) -> torch.Tensor:
-    """A copy as a CPU tensor."""
-    return torch.from_numpy(np.array(array))
 
 
 def log_volume(policy: Policy) -> float:
