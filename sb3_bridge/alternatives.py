@@ -43,35 +43,21 @@ CAPACITY = 50_000
 
 
 class Followed(NamedTuple):
-    """What came of the candidates of a rollout; where neither is given, episodes are compared.
+    """What came of the candidates of a rollout; with neither world nor branches, episodes are compared."""
 
-    Attributes:
-      world: to follow them in, by the program that updates the policy.
-      branches: the candidates and their returns, where they were followed already.
-      n_steps: environment steps that this took.
-      owners: the user's functions that are part of the world, and by whose life its programs are bounded.
-    """
-
-    world: World | None = None
-    branches: tuple[Group, Branches] | None = None
-    n_steps: int = 0
-    owners: tuple[Any, ...] = ()
+    world: World | None = None  # to follow them in, by the program that updates the policy
+    branches: tuple[Group, Branches] | None = None  # where they were followed already
+    n_steps: int = 0  # of environments, that this took
+    owners: tuple[Any, ...] = ()  # the user's functions in the world, by whose life its programs are bounded
 
 
 class Clones:
     """Exact branches: copies of the environments are restored to the decision states and stepped from there.
 
     Copies prove themselves while they are used: the executed action of a decision state is stepped in one too, and must
-    lead where it really led. The first mismatch ends their use.
-
-    Args:
-      brancher: of the env.
-      reward: the user's, or None.
-      is_demanded: whether the user asked for clones: what fails is then an error, else ``failure`` says why.
-
-    Attributes:
-      description: how states are saved, in one line.
-      sees_last: whether the last observation of an episode is known as the environment gave it (VecNormalize hides it).
+    lead where it really led. The first mismatch ends their use: it is an error where the user asked for clones
+    (``is_demanded``), else ``failure`` says why. ``sees_last`` tells whether the last observation of an episode is known
+    as the environment gave it, which VecNormalize hides.
     """
 
     def __init__(self, brancher: Brancher, reward: Reward | None, is_demanded: bool):
@@ -132,11 +118,8 @@ class Clones:
     ) -> Followed:
         """The group returns of the candidates of those decision states that were wanted.
 
-        Args:
-          config: the settings.
-          policy: which branches follow.
-          trajectory: of the rollout; with ``state``, what the reward function sees of its decision states.
-          words: of the iteration's PRNG key, uint32 ``[2]``.
+        ``trajectory.state`` is what the reward function sees of them; ``words`` uint32 ``[2]`` are those of the
+        iteration's PRNG key.
         """
         if self.failure:
             return Followed()
@@ -195,16 +178,7 @@ class Clones:
 class Learned:
     """Branches in a world that is learned from all real transitions; until it is good enough, episodes are compared.
 
-    Args:
-      policy: whose spaces the world has.
-      reward: the user's; None: the environment's is learned.
-      words: of the PRNG key of its first parameters.
-
-    Attributes:
-      metrics: how well the world predicted the last rollout.
-
-    Raises:
-      NotImplementedError: observations that are no vectors of real numbers.
+    Without the user's ``reward`` the environment's is learned; ``metrics`` tell how well the last rollout was predicted.
     """
 
     description = (
@@ -261,16 +235,7 @@ class Learned:
 
 
 class Function:
-    """Branches in the user's ``f(state, action) -> next_state``, with the user's reward.
-
-    Args:
-      function: the user's.
-      policy: whose spaces the world has.
-      reward: the user's.
-
-    Raises:
-      TypeError, ValueError: what is wrong with the function; or there is no reward function.
-    """
+    """Branches in the user's ``f(state, action) -> next_state``, with the user's reward, which there must be."""
 
     def __init__(self, function: Callable[[Any, Any], Any], policy: GRPOPolicy, reward: Reward | None):
         if reward is None:

@@ -36,25 +36,15 @@ N_STEPS, BRANCHED_N_STEPS = 2048, 512
 
 
 class Choice(NamedTuple):
-    """Where alternatives will come from.
-
-    Attributes:
-      kind: see :data:`Kind`.
-      reason: why, in words for the log; empty where the user said so.
-      brancher: of ``"clone"``.
-    """
+    """Where alternatives will come from."""
 
     kind: Kind
-    reason: str = ""
-    brancher: Brancher | None = None
+    reason: str = ""  # for the log; empty where the user said so
+    brancher: Brancher | None = None  # of "clone"
 
 
 def check_dynamics(dynamics: Any) -> None:
-    """Refuses what ``dynamics`` cannot be.
-
-    Raises:
-      ValueError: says what it can be.
-    """
+    """Raises ValueError for what ``dynamics`` cannot be, and says what it can be."""
     is_pair = isinstance(dynamics, tuple) and len(dynamics) == 2 and all(map(callable, dynamics))
     if not (is_pair or callable(dynamics) or dynamics in get_args(Name)):
         raise ValueError(
@@ -70,18 +60,10 @@ def choose(
     cost: Callable[[Brancher], float],
     compares_episodes: Callable[[], Any],
 ) -> Choice:
-    """What ``dynamics`` means in an env that is no simulator.
+    """What ``dynamics`` means in an env that is no simulator; raises Unclonable for ``"clone"`` where that cannot be done.
 
-    Args:
-      dynamics: the user's, checked.
-      env: the env in all its wrappers.
-      observation_space: of the policy.
-      cost: from a brancher to the milliseconds that the branches of a decision step will take.
-      compares_episodes: raises ValueError where the settings have no meaning for episodes, which are compared until a
-        learned world predicts well.
-
-    Raises:
-      Unclonable: ``"clone"`` where that cannot be done, and why.
+    ``cost`` tells the milliseconds that the branches of a decision step will take. ``compares_episodes`` raises ValueError
+    where the settings have no meaning for episodes, which are compared until a learned world predicts well.
     """
     if callable(dynamics):
         return Choice("function")
@@ -131,12 +113,7 @@ def check_unnormalized(env: VecEnv, dynamics: str) -> None:
 
 
 def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None.
-
-    Args:
-      kind: what is compared.
-      given: these four, ``candidates`` and ``reward_function``.
-    """
+    """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None."""
     on_host, has_reward = kind not in ("simulator", "episodes"), given["reward_function"] is not None
     names = ("n_steps", "horizon", "branch_every", "bootstrap")
     n_steps, horizon, every, bootstrap = map(given.__getitem__, names)
@@ -156,11 +133,7 @@ def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def candidates_in(kind: Kind, candidates: str, has_env: bool) -> str:
-    """What ``candidates`` means where alternatives are of a ``kind``.
-
-    Raises:
-      ValueError: groups that cannot be had there.
-    """
+    """What ``candidates`` means where alternatives are of a ``kind``; raises ValueError where there are no such groups."""
     if candidates == "auto":
         return "episodes" if kind == "episodes" else "auto"
     if not has_env or candidates == "episodes" or kind == "simulator":

@@ -29,17 +29,10 @@ def _improve(
     iteration: int,
     branches: tuple[Group, Branches] | None,
 ) -> tuple[loop.TrainState, Metrics]:
-    """Groups and update of a rollout, in one program; the state afterwards (its key as words), and scalar metrics.
+    """Groups and update of a rollout: the state afterwards (its key as words), and scalar metrics.
 
-    Args:
-      config: the settings.
-      world: to follow candidates in, where they were not followed yet.
-      policy: static structure.
-      learner: parameters, optimizer, reference.
-      trajectory: ``[n_steps, n_envs]``; without states where the world gives those of the observations.
-      words: of the iteration's PRNG key, uint32 ``[2]``.
-      iteration: its number.
-      branches: candidates and their returns, where they were followed already.
+    Candidates are followed in the ``world`` where there are no ``branches`` yet. Without states in the trajectory
+    ``[n_steps, n_envs]`` the world gives those of the observations. ``words`` uint32 ``[2]`` are the iteration's key's.
     """
     state = train_state(policy, learner, None, words, iteration)
     if world is not None and trajectory.state is None:

@@ -26,30 +26,17 @@ _UNCHANGING = (VecMonitor, VecCheckNan, VecVideoRecorder)
 
 
 class VecStep(NamedTuple):
-    """One step of N environments, checked and owned: a VecEnv may write over what it returned.
+    """One step of N environments, checked and owned: a VecEnv may write over what it returned."""
 
-    Attributes:
-      observation: ``[N, *shape]``, a dict of such arrays for ``Dict``; of the next episode where one ended.
-      rewards: ``[N]`` float32.
-      dones: bool ``[N]``.
-      truncated: bool ``[N]``, ended by a time limit alone.
-      infos: of each environment.
-    """
-
-    observation: Any
-    rewards: np.ndarray
-    dones: np.ndarray
-    truncated: np.ndarray
+    observation: Any  # [N, *shape], a dict of such arrays for Dict; of the next episode where one ended
+    rewards: np.ndarray  # float32 [N]
+    dones: np.ndarray  # bool [N]
+    truncated: np.ndarray  # bool [N], ended by a time limit alone
     infos: list[dict[str, Any]]
 
 
 def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
-    """Steps all environments, and checks what they return.
-
-    Args:
-      env: the environments.
-      actions: ``[N, *A]``; lent to the environments as a copy.
-      number: of the step, for errors.
+    """Steps all environments with a copy of ``actions`` ``[N, *A]``; ``number`` is the step's, for errors.
 
     Raises:
       ValueError: NaN or inf, or a wrong shape, in an observation or a reward; names environment, step and field.
@@ -69,11 +56,7 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
 
 
 def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
-    """A copy of the observations ``[N, *shape]`` of all environments.
-
-    Raises:
-      ValueError: a wrong shape, NaN or inf; names the environment and the field.
-    """
+    """A copy of the observations ``[N, *shape]`` of all environments; errors as those of ``step``."""
     owned = _owned(observation)
     for name, array, space in _fields(owned, env.observation_space):
         expected = (env.num_envs, *(space.shape or ()))
@@ -97,18 +80,9 @@ def _check_finite(name: str, array: np.ndarray, where: str) -> None:
 
 
 def reached_observation(result: VecStep, needed: np.ndarray, space: spaces.Space) -> Any:
-    """Observations that a step reached: where an episode ended its last one, not the next episode's first.
+    """Observations ``[N, *shape]`` that a step reached: where an episode ended its last one, not the next one's first.
 
-    Args:
-      result: of the step.
-      needed: bool ``[N]``, whose last observation anybody will look at.
-      space: of one environment.
-
-    Returns:
-      ``[N, *shape]``; where an episode ended and ``needed`` is False, any observation.
-
-    Raises:
-      ValueError: a last observation that is needed is missing, or has another shape than the others.
+    Only those that are ``needed`` bool ``[N]`` must be there, in the shape of the others: else a ValueError.
     """
     if not result.dones.any():
         return result.observation
@@ -186,11 +160,7 @@ class View(NamedTuple):
 
 
 def find_view(env: VecEnv) -> tuple[VecEnv, View]:
-    """The innermost VecEnv, and what its wrappers do.
-
-    Raises:
-      Unclonable: a wrapper whose effect on a branch is not known.
-    """
+    """The innermost VecEnv, and what its wrappers do; raises Unclonable where that is not known of one."""
     base, wrappers = unwrapped(env)
     for wrapper in reversed(wrappers):
         if isinstance(wrapper, VecFrameStack):
@@ -209,14 +179,7 @@ def find_view(env: VecEnv) -> tuple[VecEnv, View]:
 class Unnormalized:
     """What environments gave in the last step or reset before VecNormalize changed it, as the policy's space has it.
 
-    Args:
-      env: in all its wrappers.
-
-    Attributes:
-      changes_observations: whether what the policy sees differs from what environments give.
-
-    Raises:
-      ValueError: a wrapper outside of VecNormalize changes observations once more, in a way that is not known here.
+    Raises ValueError where a wrapper outside of VecNormalize changes observations once more, in a way not known here.
     """
 
     def __init__(self, env: VecEnv):

@@ -84,14 +84,9 @@ def show_step(
 ) -> bool:
     """Calls a callback with PPO's local variables of a step; returns whether training goes on.
 
-    Args:
-      model: which trains.
-      callback: initialised.
-      actions: before and after they were brought within a box's bounds.
-      returned: new observations, rewards, ends and infos.
-      seen: observations of the decision states ``[N, ...]``, where the callback reads values.
-      value: of these states, ``[N]``; None without a critic.
-      log_prob: of the actions, ``[N]`` in the environment's units.
+    ``actions`` are those before and after they were brought within a box's bounds, ``returned`` new observations,
+    rewards, ends and infos. Where the callback reads values: ``seen`` are the observations of the decision states
+    ``[N, ...]``, ``value`` is theirs (None without a critic), ``log_prob`` that of the actions in the environment's units.
     """
     buffer = model.rollout_buffer
     shown: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}

@@ -67,13 +67,6 @@ def collect_on_device(
     While they are, the environments stand where that step left them, and training stops there if one says so: the
     run is the same, bit for bit, with and without callbacks.
 
-    Args:
-      model: whose policy acts; its step counters, episode statistics and last observation move on.
-      config: its settings.
-      simulator: the environments.
-      reward: the user's, or None.
-      callback: initialised, told of the rollout's start.
-
     Returns:
       The trajectory ``[n_steps, n_envs]`` on the device; None where a callback stopped training.
     """
@@ -160,12 +153,7 @@ class _Fetched(dict[str, Any]):
 
 
 class _Steps:
-    """The steps of a finished rollout, told to the host.
-
-    Attributes:
-      ended: bool ``[T, N]``.
-      arrays: the rollout as NumPy arrays ``[T, N, ...]``, by the names that ``RolloutView`` asks for.
-    """
+    """The steps of a finished rollout, told to the host; ``arrays`` has the names that ``RolloutView`` asks for."""
 
     def __init__(
         self,

@@ -34,19 +34,12 @@ class Watcher(Protocol):
 
 
 class Acted(NamedTuple):
-    """What the policy does in N states.
+    """What the policy does in N states; value and log_prob are None where nobody asks."""
 
-    Attributes:
-      choice: actions ``[N, *A]`` in the policy's units.
-      stretched: the same in the environment's units, not clipped.
-      value: ``[N]``, or None where nobody asks or there is no critic.
-      log_prob: ``[N]`` in the environment's units, or None where nobody asks.
-    """
-
-    choice: Any
-    stretched: Any
-    value: Any = None
-    log_prob: Any = None
+    choice: Any  # actions [N, *A] in the policy's units
+    stretched: Any  # the same in the environment's units, not clipped
+    value: Any = None  # [N]
+    log_prob: Any = None  # [N] in the environment's units
 
 
 def collect_on_host(
@@ -57,10 +50,10 @@ def collect_on_host(
     callback: BaseCallback,
     watcher: Watcher | None = None,
 ) -> Trajectory | None:
-    """Steps any VecEnv for ``config.n_steps``.
+    """Steps any VecEnv for ``config.n_steps``; counters, episode statistics and last observation of the model move on.
 
     Args:
-      model: whose policy acts; its step counters, episode statistics and last observation move on.
+      model: whose policy acts.
       config: its settings.
       env: the environments, wrapped in whatever they are.
       reward: the user's, which sees observations as they were before VecNormalize; None: the env's.
@@ -70,9 +63,6 @@ def collect_on_host(
     Returns:
       The trajectory ``[n_steps, n_envs]`` as NumPy arrays, its ``state`` what the reward function saw of the decision
       states; None where a callback stopped training.
-
-    Raises:
-      ValueError: an environment gave what no policy can be trained on; names environment, step and field.
     """
     policy, space = model.policy, env.action_space
     shows_values = reads_values(callback)
