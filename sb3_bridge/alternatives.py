@@ -34,6 +34,7 @@ from sb3_bridge.functions.reward import Reward
 from sb3_bridge.functions.transition import resolve_transition
 from sb3_bridge.policies.compiled import functions_of
 from sb3_bridge.policies.policy import GRPOPolicy
+from sb3_bridge.rollout.buffer import merged
 from sb3_bridge.rollout.host import acting
 from sb3_bridge.vec_wrappers import VecStep
 
@@ -76,10 +77,9 @@ class Clones:
 
     def before_step(self) -> None:
         """Keeps the decision states that the environments are in, where one of them is wanted."""
-        handle = -1
-        if not self.failure and self._wanted[len(self._handles)].any():
-            handle = self._try(self._brancher.take, -1)
-        self._handles.append(handle)
+        self._handles.append(-1)
+        if not self.failure and self._wanted[len(self._handles) - 1].any():
+            self._handles[-1] = self._try(self._brancher.take, -1)
 
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """Compares what clones do with what really happened."""
@@ -106,11 +106,10 @@ class Clones:
                 continue
             if not np.array_equal(mine[index], real[index], equal_nan=mine.dtype.kind == "f"):
                 raise Unclonable(
-                    f"environment {index}: its clone does not do what it does itself: after the action {actions[index]} in"
-                    f" step {len(self._handles)} of the rollout the clone's {name} is {_short(mine[index])}, the"
-                    f" environment's is {_short(real[index])}. A part of its state is not copied, or shared with the copies"
-                    " (a closure, a class attribute, a global, a native library), or it draws from outside (np.random, a"
-                    " clock)"
+                    f"environment {index}: its clone does not do what it does itself: after the action {actions[index]} the"
+                    f" clone's {name} is {_short(mine[index])}, the environment's is {_short(real[index])}. A part of its"
+                    " state is not copied, or shared with the copies (a closure, a class attribute, a global, a native"
+                    " library), or it draws from outside (np.random, a clock)"
                 )
 
     def follow(
@@ -153,7 +152,7 @@ class Clones:
             past_truncation=config.branch_past_truncation,
             value=value if config.bootstrap else None,
             reward=self._reward,
-            observations=jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trajectory.state),
+            observations=merged(trajectory.state),
             common_random_numbers=config.common_random_numbers,
             seed=int(words[0]) << 32 | int(words[1]),
             wanted=self._wanted.reshape(-1),
@@ -166,12 +165,13 @@ class Clones:
             return do()
         except Unclonable as error:
             self._brancher.free()
+            why = f"at step {len(self._handles) - 1} of the rollout: {error}"
             if self._is_demanded:
                 raise Unclonable(
-                    f"dynamics='clone' cannot be gone on with: {error}. Use dynamics='auto', which goes on without"
+                    f"dynamics='clone' cannot be gone on with: {why}. Use dynamics='auto', which goes on without"
                     " clones, 'learned', candidates='episodes', or a pair (get_state, set_state) that copies all"
                 ) from error
-            self.failure = str(error)
+            self.failure = why
             return default
 
 

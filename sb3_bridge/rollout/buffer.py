@@ -93,11 +93,11 @@ class RolloutView:
         shape = (self.buffer_size, self.n_envs)
         if not self._policy.has_critic:
             return np.full(shape, np.nan, np.float32)
-        return self._policy.predict_values(_merged(self._arrays[name])).cpu().numpy().reshape(shape)
+        return self._policy.predict_values(merged(self._arrays[name])).cpu().numpy().reshape(shape)
 
     def _log_probs(self) -> np.ndarray:
-        actions = torch.from_numpy(np.array(_merged(self._arrays["actions"])))
-        log_prob = self._policy.evaluate_actions(_merged(self._arrays["observation"]), actions)[1]
+        actions = torch.from_numpy(np.array(merged(self._arrays["actions"])))
+        log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions)[1]
         return log_prob.cpu().numpy().reshape(self.buffer_size, self.n_envs)
 
     def _returns(self) -> np.ndarray:
@@ -153,6 +153,6 @@ def _read_only(tree: Any) -> Any:
     return jax.tree.map(locked, tree)
 
 
-def _merged(tree: Any) -> Any:
+def merged(tree: Any) -> Any:
     """Leaves ``[T, N, ...]`` as ``[T * N, ...]``."""
     return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -99,13 +100,11 @@ def _replay(model: Model, simulator: Simulator, steps: _Steps, callback: BaseCal
     """Shows every step to the monitors and to the callback; returns whether training goes on."""
     env, buffer, arrays = simulator.env, model.rollout_buffer, steps.arrays
     outermost = simulator.monitors[0] if simulator.monitors else env
-    asks, thoughts = asks_for_every_step(callback), (None, None, None)
+    asks = asks_for_every_step(callback)
+    thoughts: tuple[Any, ...] = ()
     if reads_values(callback):
-        thoughts = (
-            arrays["observation"],
-            buffer.values if model.policy.has_critic else None,
-            buffer.log_probs,
-        )
+        values = buffer.values if model.policy.has_critic else None
+        thoughts = (arrays["observation"], values, buffer.log_probs)
     for index, returned in enumerate(steps.returned()):
         model.num_timesteps += env.num_envs
         env.move_to(functools.partial(steps.environments_after, index))
@@ -152,26 +151,27 @@ class _Fetched(dict[str, Any]):
         return value
 
 
+@dataclasses.dataclass(frozen=True)
 class _Steps:
-    """The steps of a finished rollout, told to the host; ``arrays`` has the names that ``RolloutView`` asks for."""
+    """The steps of a finished rollout, told to the host."""
 
-    def __init__(
-        self,
-        env: GymnaxVecEnv,
-        policy: Policy,
-        reward: Reward | None,
-        trajectory: Trajectory,
-        after: Environments,
-        ended: np.ndarray,
-        returns: np.ndarray,
-        lengths: np.ndarray,
-    ):
-        self._env, self._reward, self._trajectory, self._after = env, reward, trajectory, after
-        self.ended, self._returns, self._lengths = ended, returns, lengths
-        self.arrays: Any = _Fetched(
+    env: GymnaxVecEnv
+    policy: Policy
+    reward: Reward | None
+    trajectory: Trajectory
+    after: Environments
+    ended: np.ndarray  # bool [T, N]; with the return and length of each episode that did
+    returns: np.ndarray
+    lengths: np.ndarray
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The rollout as NumPy arrays ``[T, N, ...]``, by the names that ``RolloutView`` asks for."""
+        env, policy, trajectory = self.env, self.policy, self.trajectory
+        return _Fetched(
             observation=lambda: trajectory.observation,
             next_observation=lambda: trajectory.next_observation,
-            reward=lambda: _paid(env.world, reward is not None, trajectory, policy),
+            reward=lambda: _paid(env.world, self.reward is not None, trajectory, policy),
             learned_reward=lambda: trajectory.reward,
             terminated=lambda: trajectory.terminated,
             truncated=lambda: trajectory.truncated,
@@ -187,14 +187,14 @@ class _Steps:
         return [self._episode(*place) for place in where[0 if most is None else max(len(where) - most, 0) :]]
 
     def _episode(self, step: int, index: int) -> dict[str, Any]:
-        r = round(float(self._returns[step, index]), 6)
-        return {"r": r, "l": int(self._lengths[step, index]), "t": self._env.seconds()}
+        r = round(float(self.returns[step, index]), 6)
+        return {"r": r, "l": int(self.lengths[step, index]), "t": self.env.seconds()}
 
     def returned(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]]:
         """What ``step_wait`` would have returned, step after step."""
-        env, space, arrays = self._env, self._env.observation_space, self.arrays
+        env, space, arrays = self.env, self.env.observation_space, self.arrays
         cut = arrays["truncated"] & ~arrays["terminated"]
-        last = jax.device_get(self._after.observation)
+        last = jax.device_get(self.after.observation)
         for t, ended in enumerate(self.ended):
             infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(env.num_envs)]
             for i in np.flatnonzero(ended).tolist():
@@ -209,8 +209,8 @@ class _Steps:
     def environments_after(self, index: int) -> Environments:
         """Where the environments stood after a step; a copy, for ``step`` donates what it is given."""
         if index + 1 == len(self.ended):
-            return _unwrap(jax.tree.map(jnp.copy, self._after), self._reward)
-        return _unwrap(_at(index + 1, self._trajectory.environments), self._reward)
+            return _unwrap(jax.tree.map(jnp.copy, self.after), self.reward)
+        return _unwrap(_at(index + 1, self.trajectory.environments), self.reward)
 
 
 def _paid(world: World, is_overridden: bool, trajectory: Trajectory, policy: Policy) -> jax.Array:

@@ -19,6 +19,7 @@ from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
+from sb3_bridge.rollout.buffer import merged
 from sb3_bridge.rollout.callbacks import Model, log_volume, reads_values, show_step
 from sb3_bridge.vec_wrappers import Unnormalized, VecStep, checked_observation, reached_observation, step
 
@@ -190,17 +191,12 @@ class _Rows:
         """What the learner sees, with the user's reward in place of the environment's."""
         arrays = self.arrays
         if reward is not None:
-            seen = (arrays["raw"], arrays["raw_action"], arrays["raw_next"])
-            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), seen)
+            flat = merged((arrays["raw"], arrays["raw_action"], arrays["raw_next"]))
             arrays["learned_reward"] = reward.batch(*flat).reshape(arrays["reward"].shape)
+        unknown: Any = None
         return Trajectory(
             environments=Environments(
-                state=arrays.get("raw"),
-                observation=arrays["observation"],
-                episode_return=None,  # type: ignore[arg-type]
-                episode_length=arrays["time"],
-                last_return=None,  # type: ignore[arg-type]
-                last_length=None,  # type: ignore[arg-type]
+                arrays.get("raw"), arrays["observation"], unknown, arrays["time"], unknown, unknown
             ),
             action_mask=None,
             distribution=None,
