@@ -34,7 +34,7 @@ from sb3_bridge.functions.reward import Reward
 from sb3_bridge.functions.transition import resolve_transition
 from sb3_bridge.policies.compiled import functions_of
 from sb3_bridge.policies.policy import GRPOPolicy
-from sb3_bridge.rollout.buffer import merged
+from sb3_bridge.rollout.callbacks import merged
 from sb3_bridge.rollout.host import acting
 from sb3_bridge.vec_wrappers import VecStep
 

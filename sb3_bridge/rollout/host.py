@@ -19,8 +19,7 @@ from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
-from sb3_bridge.rollout.buffer import merged
-from sb3_bridge.rollout.callbacks import Model, log_volume, reads_values, show_step
+from sb3_bridge.rollout.callbacks import Model, log_volume, merged, reads_values, show_step
 from sb3_bridge.vec_wrappers import Unnormalized, VecStep, checked_observation, reached_observation, step
 
 
