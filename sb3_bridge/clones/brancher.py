@@ -202,6 +202,7 @@ class Brancher:
             seed=seed,
         )
         try:
+            self._all("begin")
             found = group_returns(
                 self,
                 act,

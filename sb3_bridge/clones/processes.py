@@ -20,7 +20,7 @@ from sb3_bridge.clones.copying import Unclonable, forget_classes
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.clones.fingerprint import large_ones_hashed_once
 from sb3_bridge.clones.replay_check import check, signature
-from sb3_bridge.clones.sandbox import global_generators_kept
+from sb3_bridge.clones.sandbox import global_generators_kept, keep_normal, kept_normal
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica, make_cloner
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Server:
         self._pools: dict[Cloner, list[Replica]] = {}
         self._active: dict[int, Replica] = {}
         self._kept: dict[int, tuple[Cloner, Any]] = {}
+        self._normal = (0, 0.0)
 
     def check(self) -> tuple[Any, ...]:
         """The replay check's report, as a plain tuple."""
@@ -66,8 +67,14 @@ class Server:
         assert self._cloner is not None
         self._kept[number] = (self._cloner, self._cloner.save())
 
+    def begin(self) -> None:
+        """Branches begin, until ``free``: keeps what each ``step`` would have to look for."""
+        self._normal = kept_normal()
+
     def free(self) -> None:
         """Forgets all kept states, and the replicas of an environment that was replaced."""
+        keep_normal(self._normal)
+        self._normal = (0, 0.0)
         self._kept.clear()
         self._active.clear()
         self._pools = {cloner: pool for cloner, pool in self._pools.items() if cloner is self._cloner}
@@ -80,7 +87,7 @@ class Server:
         cloner, saved = self._kept[number]
         pool = self._pools.setdefault(cloner, [])
         while slot >= len(pool):
-            pool.append(cloner.replica())
+            pool.append(cloner.replica(is_blank=True))
         cloner.restore(pool[slot], saved, seed)
         return pool[slot]
 
@@ -130,7 +137,7 @@ def _stack(space: spaces.Space, observations: list[Any]) -> Any:
 
 def _guard(method: str) -> Any:
     if method in _DRAWING:
-        return global_generators_kept()
+        return global_generators_kept(with_normal=method != "step")
     return large_ones_hashed_once() if method in _HASHING else contextlib.nullcontext()
 
 

@@ -214,7 +214,7 @@ def _play_watched(
     rng = np.random.default_rng(seed)
     if _digest(env.reset(seed=seed)[0]) != alone.first:
         raise Unclonable("reset(seed=...) gives different observations: they do not depend on the seed alone")
-    watch = _Watch(Cloner(env, way, functions, alone.constants), alone)
+    watch = _Watch(Cloner(env, way, functions, alone.constants, alone.varying), alone)
     actions, run = alone.actions, _Run()
     last = len(actions) - _ACTIONS
     end = alone.end or last
@@ -273,15 +273,18 @@ class _Watch:
         _compare(again.transitions, other.transitions, f"two restores of step {index} do not agree on")
 
     def _check_shared(self, *, all_of_it: bool = False) -> None:
-        changed = self._shared.changed(all_of_it=all_of_it)
+        # Who copies itself may keep its copies apart in what all share, as by handles of their own.
+        changed = self._shared.changed(all_of_it=all_of_it, but_containers=self.cloner.copies_itself)
         if changed is not None:
             raise Unclonable(
                 f"{changed}, changes when a replica is stepped: the real environment would see that"
             )
-        if global_generators() != self._before:
+        now = global_generators()
+        drawn = [name for name, state in self._before.items() if now[name] != state]
+        if drawn:
             raise Unclonable(
-                "reset or step draws numbers from outside of the environment (the generators of np.random, random or"
-                " torch, which all share): draw from self.np_random"
+                f"reset or step draws numbers from outside of the environment (the generator of {drawn[0]}, which all"
+                " share): draw from self.np_random"
             )
 
     def report(self) -> CloneReport:

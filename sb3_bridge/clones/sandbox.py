@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import io
 import os
@@ -22,7 +21,9 @@ import numpy as np
 
 from sb3_bridge.clones.copying import Unclonable
 
-CAN_FORK = sys.platform.startswith("linux")
+CAN_FORK = sys.platform.startswith("linux") and os.path.isdir("/proc/self/fd")
+if CAN_FORK:
+    import fcntl
 _SILENCE_SECONDS, _ALL_SECONDS = (
     20.0,
     120.0,
@@ -48,34 +49,49 @@ _REFUSED_EVENTS = {
 _STATE: dict[str, Any] = {"pipe": -1, "refused": []}  # of the child
 
 
+def kept_normal() -> tuple[int, float]:
+    """The second of two normal numbers, which NumPy's global generator keeps for the next call; 0 where there is none."""
+    state: Any = np.random.mtrand._rand.get_state()
+    return state[3:]
+
+
+def keep_normal(kept: tuple[int, float]) -> None:
+    """Gives it back to NumPy's global generator."""
+    if kept[0]:
+        state: Any = np.random.mtrand._rand.get_state()
+        np.random.mtrand._rand.set_state((*state[:3], *kept))
+
+
 @contextlib.contextmanager
-def global_generators_kept() -> Iterator[None]:
-    """The generators of ``random``, NumPy and torch come out as they went in, whatever was drawn meanwhile."""
+def global_generators_kept(*, with_normal: bool = True) -> Iterator[None]:
+    """The generators of ``random``, NumPy and torch come out as they went in, whatever was drawn meanwhile.
+
+    Args:
+      with_normal: also what :func:`kept_normal` gives, which takes a while.
+    """
     torch: Any = sys.modules.get("torch")
     ours, bits = random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
-    scratch = _STATE.get("scratch")
-    if scratch is None:
-        scratch = _STATE["scratch"] = np.random.MT19937(0)
+    normal = kept_normal() if with_normal else (0, 0.0)
+    if "scratch" not in _STATE:
+        _STATE["scratch"] = np.random.MT19937(0)
     theirs = None if torch is None else torch.get_rng_state()
-    np.random.set_bit_generator(scratch)  # type: ignore[attr-defined]
+    np.random.set_bit_generator(_STATE["scratch"])  # type: ignore[attr-defined]
     try:
         yield
     finally:
         np.random.set_bit_generator(bits)  # type: ignore[attr-defined]
+        keep_normal(normal)
         random.setstate(ours)
         if torch is not None:
             torch.set_rng_state(theirs)
 
 
-def global_generators() -> list[bytes]:
+def global_generators() -> dict[str, bytes]:
     """What tells whether ``random``, NumPy's or torch's global generator was drawn from."""
-    torch: Any = sys.modules.get("torch")
-    states = [
-        random.getstate(),
-        np.random.mtrand._rand.get_state(),
-        None if torch is None else torch.get_rng_state().numpy(),
-    ]
-    return [pickle.dumps(state) for state in states]
+    states: dict[str, Any] = {"random": random.getstate(), "np.random": np.random.mtrand._rand.get_state()}
+    if "torch" in sys.modules:
+        states["torch"] = sys.modules["torch"].get_rng_state().numpy()
+    return {name: pickle.dumps(state) for name, state in states.items()}
 
 
 def in_child(work: Callable[[], Any]) -> Any:

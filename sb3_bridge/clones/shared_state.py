@@ -48,12 +48,18 @@ class SharedState:
             self._visit_class(kind, is_env=True)
         self._before = {key: fingerprint(get()) for key, get in self._found.items()}
 
-    def changed(self, *, all_of_it: bool = False) -> str | None:
-        """Names something that changed since the last call, None where nothing did; large values only on demand."""
+    def changed(self, *, all_of_it: bool = False, but_containers: bool = False) -> str | None:
+        """Names something that changed since it was accepted, None where nothing did.
+
+        Args:
+          all_of_it: look at large values too.
+          but_containers: leave out dicts, lists and sets, in which copies may have entries of their own.
+        """
         for key, before in self._before.items():
             if before is None or (before.size > _LARGE and not all_of_it):
                 continue
-            if fingerprint(self._found[key]()) != before:
+            value = self._found[key]()
+            if not (but_containers and isinstance(value, dict | list | set)) and fingerprint(value) != before:
                 return key[0]
         return None
 

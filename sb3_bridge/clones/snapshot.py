@@ -112,6 +112,8 @@ class Cloner:
       way: how states are saved, a name of :func:`cores_for`.
       functions: the user's, where that is how states are saved.
       constants: ``(layer, attribute)`` to leave out as long as they are the objects that were first seen.
+      varying: ``(layer, attribute)`` that change; where replicas are the environment's own deep copies, others are
+        theirs, as handles are, until they change.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Cloner:
         way: str,
         functions: Functions | None = None,
         constants: tuple[tuple[int, str], ...] = (),
+        varying: tuple[tuple[int, str], ...] = (),
     ):
         self.layers = layers_of(env)
         core = self.layers[-1]
@@ -133,6 +136,8 @@ class Cloner:
         if self._is_human:
             self._hidden[-1] |= {"render_mode"}
         self._by_itself = False
+        always = {name for index, name in varying if index == len(self.layers) - 1}
+        self._own = {name: value for name, value in vars(core).items() if name not in always}
         self._marks = [_Layer() for _ in self.layers]
         marks = dict(zip(map(id, self.layers), self._marks, strict=True))
         self._chain = list(chain_of(env))
@@ -170,23 +175,28 @@ class Cloner:
         memo = dict(self._memo)
         saved = []
         for index in range(self._n_saved):
-            layer, hidden, constants = self.layers[index], self._hidden[index], self._constants[index]
+            layer, hidden, left_out = self.layers[index], self._hidden[index], self._constants[index]
+            is_core = index == len(self.layers) - 1
+            if is_core and self._by_itself:
+                left_out = left_out | self._own
             plain: dict[str, Any] = {}
             others: list[tuple[str, Any]] = []
             values = vars(layer)
             for name, value in values.items():
+                if name in hidden or (left_out and left_out.get(name, values) is value):
+                    continue
                 if type(value) in PLAIN:
-                    if name not in hidden:
-                        plain[name] = value
-                elif name not in hidden and not (constants and constants.get(name) is value):
-                    try:
-                        others.append((name, copy_value(value, memo)))
-                    except Exception as error:  # whatever a value's own pickling raises
-                        if not self._core.by_itself or index < len(self.layers) - 1:
-                            why = f"{type(layer).__name__}.{name} cannot be copied: {error}"
-                            raise Unclonable(why) from error
-                        hidden.add(name)  # left to the functions, and to the environment's own deep copy
-                        self._by_itself = True
+                    plain[name] = value
+                    continue
+                try:
+                    others.append((name, copy_value(value, memo)))
+                except Exception as error:  # whatever a value's own pickling raises
+                    if not self._core.by_itself or not is_core:
+                        why = f"{type(layer).__name__}.{name} cannot be copied: {error}"
+                        raise Unclonable(why) from error
+                    hidden.add(name)  # left to the functions, and to the environment's own deep copy
+                    self._by_itself = True
+                    return self.save()
             saved.append((plain, others, len(values)))
         streams = [
             (number, copy_value(space._np_random, memo))
@@ -195,13 +205,18 @@ class Cloner:
         ]
         return Snapshot(saved, self._core.save(self.layers[-1], memo), streams)
 
-    def replica(self) -> Replica:
-        """A new replica, in the present state.
+    @property
+    def copies_itself(self) -> bool:
+        """Whether replicas are made by the environment's own deep copy; known once a state was saved."""
+        return self._by_itself or self.way == DEEPCOPY
+
+    def replica(self, *, is_blank: bool = False) -> Replica:
+        """A new replica, in the present state; a blank one must be restored before it is stepped.
 
         Raises:
           Unclonable: what cannot be copied.
         """
-        snapshot = self.save()
+        snapshot = None if is_blank else self.save()
         twins = [blank(layer) for layer in self.layers]
         if self._by_itself:
             try:
@@ -225,7 +240,8 @@ class Cloner:
         memo = dict(zip(map(id, self._marks), twins, strict=True))
         memo |= {id(mine): its for mine, its in zip(self._spaces, spaces, strict=True)}
         replica = Replica(twins, spaces, memo)
-        self.restore(replica, snapshot)
+        if snapshot is not None:
+            self.restore(replica, snapshot)
         return replica
 
     def restore(self, replica: Replica, snapshot: Snapshot, words: np.ndarray | None = None) -> None:
@@ -257,6 +273,8 @@ class Cloner:
                 values[name] = copy_value(item, memo)
             if len(values) != n_attributes:
                 kept = {*plain, *(name for name, _ in others), *self._constants[index], *self._hidden[index]}
+                if self._by_itself and index == len(self.layers) - 1:
+                    kept |= self._own.keys()
                 for name in [name for name in values if name not in kept]:
                     del values[name]
         for position, stream in snapshot.streams:
@@ -346,4 +364,4 @@ def make_cloner(env: gymnasium.Env, report: CloneReport, functions: Functions | 
     """
     if not report.passed:
         raise Unclonable(report.reason)
-    return Cloner(env, report.way, functions, report.constants)
+    return Cloner(env, report.way, functions, report.constants, report.varying)

@@ -38,6 +38,7 @@ def agrees(env: Any, brancher: Brancher, actions: Any) -> bool:
     )
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of all forks; workers do without it
 @pytest.mark.parametrize(
     ("make", "start_method"), [(DummyVecEnv, None), (SubprocVecEnv, "fork"), (SubprocVecEnv, "spawn")]
 )
@@ -66,6 +67,26 @@ def test_a_replay_finds_what_functions_forget_out_of_reach_as_soon_as_it_shows()
         else:  # now and then: replicas have an age of their own
             agreed.append(agrees(env, brancher, np.ones(1, np.int64)))
     assert all(agreed[:29]) and not any(agreed[31:])
+
+
+def test_copies_that_keep_themselves_apart_are_trusted_with_a_table_that_all_share():
+    calls: list[str] = []
+
+    def save(env: Any) -> Any:
+        calls.append("save")
+        return env.seen(), env.time
+
+    def restore(env: Any, state: Any) -> None:
+        calls.append("restore")
+        env.table[env.handle], env.time = state
+
+    env = DummyVecEnv([kinds.OwnHandle])
+    brancher = Brancher(env, (save, restore))
+    env.reset()
+    calls.clear()
+    returns, _ = brancher.branch([brancher.take()], np.arange(3)[None], still, horizon=1, gamma=7.0)
+    np.testing.assert_allclose(returns[0] * 7, [1.0, 2.0, 3.0], rtol=1e-6)
+    assert calls == ["save"] + ["restore"] * 3 and agrees(env, brancher, np.array([2]))
 
 
 class LateNoise(kinds.Counter):
@@ -101,6 +122,23 @@ def test_numbers_from_outside_that_come_late_are_found_and_generators_do_not_mov
             assert np.random.normal() == drawn
     assert all(agreed[:399]) and not all(agreed[400:])
     env.close()
+
+
+def test_the_second_of_two_normal_numbers_is_still_there_after_branches_and_replays():
+    env = DummyVecEnv([kinds.Counter] * 2)
+    brancher = Brancher(env)
+    env.reset()
+    np.random.seed(0)
+    expected = [np.random.normal() for _ in range(6)]
+    np.random.seed(0)
+    found = []
+    for index in range(6):
+        found.append(np.random.normal())
+        handle = brancher.take()
+        if index % 2:
+            brancher.replay(handle, np.array([1, 1]))
+        brancher.branch([handle], np.zeros((2, 3), int), still, horizon=3, gamma=1.0)
+    assert found == expected
 
 
 def test_an_environment_that_is_replaced_is_followed_or_refused():

@@ -209,6 +209,7 @@ def test_a_signature_is_of_what_an_environment_was_made_with():
     assert signature(one, varying) == signature(two, varying) != signature(other, varying)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of all forks; workers do without it
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_workers_refuse_as_one_process_does(start_method):
     env = SubprocVecEnv([shared_kinds.ClassAttribute], start_method=start_method)
