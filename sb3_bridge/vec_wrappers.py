@@ -200,7 +200,7 @@ class Unnormalized:
         """``[N, *shape]``; ``seen`` itself where nothing changes it."""
         if not self.changes_observations:
             return seen
-        return _through(self._outside, self._normalizer.get_original_obs())
+        return _owned(_through(self._outside, self._normalizer.get_original_obs()))
 
     def rewards(self, seen: np.ndarray) -> np.ndarray:
         """``[N]``."""
