@@ -174,8 +174,9 @@ def test_what_shows_late_ends_the_use_of_clones(fault, judge):
     judge(DummyVecEnv([env, env]), message)
 
 
-@pytest.mark.parametrize("judge", [must_be_refused, must_go_on_without_clones])
-@pytest.mark.parametrize("fault", ["draws", "opens a file"])
+@pytest.mark.parametrize(
+    ("fault", "judge"), [("draws", must_be_refused), ("opens a file", must_go_on_without_clones)]
+)
 def test_it_does_in_other_processes_too(fault, judge):
     make_env, message = FAULTS[fault]
     env = SubprocVecEnv([make_env] * 2)
@@ -220,9 +221,8 @@ def test_an_environment_that_is_replaced_by_another_one_is_followed():
 ORDINARY: dict[str, Callable[[], Any]] = {
     "plain": lambda: DummyVecEnv([Sled, lambda: Monitor(Sled(6))]),
     "counter": lambda: DummyVecEnv([Late, Late]),
-    "half saved": lambda: DummyVecEnv(
-        [lambda: HalfSaved(LATE)] * 2
-    ),  # what is forgotten is an attribute: saved too
+    # What its functions forget is an attribute, which is saved too.
+    "half saved": lambda: DummyVecEnv([lambda: HalfSaved(LATE)] * 2),
     "normalized": lambda: VecNormalize(DummyVecEnv([Sled, Sled])),
     "normalized rewards": lambda: VecNormalize(DummyVecEnv([Sled, Sled]), norm_obs=False),
     "time limit": lambda: DummyVecEnv([lambda: TimeLimit(Sled(10_000, 1e6), 7)] * 2),
@@ -232,7 +232,7 @@ ORDINARY: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", ORDINARY)
 def test_ordinary_environments_are_never_refused(kind):
-    for seed in range(3):
+    for seed in range(2):
         model = model_of(ORDINARY[kind](), "clone", seed=seed)
         model.learn(4 * ITERATION)
         assert model.chosen_dynamics == "clone" and model.simulator_steps > 4 * ITERATION * 2
