@@ -202,14 +202,12 @@ class Unnormalized:
             return seen
         return _owned(_through(self._outside, self._normalizer.get_original_obs()))
 
-    def rewards(self, seen: np.ndarray) -> np.ndarray:
-        """``[N]``."""
-        is_changed = self._normalizer is not None and self._normalizer.norm_reward
-        return self._normalizer.get_original_reward() if is_changed else seen
-
-    def final(self, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Infos whose ``terminal_observation`` is unnormalised."""
+    def step(self, result: VecStep) -> VecStep:
+        """The last step as it was, last observations of episodes included."""
+        if self._normalizer is not None and self._normalizer.norm_reward:
+            result = result._replace(rewards=self._normalizer.get_original_reward())
         if not self.changes_observations:
-            return infos
+            return result
         unnormalize, key = self._normalizer.unnormalize_obs, "terminal_observation"
-        return [{key: unnormalize(info[key])} if key in info else {} for info in infos]
+        infos = [{key: unnormalize(info[key])} if key in info else {} for info in result.infos]
+        return result._replace(observation=self.observation(result.observation), infos=infos)

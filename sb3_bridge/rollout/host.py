@@ -52,13 +52,7 @@ def collect_on_host(
 ) -> Trajectory | None:
     """Steps any VecEnv for ``config.n_steps``; counters, episode statistics and last observation of the model move on.
 
-    Args:
-      model: whose policy acts.
-      config: its settings.
-      env: the environments, wrapped in whatever they are.
-      reward: the user's, which sees observations as they were before VecNormalize; None: the env's.
-      callback: initialised, told of the rollout's start.
-      watcher: is told of every step.
+    The user's ``reward`` sees observations as they were before VecNormalize. The callback was told of the rollout's start.
 
     Returns:
       The trajectory ``[n_steps, n_envs]`` as NumPy arrays, its ``state`` what the reward function saw of the decision
@@ -72,7 +66,6 @@ def collect_on_host(
     unnormalized = Unnormalized(env) if reward is not None or watcher is not None else None
     keep_last = reward is not None or model.chosen_dynamics == "learned"
     keep_next = config.bootstrap or keep_last
-    assert model._last_obs is not None, "collect_on_host() comes after a reset"
     model._last_obs = checked_observation(env, model._last_obs, "at the start of the rollout")
     rows = _Rows(config.n_steps)
     model.rollout_buffer.start(rows.arrays, policy, config)
@@ -119,16 +112,11 @@ def collect_on_host(
         if keep_next:
             row["next_observation"] = reached_observation(result, needed, env.observation_space)
         if unnormalized is not None:
-            reached = row.get("next_observation")
+            original, reached = unnormalized.step(result), row.get("next_observation")
             if reached is None or unnormalized.changes_observations:
-                original, infos = (
-                    unnormalized.observation(result.observation),
-                    unnormalized.final(result.infos),
-                )
-                original = result._replace(observation=original, infos=infos)
                 reached = reached_observation(original, needed, env.observation_space)
             if watcher is not None:
-                watcher.after_step(clipped_actions, reached, unnormalized.rewards(result.rewards), result)
+                watcher.after_step(clipped_actions, reached, original.rewards, result)
             if reward is not None:
                 row |= {"raw": raw, "raw_action": clipped_actions, "raw_next": reached}
         rows.add(row)
