@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import warnings
@@ -13,25 +14,29 @@ import numpy as np
 from gymnasium.vector.utils import batch_space
 
 from sb3_bridge.functions.indices import find_out_of_range
-from sb3_bridge.functions.results import Arguments, Unfit, differ, first_line, length, shapes, take
 from sb3_bridge.functions.user_function import (
     FRAMEWORKS,
+    Arguments,
+    Unfit,
     UserFunction,
     check_agreement,
     check_finite,
+    differ,
     evaluate,
+    first_line,
+    length,
+    shapes,
+    take,
     traced,
 )
 
 F = TypeVar("F", bound=UserFunction)
-Fitting = dict[bool, tuple[F, list[np.ndarray]]]  # by takes_batch: forms whose shapes fit, and their results
 Spaces = tuple[gymnasium.Space, ...]
 
 _UNBOUNDED = 1e6  # bounds beyond it tell nothing about usual values; their squares may overflow
 _SMALLEST_BATCH = 7
 _LARGEST_BATCH = 64  # of those in which a function is compared with itself for one transition
 _SCALES = (1.0, 0.03, 30.0)
-_ORIGIN = " (drawn from the spaces)"
 
 
 def resolve(untried: F, spaces: Spaces) -> F:
@@ -57,20 +62,27 @@ def resolve(untried: F, spaces: Spaces) -> F:
     function: Any = untried.function
     if not callable(function):
         raise TypeError(f"{untried.parameter}={function!r} must be callable: {signature}")
-    _check_arity(function, untried.argument_names, signature)
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
+        given = inspect.signature(function)
+        try:
+            given.bind(*untried.argument_names)
+        except TypeError as error:
+            n = len(untried.argument_names)
+            raise TypeError(
+                f"{signature} is called with {n} arguments, but yours is {given}: {error}"
+            ) from None
     try:
         hash(function)
     except TypeError:  # e.g. an instance of a dataclass; its bound method hashes by identity
         untried = dataclasses.replace(untried, function=function.__call__)
     n = _SMALLEST_BATCH  # that no observation or action has an axis of
-    while n in {size for leaf in jax.tree.leaves(_draw_all(untried, spaces, 1)) for size in leaf.shape[1:]}:
+    while n in _axes(_draw_all(untried, spaces, 1)):
         n += 1
     arguments = _draw_all(untried, spaces, n)
     tried: dict[str, list[str]] = {}
-    unfit: list[Exception] = []
-    raised: list[Exception] = []
+    errors: list[Exception] = []
     for framework in FRAMEWORKS:
-        fitting: Fitting = {}
+        fitting: dict[bool, tuple[F, list[np.ndarray]]] = {}  # forms whose shapes fit, and their results
         for takes_batch in (False, True):
             form = dataclasses.replace(untried, framework=framework, takes_batch=takes_batch)
             try:
@@ -78,62 +90,49 @@ def resolve(untried: F, spaces: Spaces) -> F:
                 with warnings.catch_warnings(action="ignore"):
                     fitting[takes_batch] = form.attempt(arguments)
             except Exception as error:
-                (unfit if isinstance(error, Unfit) else raised).append(error)
+                errors.append(error)
                 tried.setdefault(first_line(error), []).append(form.form)
         if fitting:
-            return _settle(fitting, spaces, arguments)
-    all_alike = len(tried) == 1
-    lines = (f"{'every form' if all_alike else '; '.join(forms)}: {line}" for line, forms in tried.items())
-    forms = "\n  ".join(lines)
-    if unfit:
-        raise ValueError(f"{signature} must return {untried.returns}. Tried:\n  {forms}") from unfit[0]
+            try:
+                return _settle(fitting, spaces, arguments)
+            except ValueError as error:
+                raise ValueError(f"{error} (it was tried with values drawn from the spaces)") from error
+    forms = "\n  ".join(
+        f"{'; '.join(forms) if len(tried) > 1 else 'every form'}: {line}" for line, forms in tried.items()
+    )
+    for unfit in errors:
+        if isinstance(unfit, Unfit):
+            raise ValueError(f"{signature} must return {untried.returns}. Tried:\n  {forms}") from unfit
     raise TypeError(
         f"{signature} raises in every form that was tried, with states {shapes(arguments[0])} and actions"
         f" {shapes(arguments[1])} in a batch:\n  {forms}"
-    ) from raised[0]
+    ) from errors[0]
 
 
-def _check_arity(function: Any, names: tuple[str, ...], signature: str) -> None:
-    """Raises TypeError where a function cannot be called with so many arguments."""
-    try:
-        given = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return
-    try:
-        given.bind(*names)
-    except TypeError as error:
-        raise TypeError(
-            f"{signature} is called with {len(names)} arguments, but yours is {given}: {error}"
-        ) from None
-
-
-def _settle(fitting: Fitting, spaces: Spaces, arguments: Arguments) -> Any:
+def _settle(fitting: dict[bool, tuple[F, list[np.ndarray]]], spaces: Spaces, arguments: Arguments) -> F:
     """Chooses between the forms whose shapes fit, and checks their results."""
     # Both fit for element-wise functions of scalars (Discrete, Box of one number) and for indices that count from
     # the end, as in `next_state[..., 2]`. Where the two disagree, neither is known to be meant.
     form, alone = fitting[False not in fitting]
-    check_finite(form, alone, arguments, origin=_ORIGIN)
+    check_finite(form, alone, arguments)
     if form.framework == "jax":
         _check_indices(form, arguments)
-    if True in fitting:
-        batched, together = fitting[True]
-        if False not in fitting:
-            try:
-                alone = _one_by_one(form, arguments)
-            except Exception as error:
-                raise ValueError(
-                    f"{form.parameter} ({form.form}) fails for a batch of one transition: {first_line(error)}"
-                ) from error
-        check_agreement(form, alone, together, arguments, _ORIGIN)
-        # Of JAX a batch of single transitions is one call anyway.
-        if False in fitting and form.framework != "jax" and _always_agree(form, batched, spaces):
-            form = dataclasses.replace(batched, fits_one=True)
+    if True not in fitting:
+        return form
+    batched, together = fitting[True]
+    if form is batched:
+        try:
+            rows = [evaluate(form, take(arguments, slice(i, i + 1))) for i in range(length(arguments))]
+        except Exception as error:
+            raise ValueError(
+                f"{form.parameter} ({form.form}) fails for a batch of one transition: {first_line(error)}"
+            ) from error
+        alone = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    check_agreement(form, alone, together, arguments)
+    # Of JAX a batch of single transitions is one call anyway.
+    if form is not batched and form.framework != "jax" and _always_agree(form, batched, spaces):
+        return dataclasses.replace(batched, fits_one=True)
     return form
-
-
-def _one_by_one(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
-    rows = [evaluate(form, take(arguments, slice(i, i + 1))) for i in range(length(arguments))]
-    return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
 def _always_agree(form: UserFunction, batched: UserFunction, spaces: Spaces) -> bool:
@@ -143,42 +142,48 @@ def _always_agree(form: UserFunction, batched: UserFunction, spaces: Spaces) -> 
     whole batch may lie beyond what the spaces' usual values reach.
     """
     rng = np.random.default_rng(0)
-    largest = _LARGEST_BATCH
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            for seed, scale in enumerate(_SCALES, 1):
-                arguments = _draw_all(form, spaces, largest, seed, scale)
-                alone = evaluate(form, arguments)
-                axes = {n for leaf in jax.tree.leaves(arguments) for n in leaf.shape[1:] if 0 < n <= largest}
-                batches = [rng.integers(largest, size=n) for n in sorted({1, 2, 3, *axes})]
-                for rows in (*batches, rng.permutation(largest), np.zeros(5, int)):
-                    together = evaluate(batched, take(arguments, rows))
-                    for one, many in zip(alone, together, strict=True):
-                        if differ(one[rows], many, 1e-5).any():
-                            return False
-    except Exception:
-        return False
-    return True
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        for seed, scale in enumerate(_SCALES, 1):
+            arguments = _draw_all(form, spaces, _LARGEST_BATCH, seed, scale)
+            alone = evaluate(form, arguments)
+            sizes = sorted({1, 2, 3} | {n for n in _axes(arguments) if 0 < n <= _LARGEST_BATCH})
+            batches = [rng.integers(_LARGEST_BATCH, size=n) for n in sizes]
+            for rows in (*batches, rng.permutation(_LARGEST_BATCH), np.zeros(5, int)):
+                together = evaluate(batched, take(arguments, rows))
+                if any(
+                    differ(one, many, 1e-5).any()
+                    for one, many in zip(take(alone, rows), together, strict=True)
+                ):
+                    return False
+        return True
+    return False
 
 
 def _check_indices(form: UserFunction, arguments: Arguments) -> None:
     """Raises ValueError where the function reads an array beyond its end: JAX would give the nearest element."""
     n = length(arguments)
-    samples = [arguments] if form.takes_batch else [take(arguments, i) for i in range(n)]
-    lead = (n,) if form.takes_batch else ()
-    for sample in samples:
-        try:
-            found = find_out_of_range(lambda *given: traced(form, given, lead), sample)
-        except Exception:  # JAX's own data structures may change; the function itself was tried already
-            return
-        if found:
-            raise ValueError(
-                f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
-                " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
-            )
+    lead, samples = ((n,), [arguments]) if form.takes_batch else ((), [take(arguments, i) for i in range(n)])
+    found = None
+    with contextlib.suppress(
+        Exception
+    ):  # JAX's own data structures may change; the function itself was tried already
+        found = next(
+            filter(None, (find_out_of_range(lambda *given: traced(form, given, lead), s) for s in samples)),
+            None,
+        )
+    if found:
+        raise ValueError(
+            f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
+            " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
+        )
 
 
 # What to try with.
+
+
+def _axes(arguments: Arguments) -> set[int]:
+    """Sizes of all axes of one sample."""
+    return {size for leaf in jax.tree.leaves(arguments) for size in leaf.shape[1:]}
 
 
 def _draw_all(form: UserFunction, spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:

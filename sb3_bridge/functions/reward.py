@@ -13,8 +13,7 @@ import numpy as np
 
 from sb3_bridge.functions.detect import resolve
 from sb3_bridge.functions.host_call import original_errors as original_errors
-from sb3_bridge.functions.results import Output, length
-from sb3_bridge.functions.user_function import UserFunction, check_finite, guarded
+from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, length
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,6 @@ class Reward(UserFunction):
     @property
     def outputs(self) -> tuple[Output, ...]:
         return (Output("", (), np.dtype(jnp.result_type(float))),)
-
-    def parts(self, result: Any) -> tuple[Any, ...]:
-        return (result,)
 
     def __call__(self, state: Any, action: Any, next_state: Any) -> jax.Array:
         """The reward of one transition, traceable: ``[]`` in JAX's default float; see :meth:`batch` and ``of_one``."""

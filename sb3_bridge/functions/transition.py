@@ -14,8 +14,7 @@ import numpy as np
 
 from grpo_jax.spaces import Box, Dict, Space, from_gymnasium
 from sb3_bridge.functions.detect import resolve
-from sb3_bridge.functions.results import Arguments, Output, Unfit
-from sb3_bridge.functions.user_function import UserFunction
+from sb3_bridge.functions.user_function import Arguments, Output, Unfit, UserFunction
 
 
 class _TellsEnd(Unfit):
