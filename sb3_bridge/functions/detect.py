@@ -27,7 +27,6 @@ from sb3_bridge.functions.user_function import (
     length,
     shapes,
     take,
-    traced,
 )
 
 F = TypeVar("F", bound=UserFunction)
@@ -40,18 +39,11 @@ _SCALES = (1.0, 0.03, 30.0)
 
 
 def resolve(untried: F, spaces: Spaces) -> F:
-    """Tries every form of a user's function and keeps the one that works.
+    """Tries every form of a user's function of such spaces and keeps the one that works.
 
     JAX first, then NumPy, then torch; what works as JAX runs on the device. A NumPy function fails to be traced,
     as do Python branches on values; torch functions refuse arrays of the other two. A function of NumPy or torch that
     takes one transition and a batch is called for batches if the results are equal, else it is refused.
-
-    Args:
-      untried: the function in any form.
-      spaces: of its arguments.
-
-    Returns:
-      The function in its own form.
 
     Raises:
       TypeError: not callable, it takes other arguments, or it raises in every form (each one's error is listed).
@@ -76,9 +68,9 @@ def resolve(untried: F, spaces: Spaces) -> F:
     except TypeError:  # e.g. an instance of a dataclass; its bound method hashes by identity
         untried = dataclasses.replace(untried, function=function.__call__)
     n = _SMALLEST_BATCH  # that no observation or action has an axis of
-    while n in _axes(_draw_all(untried, spaces, 1)):
+    while n in _axes(_draw(spaces, 1)):
         n += 1
-    arguments = _draw_all(untried, spaces, n)
+    arguments = _draw(spaces, n)
     tried: dict[str, list[str]] = {}
     errors: list[Exception] = []
     for framework in FRAMEWORKS:
@@ -115,8 +107,12 @@ def _settle(fitting: dict[bool, tuple[F, list[np.ndarray]]], spaces: Spaces, arg
     # the end, as in `next_state[..., 2]`. Where the two disagree, neither is known to be meant.
     form, alone = fitting[False not in fitting]
     check_finite(form, alone, arguments)
-    if form.framework == "jax":
-        _check_indices(form, arguments)
+    outside = find_out_of_range(form, arguments) if form.framework == "jax" else None
+    if outside:
+        raise ValueError(
+            f"{form.parameter} ({form.form}) reads {outside}, which is out of range: JAX would give another element"
+            " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
+        )
     if True not in fitting:
         return form
     batched, together = fitting[True]
@@ -136,46 +132,21 @@ def _settle(fitting: dict[bool, tuple[F, list[np.ndarray]]], spaces: Spaces, arg
 
 
 def _always_agree(form: UserFunction, batched: UserFunction, spaces: Spaces) -> bool:
-    """Whether batches of every size and order give what single transitions give, up to rounding.
-
-    The sizes are small ones and those of the arguments' own axes. Values of other scales are tried too: a limit for a
-    whole batch may lie beyond what the spaces' usual values reach.
-    """
+    """Whether batches of every size and order, and values of every scale, give what single transitions give."""
     rng = np.random.default_rng(0)
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         for seed, scale in enumerate(_SCALES, 1):
-            arguments = _draw_all(form, spaces, _LARGEST_BATCH, seed, scale)
+            arguments = _draw(spaces, _LARGEST_BATCH, seed, scale)
             alone = evaluate(form, arguments)
-            sizes = sorted({1, 2, 3} | {n for n in _axes(arguments) if 0 < n <= _LARGEST_BATCH})
-            batches = [rng.integers(_LARGEST_BATCH, size=n) for n in sizes]
+            # Sizes that a function might take for an axis of its arguments.
+            sizes = {1, 2, 3} | {n for n in _axes(arguments) if 0 < n <= _LARGEST_BATCH}
+            batches = [rng.integers(_LARGEST_BATCH, size=n) for n in sorted(sizes)]
             for rows in (*batches, rng.permutation(_LARGEST_BATCH), np.zeros(5, int)):
-                together = evaluate(batched, take(arguments, rows))
-                if any(
-                    differ(one, many, 1e-5).any()
-                    for one, many in zip(take(alone, rows), together, strict=True)
-                ):
+                pairs = zip(take(alone, rows), evaluate(batched, take(arguments, rows)), strict=True)
+                if any(differ(one, many, 1e-5).any() for one, many in pairs):
                     return False
         return True
     return False
-
-
-def _check_indices(form: UserFunction, arguments: Arguments) -> None:
-    """Raises ValueError where the function reads an array beyond its end: JAX would give the nearest element."""
-    n = length(arguments)
-    lead, samples = ((n,), [arguments]) if form.takes_batch else ((), [take(arguments, i) for i in range(n)])
-    found = None
-    with contextlib.suppress(
-        Exception
-    ):  # JAX's own data structures may change; the function itself was tried already
-        found = next(
-            filter(None, (find_out_of_range(lambda *given: traced(form, given, lead), s) for s in samples)),
-            None,
-        )
-    if found:
-        raise ValueError(
-            f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
-            " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
-        )
 
 
 # What to try with.
@@ -186,28 +157,21 @@ def _axes(arguments: Arguments) -> set[int]:
     return {size for leaf in jax.tree.leaves(arguments) for size in leaf.shape[1:]}
 
 
-def _draw_all(form: UserFunction, spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:
-    """Arguments ``[n, *shape]``, drawn with generators of their own: the spaces' are the user's."""
+def _draw(spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:
+    """Arguments ``[n, *shape]``, drawn with a generator of their own: the spaces' are the user's."""
     rng = np.random.default_rng(seed)
-    return tuple(_draw(form, space, n, rng, scale) for space in spaces)
+    return tuple(_draw_one(space, n, rng, scale) for space in spaces)
 
 
-def _draw(form: UserFunction, space: gymnasium.Space, n: int, rng: np.random.Generator, scale: float) -> Any:
-    """``[n, *space.shape]`` in the space's dtype: uniform, or standard normal where a bound is missing."""
+def _draw_one(space: gymnasium.Space, n: int, rng: np.random.Generator, scale: float) -> Any:
+    """In the space's dtype: uniform, or standard normal where a bound is missing."""
     if isinstance(space, gymnasium.spaces.Dict):
-        return {name: _draw(form, part, n, rng, scale) for name, part in space.spaces.items()}
-    kinds = (gymnasium.spaces.Discrete, gymnasium.spaces.MultiDiscrete, gymnasium.spaces.MultiBinary)
-    if not isinstance(space, (gymnasium.spaces.Box, *kinds)):
-        raise TypeError(
-            f"{form.parameter} cannot be tried on {space}: use Box, Discrete, MultiDiscrete, MultiBinary, Dict"
-        )
-    is_real = space.dtype is not None and space.dtype.kind == "f"
+        return {name: _draw_one(part, n, rng, scale) for name, part in space.spaces.items()}
+    is_real = np.dtype(space.dtype).kind == "f"
     if isinstance(space, gymnasium.spaces.Box):
         most = np.inf if is_real else _UNBOUNDED
-        low, high = (
-            np.where(np.abs(bound) > _UNBOUNDED, np.sign(bound) * most, bound).astype(space.dtype)
-            for bound in (space.low, space.high)
-        )
+        bounds = np.stack([space.low, space.high])
+        low, high = np.where(np.abs(bounds) > _UNBOUNDED, np.sign(bounds) * most, bounds).astype(space.dtype)
         space = gymnasium.spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[arg-type, union-attr]
     batch = batch_space(space, n)
     batch.seed(int(rng.integers(2**31)))

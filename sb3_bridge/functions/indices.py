@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,31 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode
 
+from sb3_bridge.functions.user_function import Arguments, UserFunction, length, take, traced
 
-def find_out_of_range(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:
-    """The first index out of range whose value changes the result of a call, in words; None where there is none.
+
+def find_out_of_range(form: UserFunction, arguments: Arguments) -> str | None:
+    """The first index out of range whose value changes a result of N transitions, in words; None where there is none.
 
     Only plain indexing is looked at: negative indices and ``jnp.take`` with a ``mode`` are right, and so is an element
     that ``jnp.where`` replaces afterwards. (``x.at[i].get(mode="clip")`` is traced as ``x[i]`` where i is a traced number.)
     Bodies of loops are not looked into.
     """
-    arguments = jax.tree.map(jnp.asarray, arguments)
-    program, leaves = jax.make_jaxpr(function)(*arguments), jax.tree.leaves(arguments)
-    if not re.search("dynamic_slice|PROMISE_IN_BOUNDS", str(program)):
-        return None  # as good as always; to run a program operation by operation takes a second
-    found: list[str] = []
-    results = _run(program, leaves, found, None)
-    for fill in (0, 77) if found else ():
-        for one, other in zip(results, _run(program, leaves, [], fill), strict=True):
-            if not np.array_equal(one, other, equal_nan=one.dtype.kind == "f"):
-                return found[0]
+    lead = (length(arguments),) if form.takes_batch else ()
+    samples = [arguments] if lead else [take(arguments, i) for i in range(length(arguments))]
+    samples = [jax.tree.map(jnp.asarray, sample) for sample in samples]
+    with contextlib.suppress(Exception):  # JAX's data structures may change; the function was tried already
+        program = jax.make_jaxpr(lambda *given: traced(form, given, lead))(*samples[0])
+        if not re.search("dynamic_slice|PROMISE_IN_BOUNDS", str(program)):
+            return None  # as good as always; to run a program operation by operation takes a second
+        for sample in samples:
+            found: list[str] = []
+            results = _run(program, sample, found, None)
+            for fill in (0, 77) if found else ():
+                for one, other in zip(results, _run(program, sample, [], fill), strict=True):
+                    if not np.array_equal(one, other, equal_nan=one.dtype.kind == "f"):
+                        return found[0]
     return None
 
 
-def _run(program: Any, leaves: list[Any], found: list[str], fill: int | None) -> list[Any]:
+def _run(program: Any, arguments: Any, found: list[str], fill: int | None) -> list[Any]:
     """Runs a traced program; ``fill``, if it is not None, replaces what indices out of range read."""
     values: dict[Any, Any] = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    values |= zip(program.jaxpr.invars, leaves, strict=True)
+    values |= zip(program.jaxpr.invars, jax.tree.leaves(arguments), strict=True)
 
     def read(atom: Any) -> Any:
         return atom.val if hasattr(atom, "val") else values[atom]

@@ -17,11 +17,7 @@ import jax
 
 
 class Borrowed:
-    """A user's function, held weakly: what compiled programs and JAX's caches may keep.
-
-    Attributes:
-      owner: weak reference to the function; of a bound method, to its object.
-    """
+    """A user's function, or the object of a bound method, held weakly: compiled programs and JAX's caches may keep it."""
 
     def __init__(self, function: Callable[..., Any]):
         self._method = function.__func__ if isinstance(function, types.MethodType) else None
@@ -67,10 +63,6 @@ class OwnedJit:
     """``jax.jit`` of a module's function, with a set of compiled programs for each user's function that they call.
 
     Where a program calls a user's function it must be given that function's ``borrowed`` form.
-
-    Args:
-      function: what is jitted.
-      **options: those of ``jax.jit``.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
@@ -82,9 +74,8 @@ class OwnedJit:
     def of(self, *owners: Any) -> Any:
         """The jitted function whose programs are dropped as soon as one of the owners dies.
 
-        Args:
-          *owners: user's functions (``UserFunction`` too), or any other objects; None and what Python has no weak
-            reference to are left out. Without any the programs stay, and all callers share them.
+        Owners are user's functions (``UserFunction`` too), or any other objects; None and what Python has no weak
+        reference to are left out. Without any the programs stay, and all callers share them.
         """
         alive = [owner for owner in map(_owner, owners) if owner is not None]
         if not alive:
@@ -92,8 +83,7 @@ class OwnedJit:
         key = tuple(map(id, alive))
         if key not in self._programs:
             # A function object of its own: it is what JAX's caches are bound to.
-            function = self._function
-            own = functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+            own = functools.wraps(self._function)(functools.partial(self._function))
             self._programs[key] = self._jit(own)
             for owner in alive:
                 weakref.finalize(owner, self._programs.pop, key, None).atexit = False

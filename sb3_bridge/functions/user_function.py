@@ -38,18 +38,11 @@ class Unfit(ValueError):
 
 @dataclass(frozen=True)
 class Output:
-    """One array that a user's function must return for each sample.
+    """One array that a user's function must return for each sample."""
 
-    Attributes:
-      name: what errors call it; empty for the only output of a function.
-      shape: of one sample. A number ``[]`` may also come as ``[1]``.
-      dtype: what the array is cast to. Real numbers take all but complex ones, integers take no real numbers, and
-        booleans take only booleans.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    name: str  # what errors call it; empty for the only output of a function
+    shape: tuple[int, ...]  # a number [] may also come as [1]
+    dtype: np.dtype  # what the array is cast to; see _KINDS
 
     def fit(self, part: Any, lead: tuple[int, ...] = (), asarray: Callable[[Any], Any] = np.asarray) -> Any:
         """What a user returned as an array ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch. Raises ``Unfit``."""
@@ -76,19 +69,12 @@ class Output:
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A user's function in a known form; equal for equal functions, so that it can be static under ``jit``.
+    """A user's function in a known form; equal for equal functions, so that it can be static under ``jit``."""
 
-    Attributes:
-      function: the user's; pure, of one transition or of a batch of them, row by row.
-      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
-      takes_batch: whether arguments and results are ``[N, *shape]`` instead of ``[*shape]``.
-      fits_one: whether a function that is called for batches also takes one transition, with equal results; now and
-        then one row of a batch is compared with that.
-    """
-
-    function: Callable[..., Any]
-    framework: Framework
-    takes_batch: bool
+    function: Callable[..., Any]  # the user's; pure, of one transition or of a batch of them, row by row
+    framework: Framework  # what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors
+    takes_batch: bool  # whether arguments and results are [N, *shape] instead of [*shape]
+    # Whether one that takes batches also takes one transition; now and then a row is compared with that.
     fits_one: bool = field(default=False, kw_only=True, compare=False)
 
     parameter: ClassVar[str]  # what the user passes it as
@@ -124,10 +110,7 @@ class UserFunction:
         return f"{FRAMEWORKS[self.framework]}, {many}"
 
     def of_one(self, *arguments: Any) -> list[jax.Array]:
-        """The outputs ``[*shape]`` of one sample, traceable under ``jit`` and ``vmap``.
-
-        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
-        """
+        """The outputs ``[*shape]`` of one sample, traceable; vmapped or not, the host is called once."""
         arguments = jax.tree.map(jnp.asarray, arguments)
         if self.framework != "jax":
             return host_call.call(self, arguments)
@@ -187,12 +170,7 @@ _evaluate_traced = OwnedJit(_traced, static_argnames="form")
 
 
 def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
-    """``evaluate`` whose errors show the transition that they are due to.
-
-    Raises:
-      ValueError: wrong structure, shape or kind of number; or another result in a batch than alone.
-      RuntimeError: the function raised.
-    """
+    """``evaluate`` whose errors show the transition: RuntimeError where the function raised, else ValueError."""
     try:
         results = evaluate(form, arguments)
     except Exception as error:
