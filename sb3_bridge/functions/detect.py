@@ -59,10 +59,8 @@ def resolve(untried: F, spaces: Spaces) -> F:
         try:
             given.bind(*untried.argument_names)
         except TypeError as error:
-            n = len(untried.argument_names)
-            raise TypeError(
-                f"{signature} is called with {n} arguments, but yours is {given}: {error}"
-            ) from None
+            called = f"{signature} is called with {len(untried.argument_names)} arguments"
+            raise TypeError(f"{called}, but yours is {given}: {error}") from None
     try:
         hash(function)
     except TypeError:  # e.g. an instance of a dataclass; its bound method hashes by identity

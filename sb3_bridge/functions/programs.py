@@ -7,6 +7,7 @@ new lambda. So every user's function gets programs of its own, which hold it wea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import weakref
@@ -28,9 +29,7 @@ class Borrowed:
     def __call__(self, *arguments: Any) -> Any:
         owner = self.owner()
         if owner is None:
-            raise RuntimeError(
-                "a user's function was deleted before a program that calls it: keep a reference"
-            )
+            raise RuntimeError("a function was deleted before a program that calls it: keep a reference")
         return owner(*arguments) if self._method is None else self._method(owner, *arguments)
 
     def __hash__(self) -> int:
@@ -93,10 +92,6 @@ class OwnedJit:
 def _owner(owner: Any) -> Any:
     """What a user's function lives in; None where it cannot be watched."""
     function = borrow(getattr(owner, "function", owner)) if callable(owner) else owner
-    if isinstance(function, Borrowed):
-        return function.owner()
-    try:
-        weakref.ref(function)
-    except TypeError:
-        return None
-    return function
+    with contextlib.suppress(TypeError):
+        return function.owner() if isinstance(function, Borrowed) else weakref.ref(function)()
+    return None

@@ -40,11 +40,8 @@ class OfOneWorld:
                 f"render_mode={render_mode!r} must be None or 'rgb_array'; to watch, use 'rgb_array' with"
                 " gymnasium.wrappers.HumanRendering or VecEnv.render('human')"
             )
-        self._env_id, self.world, self.render_mode = (
-            env if isinstance(env, str) else None,
-            make_world(env),
-            render_mode,
-        )
+        self.world, self.render_mode = make_world(env), render_mode
+        self._env_id = env if isinstance(env, str) else None
         return to_gymnasium(self.world.observation_space), to_gymnasium(self.world.action_space)
 
     def _frame(self, state: PyTree) -> np.ndarray:

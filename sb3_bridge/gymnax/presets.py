@@ -15,13 +15,8 @@ from grpo_jax.policies.networks import CNN
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 
-DECAYING = {
-    "learning_rate": "learning_rate_decay",
-    "clip_range": "clip_range_decay",
-    "clip_range_high": "clip_range_decay",
-    "ent_coef": "ent_coef_decay",
-    "persistence": "persistence_decay",
-}
+RATES = ("learning_rate", "clip_range", "clip_range_high", "ent_coef", "persistence")
+DECAYING = {name: f"{name.removesuffix('_high')}_decay" for name in RATES}
 """Fields that become a schedule of the remaining progress, and what says which."""
 
 POLICY = ("network", "share_features_extractor", "net_arch", "critic_net_arch", "activation", "log_std_init")

@@ -73,7 +73,7 @@ def to_world_actions(space: gymnasium.Space, action: Any, batch_shape: tuple[int
     array, expected = np.asarray(action), (*batch_shape, *(space.shape or ()))
     if array.shape != expected:
         what = f"{batch_shape[0]} environments with {space}" if batch_shape else space
-        raise ValueError(f"action has shape {list(array.shape)}, expected {list(expected)} for {what}")
+        raise ValueError(f"action has shape {list(array.shape)}, expected {list(expected)} ({what})")
     if isinstance(space, gymnasium.spaces.Box):
         if array.dtype.kind not in "fiu":
             raise TypeError(f"action={action!r} has dtype {array.dtype}, expected floats for {space}")
