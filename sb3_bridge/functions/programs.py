@@ -50,14 +50,6 @@ def borrow(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
-_JITS: weakref.WeakSet[OwnedJit] = weakref.WeakSet()
-
-
-def living() -> list[Any]:
-    """The sets of programs that belong to a user's function, for tests."""
-    return [program for jit in _JITS for program in jit._programs.values()]
-
-
 class OwnedJit:
     """``jax.jit`` of a module's function, with a set of compiled programs for each user's function that they call.
 
@@ -68,7 +60,6 @@ class OwnedJit:
         self._jit = functools.partial(jax.jit, **options)
         self._function, self._shared = function, self._jit(function)
         self._programs: dict[tuple[int, ...], Any] = {}
-        _JITS.add(self)
 
     def of(self, *owners: Any) -> Any:
         """The jitted function whose programs are dropped as soon as one of the owners dies.

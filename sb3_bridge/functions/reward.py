@@ -13,7 +13,7 @@ import numpy as np
 
 from sb3_bridge.functions.detect import resolve
 from sb3_bridge.functions.host_call import original_errors as original_errors
-from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, length
+from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, shapes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Reward(UserFunction):
           RuntimeError: the function raised.
         """
         transitions = jax.tree.map(np.asarray, (states, actions, next_states))
-        if length(transitions, "states, actions, next_states") == 0:
+        lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(transitions)}
+        if len(lengths) != 1 or lengths == {()}:
+            got = f"got shapes {shapes(transitions)}"
+            raise ValueError(f"states, actions, next_states must be arrays [N, ...] of one N, {got}")
+        if lengths == {(0,)}:
             return np.zeros(0, np.float32)
         results = [rewards.astype(np.float32) for rewards in guarded(self, transitions)]
         check_finite(self, results, transitions)

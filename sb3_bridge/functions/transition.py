@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.spaces import Box, Dict, Space, from_gymnasium
+from grpo_jax.spaces import Dict, Space, from_gymnasium
 from sb3_bridge.functions.detect import resolve
 from sb3_bridge.functions.user_function import Arguments, Output, Unfit, UserFunction
 
@@ -102,7 +102,5 @@ def resolve_transition(
 
 def _dtype(space: Space) -> np.dtype:
     """What worlds have the observations of a space in."""
-    if not isinstance(space, Box):
-        return np.dtype(np.int32)
-    is_real = np.dtype(space.dtype).kind == "f"
-    return np.dtype(jnp.result_type(float) if is_real else jax.dtypes.canonicalize_dtype(space.dtype))
+    dtype = np.dtype(getattr(space, "dtype", np.int32))
+    return np.dtype(jnp.result_type(float) if dtype.kind == "f" else jax.dtypes.canonicalize_dtype(dtype))
