@@ -45,7 +45,7 @@ class Output:
     dtype: np.dtype  # what the array is cast to; see _KINDS
 
     def fit(self, part: Any, lead: tuple[int, ...] = (), asarray: Callable[[Any], Any] = np.asarray) -> Any:
-        """What a user returned as an array ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch. Raises ``Unfit``."""
+        """What was returned as an array ``[*lead, *shape]``, not cast yet; ``lead`` is ``(N,)`` for a batch."""
         what, (noun, kinds) = f"{self.name} of " if self.name else "", _KINDS[self.dtype.kind]
         if isinstance(part, torch.Tensor):
             part = part.detach().cpu()
@@ -54,14 +54,15 @@ class Output:
         if array is None or array.dtype.kind not in kinds:
             got = type(part).__name__ if array is None else f"{array.dtype} numbers"
             raise Unfit(f"returned {what}{got}, expected one array of {noun}")
+        shape = (*lead, *self.shape)
         # A batch of one may have lost its axis to a `squeeze()`.
-        shape, alone = (*lead, *self.shape), self.shape if lead == (1,) else None
-        if array.shape not in (shape, alone, (*lead, 1) if self.shape == () else None):
+        fits = array.shape == shape or (lead == (1,) and array.shape == self.shape)
+        if not (fits or (self.shape == () and array.shape == (*lead, 1))):
             sizes = ", ".join([*("N" for _ in lead), *map(str, self.shape)])
             other = "" if self.shape else f" or [{'N, ' * len(lead)}1]"
             n = f" with N={lead[0]}" if lead else ""
             raise Unfit(f"returned {what}shape {list(array.shape)}, expected [{sizes}]{other}{n}")
-        return array.reshape(shape).astype(self.dtype)
+        return array.reshape(shape)
 
     def shown(self, value: Any) -> str:
         return f"{self.name}={_text(value)}" if self.name else _text(value)
@@ -142,22 +143,24 @@ def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
     arguments = jax.tree.map(_to_torch if form.framework == "torch" else np.array, (state, action, *others))
     with _host_context(form.framework):
         if form.takes_batch:
-            return _fit(form, outputs, form.function(*arguments), (n_samples,))
+            return _fit(form, form.function(*arguments), (n_samples,))
         # Filled row by row: a list of parts for each sample would keep the garbage collector busy.
         results = [np.empty((n_samples, *output.shape), output.dtype) for output in outputs]
+        places = tuple(zip(results, outputs, strict=True))
         for i, row in enumerate(zip(*map(_rows, arguments), strict=True)):
-            for result, part in zip(results, _fit(form, outputs, form.function(*row)), strict=True):
-                result[i] = part
+            for part, (result, output) in zip(form.parts(form.function(*row)), places, strict=True):
+                result[i] = output.fit(part)
         return results
 
 
 def traced(form: UserFunction, arguments: Arguments, lead: tuple[int, ...] = ()) -> list[jax.Array]:
     """The outputs of a function of JAX, ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch."""
-    return _fit(form, form.outputs, form.function(*arguments), lead, jnp.asarray)
+    return _fit(form, form.function(*arguments), lead, jnp.asarray)
 
 
-def _fit(form: UserFunction, outputs: tuple[Output, ...], result: Any, *how: Any) -> list[Any]:
-    return [output.fit(part, *how) for part, output in zip(form.parts(result), outputs, strict=True)]
+def _fit(form: UserFunction, result: Any, *how: Any) -> list[Any]:
+    parts = zip(form.parts(result), form.outputs, strict=True)
+    return [output.fit(part, *how).astype(output.dtype) for part, output in parts]
 
 
 def _traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
