@@ -71,14 +71,8 @@ def arguments_of(config: GRPOConfig, observation_space: spaces.Space) -> dict[st
     """Arguments of ``GRPO``, ``env`` apart, that mean what the config means.
 
     Rates that decay become schedules of the remaining progress. SB3 asks them when a rollout is done, ``grpo_jax`` before
-    it begins: they are one rollout ahead here, and 0 in the last one, as PPO's are.
-
-    Args:
-      config: the settings; ``n_envs`` is the environments' matter.
-      observation_space: of the world, for which ``network="auto"`` chooses.
-
-    Raises:
-      ValueError: a field has no counterpart, or is an optax schedule; names it and what to use.
+    it begins: they are one rollout ahead here, and 0 in the last one, as PPO's are. A field that has no counterpart, or
+    is an optax schedule, raises a ValueError.
     """
     values = {name: getattr(config, name) for name in field_names()}
     for name in MISSING:

@@ -56,15 +56,9 @@ def env_actions(space: gymnasium.Space, actions: np.ndarray) -> np.ndarray:
 
 
 def to_world_actions(space: gymnasium.Space, action: Any, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Checks what was passed to ``step`` and casts it to what worlds are stepped with.
+    """Checks an action ``[*batch_shape, *space.shape]`` and casts it to int32, for ``Box`` to JAX's default float.
 
-    Args:
-      space: action space of one environment.
-      action: ``[*batch_shape, *space.shape]``.
-      batch_shape: ``(n_envs,)``, or ``()`` for one environment.
-
-    Returns:
-      The same shape; int32, for ``Box`` JAX's default float.
+    ``batch_shape`` is ``(n_envs,)``, or ``()`` for one environment.
 
     Raises:
       ValueError: wrong shape, a category out of range, NaN or inf.
