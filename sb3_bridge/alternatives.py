@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -19,7 +20,7 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import compare
 from grpo_jax.groups.branch import Branches
 from grpo_jax.learning import model as models
-from grpo_jax.noise import bits_to_keys, split
+from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Group, Metrics, PyTree, Trajectory
@@ -33,6 +34,7 @@ from sb3_bridge.functions.reward import Reward
 from sb3_bridge.functions.transition import resolve_transition
 from sb3_bridge.policies.compiled import functions_of
 from sb3_bridge.policies.policy import GRPOPolicy
+from sb3_bridge.rollout.callbacks import merged
 from sb3_bridge.rollout.host import acting
 from sb3_bridge.vec_wrappers import VecStep
 
@@ -42,64 +44,27 @@ CAPACITY = 50_000
 
 
 class Followed(NamedTuple):
-    """What came of the candidates of a rollout; where neither is given, episodes are compared.
+    """What came of the candidates of a rollout; with neither world nor branches, episodes are compared."""
 
-    Attributes:
-      world: to follow them in, by the program that updates the policy.
-      branches: the candidates and their returns, where they were followed already.
-      n_steps: environment steps that this took.
-      owners: the user's functions that are part of the world, and by whose life its programs are bounded.
-    """
-
-    world: World | None = None
-    branches: tuple[Group, Branches] | None = None
-    n_steps: int = 0
-    owners: tuple[Any, ...] = ()
-
-
-class Alternatives(Protocol):
-    """Somewhere to follow candidates."""
-
-    @property
-    def description(self) -> str:
-        """One line for the log."""
-
-    def follow(
-        self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
-    ) -> Followed:
-        """Follows the candidates of a rollout, or says where they can be.
-
-        Args:
-          config: the settings.
-          policy: which branches follow.
-          trajectory: of the rollout; with ``state``, what the reward function sees of its decision states.
-          words: of the iteration's PRNG key, uint32 ``[2]``.
-        """
+    world: World | None = None  # to follow them in, by the program that updates the policy
+    branches: tuple[Group, Branches] | None = None  # where they were followed already
+    n_steps: int = 0  # of environments, that this took
+    owners: tuple[Any, ...] = ()  # the user's functions in the world, by whose life its programs are bounded
 
 
 class Clones:
     """Exact branches: copies of the environments are restored to the decision states and stepped from there.
 
     Copies prove themselves while they are used: the executed action of a decision state is stepped in one too, and must
-    lead where it really led. The first mismatch ends their use.
-
-    Args:
-      brancher: of the env.
-      reward: the user's, or None.
-      is_demanded: whether the user asked for clones: what fails is then an error, else ``failure`` says why.
+    lead where it really led. The first mismatch ends their use: it is an error where the user asked for clones
+    (``is_demanded``), else ``failure`` says why. ``sees_last`` tells whether the last observation of an episode is known
+    as the environment gave it, which VecNormalize hides.
     """
 
     def __init__(self, brancher: Brancher, reward: Reward | None, is_demanded: bool):
         self._brancher, self._reward, self._is_demanded = brancher, reward, is_demanded
         self._handles: list[int] = []
-        self._wanted = np.zeros((0, brancher.num_envs), bool)
-        self._check_every = 1
-        self.failure = ""
-
-    @property
-    def description(self) -> str:
-        """How states are saved, in one line."""
-        return self._brancher.report.description
+        self.description, self.failure, self.sees_last = brancher.report.description, "", True
 
     def start(self, config: GRPOConfig, iteration: int) -> None:
         """A new rollout begins."""
@@ -112,10 +77,9 @@ class Clones:
 
     def before_step(self) -> None:
         """Keeps the decision states that the environments are in, where one of them is wanted."""
-        handle = -1
-        if not self.failure and self._wanted[len(self._handles)].any():
-            handle = self._try(self._brancher.take, default=-1)
-        self._handles.append(handle)
+        self._handles.append(-1)
+        if not self.failure and self._wanted[len(self._handles) - 1].any():
+            self._handles[-1] = self._try(self._brancher.take, -1)
 
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """Compares what clones do with what really happened."""
@@ -127,41 +91,38 @@ class Clones:
         self, handle: int, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep
     ) -> None:
         seen, its_rewards, terminated, truncated = self._brancher.replay(handle, actions)
+        pairs = {
+            "reward": (its_rewards.astype(np.float32), np.asarray(rewards, np.float32)),
+            "end of the episode": (terminated | truncated, result.dones),
+            "truncation": (truncated & ~terminated, result.truncated),
+        }
         seen = self._brancher.view.original(seen)
-        pairs = [
-            ("reward", np.asarray(its_rewards, np.float32), np.asarray(rewards, np.float32)),
-            ("end of the episode", terminated | truncated, result.dones),
-            ("truncation", truncated & ~terminated, result.truncated),
-        ]
-        fields = seen.items() if isinstance(seen, dict) else [("", seen)]
-        for name, array in fields:
-            real = reached[name] if isinstance(reached, dict) else reached
-            pairs.append((f"observation{f'[{name!r}]' if name else ''}", array, np.asarray(real)))
-        for name, mine, real in pairs:
-            for index in range(len(real)):
-                if name.startswith("observation") and result.dones[index] and not self.sees_last:
-                    continue
-                if not np.array_equal(mine[index], real[index], equal_nan=mine.dtype.kind == "f"):
-                    raise Unclonable(
-                        f"environment {index}: its clone does not do what it does itself: after the action"
-                        f" {actions[index]} in step {len(self._handles)} of the rollout the clone's {name} is"
-                        f" {_short(mine[index])}, the environment's is {_short(real[index])}. A part of its state is"
-                        " not copied, or shared with the copies (a closure, a class attribute, a global, a native"
-                        " library), or it draws from outside (np.random, a clock)"
-                    )
-
-    sees_last: bool = True
-    """Whether the last observation of an episode is known as the environment gave it (VecNormalize hides it)."""
+        if isinstance(seen, dict):
+            pairs |= {f"observation[{name!r}]": (part, reached[name]) for name, part in seen.items()}
+        else:
+            pairs["observation"] = (seen, reached)
+        for (name, (mine, real)), index in itertools.product(pairs.items(), range(len(actions))):
+            if name.startswith("observation") and result.dones[index] and not self.sees_last:
+                continue
+            if not np.array_equal(mine[index], real[index], equal_nan=mine.dtype.kind == "f"):
+                raise Unclonable(
+                    f"environment {index}: its clone does not do what it does itself: after the action {actions[index]} the"
+                    f" clone's {name} is {_short(mine[index])}, the environment's is {_short(real[index])}. A part of its"
+                    " state is not copied, or shared with the copies (a closure, a class attribute, a global, a native"
+                    " library), or it draws from outside (np.random, a clock)"
+                )
 
     def follow(
         self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
     ) -> Followed:
-        """The group returns of the candidates of those decision states that were wanted."""
+        """The group returns of the candidates of those decision states that were wanted.
+
+        ``trajectory.state`` is what the reward function sees of them; ``words`` uint32 ``[2]`` are those of the
+        iteration's PRNG key.
+        """
         if self.failure:
             return Followed()
-        return self._try(
-            functools.partial(self._follow, config, policy, trajectory, words), default=Followed()
-        )
+        return self._try(functools.partial(self._follow, config, policy, trajectory, words), Followed())
 
     def _follow(
         self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
@@ -178,7 +139,6 @@ class Clones:
         def value(observations: Any) -> np.ndarray:
             return np.asarray(functions_of(structure).value(state, observations))
 
-        originals = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trajectory.state)
         returns, n_steps = self._brancher.branch(
             self._handles,
             np.asarray(actions),
@@ -192,7 +152,7 @@ class Clones:
             past_truncation=config.branch_past_truncation,
             value=value if config.bootstrap else None,
             reward=self._reward,
-            observations=originals if self._reward is not None else None,
+            observations=merged(trajectory.state),
             common_random_numbers=config.common_random_numbers,
             seed=int(words[0]) << 32 | int(words[1]),
             wanted=self._wanted.reshape(-1),
@@ -205,25 +165,20 @@ class Clones:
             return do()
         except Unclonable as error:
             self._brancher.free()
+            why = f"at step {len(self._handles) - 1} of the rollout: {error}"
             if self._is_demanded:
                 raise Unclonable(
-                    f"dynamics='clone' cannot be gone on with: {error}. Use dynamics='auto', which goes on without"
+                    f"dynamics='clone' cannot be gone on with: {why}. Use dynamics='auto', which goes on without"
                     " clones, 'learned', candidates='episodes', or a pair (get_state, set_state) that copies all"
                 ) from error
-            self.failure = str(error)
+            self.failure = why
             return default
 
 
 class Learned:
     """Branches in a world that is learned from all real transitions; until it is good enough, episodes are compared.
 
-    Args:
-      policy: whose spaces the world has.
-      reward: the user's; None: the environment's is learned.
-      words: of the PRNG key of its first parameters.
-
-    Raises:
-      NotImplementedError: observations that are no vectors of real numbers.
+    Without the user's ``reward`` the environment's is learned; ``metrics`` tell how well the last rollout was predicted.
     """
 
     description = (
@@ -231,12 +186,11 @@ class Learned:
     )
 
     def __init__(self, policy: GRPOPolicy, reward: Reward | None, words: np.ndarray):
-        structure = policy.structure
         self._model = models.init_model(
-            structure.observation_space,
-            structure.action_space,
+            policy.structure.observation_space,
+            policy.structure.action_space,
             bits_to_keys(jnp.asarray(words)),
-            reward_function=None if reward is None else _given,
+            reward_function=None if reward is None else _never,  # put in its place by `_judged`
             capacity=CAPACITY,
         )
         self._reward = reward
@@ -264,12 +218,9 @@ class Learned:
 
     def load_state_dict(self, state: PyTree) -> None:
         """Takes over what ``state_dict`` gave; a world that predicts other things is left, with a warning."""
-        model: models.Model = flax.serialization.from_state_dict(self._model, state)
-
-        def shapes(learned: models.Model) -> PyTree:
-            return jax.tree.map(np.shape, (learned.world, learned.optimizer))
-
-        if shapes(model) != shapes(self._model):
+        own, model = self._model, flax.serialization.from_state_dict(self._model, state)
+        shapes, its_shapes = (jax.tree.map(np.shape, (one.world, one.optimizer)) for one in (own, model))
+        if shapes != its_shapes:
             warnings.warn(
                 "the learned world of the file predicts other things than this model asks of it (reward_function was"
                 " added or left out): it is learned anew",
@@ -277,26 +228,14 @@ class Learned:
                 stacklevel=2,
             )
             return
-        room = self._model.replay.data
-
-        def fill(empty: jax.Array, seen: Any) -> jax.Array:
-            return empty.at[: len(seen)].set(seen)
-
-        replay = model.replay.replace(data=jax.tree.map(fill, room, model.replay.data))
-        self._model = jax.tree.map(jnp.asarray, model.replace(replay=replay))
+        data = jax.tree.map(
+            lambda empty, seen: empty.at[: len(seen)].set(seen), own.replay.data, model.replay.data
+        )
+        self._model = jax.tree.map(jnp.asarray, model.replace(replay=model.replay.replace(data=data)))
 
 
 class Function:
-    """Branches in the user's ``f(state, action) -> next_state``, with the user's reward.
-
-    Args:
-      function: the user's.
-      policy: whose spaces the world has.
-      reward: the user's.
-
-    Raises:
-      TypeError, ValueError: what is wrong with the function; or there is no reward function.
-    """
+    """Branches in the user's ``f(state, action) -> next_state``, with the user's reward, which there must be."""
 
     def __init__(self, function: Callable[[Any, Any], Any], policy: GRPOPolicy, reward: Reward | None):
         if reward is None:
@@ -304,15 +243,14 @@ class Function:
                 "dynamics=f tells what an action leads to, not what that is worth: pass"
                 " reward_function(state, action, next_state) too"
             )
-        structure = policy.structure
         transition = resolve_transition(function, policy.observation_space, policy.action_space)
         inner = FunctionWorld(
             transition=transition.borrowed,
             initial_state=_never,
             terminated=None,
             max_steps=np.iinfo(np.int32).max,
-            observation_space=structure.observation_space,
-            action_space=structure.action_space,
+            observation_space=policy.structure.observation_space,
+            action_space=policy.structure.action_space,
         )
         self.description = f"your transition function ({transition.form})"
         self._world = RewardOverride(inner, reward.borrowed)
@@ -322,12 +260,17 @@ class Function:
         self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
     ) -> Followed:
         """The user's world, which knows all it ever will."""
-        del config, policy, trajectory, words
         return Followed(self._world, owners=self._owners)
 
 
-def _never(key: jax.Array) -> Any:
-    raise NotImplementedError("branches start from visited states: nothing is ever reset")
+Alternatives = Clones | Learned | Function
+"""Somewhere to follow candidates: ``follow`` does, or says where they can be followed."""
+
+
+def _never(*_: Any) -> Any:
+    raise NotImplementedError(
+        "branches start from visited states, and no world is asked for rewards while it is fitted"
+    )
 
 
 def _short(value: Any) -> str:
@@ -338,15 +281,8 @@ def _short(value: Any) -> str:
 def _propose(
     config: GRPOConfig, policy: Policy, state: PolicyState, trajectory: Trajectory, words: jax.Array
 ) -> tuple[Group, jax.Array]:
-    distribution = policy.parameters(state, trajectory.observation)
-    candidate_key, _ = split(loop.iteration_keys(bits_to_keys(words)).groups, 2)
-    group = compare.propose(config, policy, trajectory.replace(distribution=distribution), candidate_key)
+    group, _ = loop.draw_group(config, policy, state, trajectory, bits_to_keys(words))
     return group, policy.to_world(group.action)
-
-
-def _given(state: Any, action: Any, next_state: Any) -> Any:
-    """In place of the user's function while a world is fitted: one program for all of them."""
-    raise NotImplementedError("a world that is fitted is not asked for rewards")
 
 
 def _judged(world: LearnedWorld, reward: Reward | None) -> LearnedWorld:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates as candidate_sets
@@ -17,6 +17,7 @@ from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.policies.spaces import to_observation_space
+from sb3_bridge.vec_wrappers import unwrapped
 
 Name = Literal["auto", "simulator", "clone", "learned"]
 Dynamics = Name | Callable[[Any, Any], Any] | Functions
@@ -35,25 +36,15 @@ N_STEPS, BRANCHED_N_STEPS = 2048, 512
 
 
 class Choice(NamedTuple):
-    """Where alternatives will come from.
-
-    Attributes:
-      kind: see :data:`Kind`.
-      reason: why, in words for the log; empty where the user said so.
-      brancher: of ``"clone"``.
-    """
+    """Where alternatives will come from."""
 
     kind: Kind
-    reason: str = ""
-    brancher: Brancher | None = None
+    reason: str = ""  # for the log; empty where the user said so
+    brancher: Brancher | None = None  # of "clone"
 
 
 def check_dynamics(dynamics: Any) -> None:
-    """Refuses what ``dynamics`` cannot be.
-
-    Raises:
-      ValueError: says what it can be.
-    """
+    """Raises ValueError for what ``dynamics`` cannot be, and says what it can be."""
     is_pair = isinstance(dynamics, tuple) and len(dynamics) == 2 and all(map(callable, dynamics))
     if not (is_pair or callable(dynamics) or dynamics in get_args(Name)):
         raise ValueError(
@@ -69,18 +60,10 @@ def choose(
     cost: Callable[[Brancher], float],
     compares_episodes: Callable[[], Any],
 ) -> Choice:
-    """What ``dynamics`` means in an env that is no simulator.
+    """What ``dynamics`` means in an env that is no simulator; raises Unclonable for ``"clone"`` where that cannot be done.
 
-    Args:
-      dynamics: the user's, checked.
-      env: the env in all its wrappers.
-      observation_space: of the policy.
-      cost: from a brancher to the milliseconds that the branches of a decision step will take.
-      compares_episodes: raises ValueError where the settings have no meaning for episodes, which are compared until a
-        learned world predicts well.
-
-    Raises:
-      Unclonable: ``"clone"`` where that cannot be done, and why.
+    ``cost`` tells the milliseconds that the branches of a decision step will take. ``compares_episodes`` raises ValueError
+    where the settings have no meaning for episodes, which are compared until a learned world predicts well.
     """
     if callable(dynamics):
         return Choice("function")
@@ -90,15 +73,15 @@ def choose(
         return Choice("clone", brancher=Brancher(env, dynamics if isinstance(dynamics, tuple) else None))
     try:
         brancher = Brancher(env)
-        milliseconds = cost(brancher)
-        if milliseconds <= BUDGET_MS:
-            return Choice("clone", f"branches take {digits(milliseconds)} ms a decision step", brancher)
-        why = (
-            f"branches of clones would take {digits(milliseconds)} ms a decision step, more than {BUDGET_MS:g};"
-            " dynamics='clone' takes them all the same"
-        )
     except Unclonable as error:
-        why = str(error)
+        return choose_without_clones(str(error), env, observation_space, compares_episodes)
+    ms = digits(milliseconds := cost(brancher))
+    if milliseconds <= BUDGET_MS:
+        return Choice("clone", f"branches take {ms} ms a decision step", brancher)
+    why = (
+        f"branches of clones would take {ms} ms a decision step, more than {BUDGET_MS:g}; dynamics='clone' takes them all"
+        " the same"
+    )
     return choose_without_clones(why, env, observation_space, compares_episodes)
 
 
@@ -115,42 +98,25 @@ def choose_without_clones(
 
 
 def check_learnable(env: VecEnv, observation_space: spaces.Space) -> None:
-    """Refuses what no world can be learned of.
-
-    Raises:
-      NotImplementedError: observations that are no vectors of real numbers.
-      ValueError: a VecNormalize with ``norm_obs``.
-    """
+    """Raises NotImplementedError or ValueError where no world can be learned of what the policy sees."""
     check_unnormalized(env, "'learned'")
     check_vectors(to_observation_space(observation_space))
 
 
 def check_unnormalized(env: VecEnv, dynamics: str) -> None:
-    """Refuses observations that VecNormalize changes where a world predicts them.
-
-    Raises:
-      ValueError: a VecNormalize with ``norm_obs``.
-    """
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize) and env.norm_obs:
-            raise ValueError(
-                f"dynamics={dynamics} needs observations whose scale does not change: use VecNormalize(norm_obs=False), or"
-                " dynamics='clone'"
-            )
-        env = env.venv
+    """Raises ValueError for observations that VecNormalize changes, where a world predicts them."""
+    if any(isinstance(one, VecNormalize) and one.norm_obs for one in unwrapped(env)[1]):
+        raise ValueError(
+            f"dynamics={dynamics} needs observations whose scale does not change: use VecNormalize(norm_obs=False), or"
+            " dynamics='clone'"
+        )
 
 
 def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None.
-
-    Args:
-      kind: what is compared.
-      given: these four, ``candidates`` and ``reward_function``.
-    """
+    """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None."""
     on_host, has_reward = kind not in ("simulator", "episodes"), given["reward_function"] is not None
-    n_steps, horizon, every, bootstrap = (
-        given[name] for name in ("n_steps", "horizon", "branch_every", "bootstrap")
-    )
+    names = ("n_steps", "horizon", "branch_every", "bootstrap")
+    n_steps, horizon, every, bootstrap = map(given.__getitem__, names)
     if n_steps is None:
         n_steps = BRANCHED_N_STEPS if kind in ("clone", "function") else N_STEPS
     if horizon is None:
@@ -163,30 +129,21 @@ def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
     if bootstrap is None:
         compares_episodes = kind == "episodes" or given["candidates"] == "episodes"
         bootstrap = compares_episodes or (on_host and not has_reward)
-    return {"n_steps": n_steps, "horizon": horizon, "branch_every": every, "bootstrap": bootstrap}
+    return dict(zip(names, (n_steps, horizon, every, bootstrap), strict=True))
 
 
 def candidates_in(kind: Kind, candidates: str, has_env: bool) -> str:
-    """What ``candidates`` means where alternatives are of a ``kind``.
-
-    Raises:
-      ValueError: groups that cannot be had there.
-    """
+    """What ``candidates`` means where alternatives are of a ``kind``; raises ValueError where there are no such groups."""
     if candidates == "auto":
         return "episodes" if kind == "episodes" else "auto"
     if not has_env or candidates == "episodes" or kind == "simulator":
         return candidates
-    if candidates == "trajectory":
-        raise ValueError(
-            "candidates='trajectory' needs environments that can be reset alike, whole groups of them: a GymnaxVecEnv or"
-            " env='gymnax/<id>'; use candidates='auto' or 'episodes'"
-        )
-    if kind == "episodes":
-        raise ValueError(
-            f"candidates={candidates!r} needs a world that can be stepped from any state (a GymnaxVecEnv,"
-            " env='gymnax/<id>', or dynamics='clone'); use candidates='auto' or 'episodes'"
-        )
-    return candidates
+    needs = "environments that can be reset alike, whole groups of them: a GymnaxVecEnv or env='gymnax/<id>'"
+    if candidates != "trajectory":
+        if kind != "episodes":
+            return candidates
+        needs = "a world that can be stepped from any state (a GymnaxVecEnv, env='gymnax/<id>', or dynamics='clone')"
+    raise ValueError(f"candidates={candidates!r} needs {needs}; use candidates='auto' or 'episodes'")
 
 
 OF_EPISODES: dict[str, Any] = {"candidates": "episodes", "branch_every": 1}

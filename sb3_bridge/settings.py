@@ -19,16 +19,11 @@ NUMBERS_OR_SCHEDULES = ("ent_coef", "persistence")
 
 
 def as_schedule(name: str, value: Any) -> Any:
-    """What an attribute of the model is when it is set: the schedule that SB3 would make of it.
-
-    Raises:
-      AssertionError: neither a number nor a function of the remaining progress.
-    """
+    """What an attribute of the model becomes: a schedule as SB3 makes it (or its AssertionError), where it may be one."""
     if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
         value = value.item()
-    if value is None or name not in SCHEDULES + NUMBERS_OR_SCHEDULES:
-        return value
-    if name in NUMBERS_OR_SCHEDULES and not callable(value):
+    is_schedule = name in SCHEDULES or (name in NUMBERS_OR_SCHEDULES and callable(value))
+    if value is None or not is_schedule:
         return value
     if name == "clip_range_vf" and isinstance(value, float | int) and value <= 0:
         raise AssertionError(
@@ -41,11 +36,7 @@ def as_schedule(name: str, value: Any) -> Any:
 
 
 def config_of(model: Any) -> GRPOConfig:
-    """The settings that the model's present attributes mean; schedules are asked for the present progress.
-
-    Raises:
-      ValueError, TypeError: what is wrong with which attribute, and the fix.
-    """
+    """The settings that the model's present attributes mean; schedules are asked for the present progress."""
 
     def now(value: Any) -> Any:
         return value(model._current_progress_remaining) if callable(value) else value
@@ -54,9 +45,8 @@ def config_of(model: Any) -> GRPOConfig:
     values = {name: now(attributes[name]) for name in field_names() if name in attributes}
     if model.persistence == 0:
         values["persistence"] = None
-    is_chosen = model.candidates == "auto"
     values["candidates"] = candidates_in(model.chosen_dynamics, model.candidates, model.env is not None)
-    if is_chosen and values["candidates"] == "episodes":
+    if model.candidates == "auto" and values["candidates"] == "episodes":
         values = as_episodes(values)
     if model.chosen_dynamics == "learned":  # what truncates a learned world is that it knows no further
         values["branch_past_truncation"] = False
@@ -69,9 +59,9 @@ def config_of(model: Any) -> GRPOConfig:
 
 def jax_device(device: torch.device | str) -> Any:
     """JAX's device for SB3's ``device``; where there is no GPU, "cuda" means the CPU, as in SB3."""
-    kind = torch.device(device).type if str(device) != "auto" else "auto"
-    if kind == "auto":
+    if str(device) == "auto":
         return jax.devices()[0]
+    kind = torch.device(device).type
     try:
         return jax.devices("gpu" if kind == "cuda" else kind)[0]
     except RuntimeError:

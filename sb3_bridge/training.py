@@ -24,7 +24,7 @@ from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 from sb3_bridge.policies.policy import GRPOPolicy
 from sb3_bridge.policies.spaces import to_action_space
-from sb3_bridge.rollout.buffer import RolloutView
+from sb3_bridge.rollout.callbacks import RolloutView
 from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
 from sb3_bridge.rollout.host import collect_on_host
 from sb3_bridge.settings import as_schedule, config_of, jax_device

@@ -29,20 +29,10 @@ def _improve(
     iteration: int,
     branches: tuple[Group, Branches] | None,
 ) -> tuple[loop.TrainState, Metrics]:
-    """Groups and update of a rollout, in one program.
+    """Groups and update of a rollout: the state afterwards (its key as words), and scalar metrics.
 
-    Args:
-      config: the settings.
-      world: to follow candidates in, where they were not followed yet.
-      policy: static structure.
-      learner: parameters, optimizer, reference.
-      trajectory: ``[n_steps, n_envs]``; without states where the world gives those of the observations.
-      words: of the iteration's PRNG key, uint32 ``[2]``.
-      iteration: its number.
-      branches: candidates and their returns, where they were followed already.
-
-    Returns:
-      The state afterwards (its key as words), and scalar metrics.
+    Candidates are followed in the ``world`` where there are no ``branches`` yet. Without states in the trajectory
+    ``[n_steps, n_envs]`` the world gives those of the observations. ``words`` uint32 ``[2]`` are the iteration's key's.
     """
     state = train_state(policy, learner, None, words, iteration)
     if world is not None and trajectory.state is None:
@@ -66,37 +56,24 @@ def next_key(words: jax.Array) -> jax.Array:
 def record(
     logger: Any, config: GRPOConfig, metrics: Metrics, policy: Any, world_metrics: Metrics | None
 ) -> None:
-    """PPO's keys under ``train/``, ours under ``grpo/``.
-
-    Args:
-      logger: SB3's.
-      config: of the iteration.
-      metrics: of the update.
-      policy: whose standard deviation is told, if it has one.
-      world_metrics: of a learned world; None without one.
-    """
-
-    def tell(name: str, value: Any) -> None:
-        logger.record(name, float(value))
-
-    tell("train/entropy_loss", -metrics["entropy"])
-    tell("train/policy_gradient_loss", metrics["policy_loss"])
-    for name in ("approx_kl", "clip_fraction", "loss"):
-        tell(f"train/{name}", metrics[name])
+    """PPO's keys under ``train/``, ours under ``grpo/``: of an update, of the policy, of a learned world if there is one."""
+    told: dict[str, Any] = {
+        "train/entropy_loss": -metrics["entropy"],
+        "train/policy_gradient_loss": metrics["policy_loss"],
+    }
+    told |= {"train/clip_range": config.clip_range}
+    told |= {f"train/{name}": metrics[name] for name in ("approx_kl", "clip_fraction", "loss")}
     if config.bootstrap:
-        tell("train/value_loss", metrics["value_loss"])
-        tell("train/explained_variance", metrics["explained_variance"])
-    log_std = policy.state.params["actor"].get("log_std")
-    if log_std is not None:
-        tell("train/std", np.exp(np.asarray(log_std)).mean())
-    tell("train/clip_range", config.clip_range)
+        told |= {f"train/{name}": metrics[name] for name in ("value_loss", "explained_variance")}
+    if "log_std" in policy.state.params["actor"]:
+        told["train/std"] = np.exp(np.asarray(policy.state.params["actor"]["log_std"])).mean()
     if config.clip_range_vf is not None:
-        tell("train/clip_range_vf", config.clip_range_vf)
-    for name in ("group_spread", "frac_zero_std", "frac_below_floor", "grad_norm", "kl"):
-        if name in metrics:
-            tell(f"grpo/{name}", metrics[name])
+        told["train/clip_range_vf"] = config.clip_range_vf
+    names = ("group_spread", "frac_zero_std", "frac_below_floor", "grad_norm", "kl")
+    told |= {f"grpo/{name}": metrics[name] for name in names if name in metrics}
     if world_metrics is not None:
-        for name in ("error", "one_step_error", "h_step_error", "end_error", "disagreement"):
-            if name in world_metrics:
-                tell(f"grpo/world_{name}", world_metrics[name])
-        tell("grpo/world_used", config.candidates != "episodes")
+        names = ("error", "one_step_error", "h_step_error", "end_error", "disagreement")
+        told |= {f"grpo/world_{name}": world_metrics[name] for name in names if name in world_metrics}
+        told["grpo/world_used"] = config.candidates != "episodes"
+    for name, value in told.items():
+        logger.record(name, float(value))

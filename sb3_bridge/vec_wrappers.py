@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,41 +21,28 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_bridge.clones.copying import Unclonable
 
+_KNOWN = (VecNormalize, VecTransposeImage, VecExtractDictObs)
 _UNCHANGING = (VecMonitor, VecCheckNan, VecVideoRecorder)
 
 
 class VecStep(NamedTuple):
-    """One step of N environments, checked and owned: a VecEnv may write over what it returned.
+    """One step of N environments, checked and owned: a VecEnv may write over what it returned."""
 
-    Attributes:
-      observation: ``[N, *shape]``, a dict of such arrays for ``Dict``; of the next episode where one ended.
-      rewards: ``[N]`` float32.
-      dones: bool ``[N]``.
-      truncated: bool ``[N]``, ended by a time limit alone.
-      infos: of each environment.
-    """
-
-    observation: Any
-    rewards: np.ndarray
-    dones: np.ndarray
-    truncated: np.ndarray
+    observation: Any  # [N, *shape], a dict of such arrays for Dict; of the next episode where one ended
+    rewards: np.ndarray  # float32 [N]
+    dones: np.ndarray  # bool [N]
+    truncated: np.ndarray  # bool [N], ended by a time limit alone
     infos: list[dict[str, Any]]
 
 
 def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
-    """Steps all environments, and checks what they return.
-
-    Args:
-      env: the environments.
-      actions: ``[N, *A]``; lent to the environments as a copy.
-      number: of the step, for errors.
+    """Steps all environments with a copy of ``actions`` ``[N, *A]``; ``number`` is the step's, for errors.
 
     Raises:
       ValueError: NaN or inf, or a wrong shape, in an observation or a reward; names environment, step and field.
     """
     observation, rewards, dones, infos = env.step(actions.copy())
-    rewards = np.array(rewards, np.float32)
-    dones = np.array(dones).astype(bool)
+    rewards, dones = np.array(rewards, np.float32), np.array(dones).astype(bool)
     for name, array in (("rewards", rewards), ("dones", dones)):
         if array.shape != (env.num_envs,):
             raise ValueError(
@@ -64,19 +50,14 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
             )
     where = f"at step {number} of the rollout"
     _check_finite("reward", rewards, where)
-    cut = [bool(info.get("TimeLimit.truncated", False)) for info in infos]
-    return VecStep(
-        checked_observation(env, observation, where), rewards, dones, dones & np.array(cut, bool), list(infos)
-    )
+    observation = checked_observation(env, observation, where)
+    cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos], bool)
+    return VecStep(observation, rewards, dones, dones & cut, list(infos))
 
 
 def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
-    """A copy of the observations ``[N, *shape]`` of all environments.
-
-    Raises:
-      ValueError: a wrong shape, NaN or inf; names the environment and the field.
-    """
-    owned = _map(np.array, observation)
+    """A copy of the observations ``[N, *shape]`` of all environments; errors as those of ``step``."""
+    owned = _owned(observation)
     for name, array, space in _fields(owned, env.observation_space):
         expected = (env.num_envs, *(space.shape or ()))
         if array.shape != expected:
@@ -99,22 +80,13 @@ def _check_finite(name: str, array: np.ndarray, where: str) -> None:
 
 
 def reached_observation(result: VecStep, needed: np.ndarray, space: spaces.Space) -> Any:
-    """Observations that a step reached: where an episode ended its last one, not the next episode's first.
+    """Observations ``[N, *shape]`` that a step reached: where an episode ended its last one, not the next one's first.
 
-    Args:
-      result: of the step.
-      needed: bool ``[N]``, whose last observation anybody will look at.
-      space: of one environment.
-
-    Returns:
-      ``[N, *shape]``; where an episode ended and ``needed`` is False, any observation.
-
-    Raises:
-      ValueError: a last observation that is needed is missing, or has another shape than the others.
+    Only those that are ``needed`` bool ``[N]`` must be there, in the shape of the others: else a ValueError.
     """
     if not result.dones.any():
         return result.observation
-    reached = _map(np.array, result.observation)
+    reached = _owned(result.observation)
     for index in np.flatnonzero(result.dones).tolist():
         final = result.infos[index].get("terminal_observation")
         for name, array, part in _fields(reached, space):
@@ -141,39 +113,43 @@ def _fields(tree: Any, space: spaces.Space) -> Iterator[tuple[str, np.ndarray, s
         yield "the observation", tree, space
 
 
-def _map(function: Any, tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: function(part) for name, part in tree.items()}
-    return function(tree)
+def _owned(tree: Any) -> Any:
+    return {name: np.array(part) for name, part in tree.items()} if isinstance(tree, dict) else np.array(tree)
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-    """What the VecEnv's wrappers make of what an environment gives; statistics are read, never updated.
+def unwrapped(env: VecEnv) -> tuple[VecEnv, list[VecEnvWrapper]]:
+    """The innermost VecEnv, and its wrappers, innermost first."""
+    wrappers: list[VecEnvWrapper] = []
+    while isinstance(env, VecEnvWrapper):
+        wrappers.insert(0, env)
+        env = env.venv
+    return env, wrappers
 
-    Attributes:
-      wrappers: that change observations or rewards, innermost first.
-    """
 
-    wrappers: tuple[VecEnvWrapper, ...]
+def _through(wrappers: Iterable[VecEnvWrapper], observations: Any) -> Any:
+    """What wrappers make of observations; statistics are read, never updated."""
+    for wrapper in wrappers:
+        if isinstance(wrapper, VecTransposeImage):
+            observations = wrapper.transpose_observations(observations)
+        elif isinstance(wrapper, VecExtractDictObs):
+            observations = observations[wrapper.key]
+        elif isinstance(wrapper, VecNormalize):
+            observations = wrapper.normalize_obs(observations)
+    return observations
+
+
+class View(NamedTuple):
+    """What ``wrappers``, innermost first, make of what an environment gives."""
+
+    wrappers: list[VecEnvWrapper]
 
     def original(self, observations: Any) -> Any:
         """As a reward function sees them: through all wrappers but VecNormalize."""
-        return self._through(observations, normalized=False)
+        return _through((one for one in self.wrappers if not isinstance(one, VecNormalize)), observations)
 
     def seen(self, observations: Any) -> Any:
         """As the policy sees them."""
-        return self._through(observations, normalized=True)
-
-    def _through(self, observations: Any, normalized: bool) -> Any:
-        for wrapper in self.wrappers:
-            if isinstance(wrapper, VecTransposeImage):
-                observations = wrapper.transpose_observations(observations)
-            elif isinstance(wrapper, VecExtractDictObs):
-                observations = observations[wrapper.key]
-            elif normalized and isinstance(wrapper, VecNormalize):
-                observations = wrapper.normalize_obs(observations)
-        return observations
+        return _through(self.wrappers, observations)
 
     def rewards(self, rewards: np.ndarray) -> np.ndarray:
         """The environments' rewards ``[n]`` as the learner sees them."""
@@ -184,82 +160,54 @@ class View:
 
 
 def find_view(env: VecEnv) -> tuple[VecEnv, View]:
-    """The innermost VecEnv, and what its wrappers do.
-
-    Raises:
-      Unclonable: a wrapper whose effect on a branch is not known.
-    """
-    found: list[VecEnvWrapper] = []
-    while isinstance(env, VecEnvWrapper):
-        if type(env) in (VecNormalize, VecTransposeImage, VecExtractDictObs):
-            found.insert(0, env)
-        elif isinstance(env, VecFrameStack):
+    """The innermost VecEnv, and what its wrappers do; raises Unclonable where that is not known of one."""
+    base, wrappers = unwrapped(env)
+    for wrapper in reversed(wrappers):
+        if isinstance(wrapper, VecFrameStack):
             raise Unclonable(
                 "VecFrameStack keeps frames outside of the environments, where no branch has its own: stack them in each"
                 " environment with gymnasium.wrappers.FrameStackObservation"
             )
-        elif type(env) not in _UNCHANGING:
+        if type(wrapper) not in _KNOWN + _UNCHANGING:
             raise Unclonable(
-                f"what {type(env).__name__} does to observations and rewards is not known for branches: use a"
+                f"what {type(wrapper).__name__} does to observations and rewards is not known for branches: use a"
                 " gymnasium.Wrapper around each environment"
             )
-        env = env.venv
-    return env, View(tuple(found))
+    return base, View(wrappers)
 
 
 class Unnormalized:
-    """What environments gave before VecNormalize changed it, as the policy's space has it.
+    """What environments gave in the last step or reset before VecNormalize changed it, as the policy's space has it.
 
-    Args:
-      env: in all its wrappers.
-
-    Raises:
-      ValueError: a wrapper outside of VecNormalize changes observations once more, in a way that is not known here.
+    Raises ValueError where a wrapper outside of VecNormalize changes observations once more, in a way not known here.
     """
 
     def __init__(self, env: VecEnv):
-        outside: list[VecEnvWrapper] = []
-        while isinstance(env, VecEnvWrapper) and not isinstance(env, VecNormalize):
-            outside.insert(0, env)
-            env = env.venv
-        self._normalizer = env if isinstance(env, VecNormalize) else None
-        self._transposed: list[VecTransposeImage] = []
-        if self._normalizer is None or not self._normalizer.norm_obs:
-            return
-        for wrapper in outside:
-            if isinstance(wrapper, VecTransposeImage):
-                self._transposed.append(wrapper)
-            elif wrapper.observation_space != wrapper.venv.observation_space:
+        wrappers = unwrapped(env)[1]
+        places = [index for index, one in enumerate(wrappers) if isinstance(one, VecNormalize)]
+        self._normalizer: Any = wrappers[places[-1]] if places else None
+        self._outside = wrappers[places[-1] + 1 :] if places else []
+        self.changes_observations = self._normalizer is not None and self._normalizer.norm_obs
+        for wrapper in self._outside if self.changes_observations else ():
+            is_other = wrapper.observation_space != wrapper.venv.observation_space
+            if is_other and not isinstance(wrapper, VecTransposeImage):
                 raise ValueError(
                     f"reward_function sees observations as they were before VecNormalize, but {type(wrapper).__name__}"
                     f" outside of it changes them again: put VecNormalize outside of {type(wrapper).__name__}"
                 )
 
-    @property
-    def changes_observations(self) -> bool:
-        """Whether what the policy sees differs from what environments give."""
-        return self._normalizer is not None and self._normalizer.norm_obs
-
     def observation(self, seen: Any) -> Any:
-        """Of the last step or reset, ``[N, *shape]``; ``seen`` itself where nothing changes it."""
-        if self._normalizer is None or not self._normalizer.norm_obs:
+        """``[N, *shape]``; ``seen`` itself where nothing changes it."""
+        if not self.changes_observations:
             return seen
-        return self._transpose(self._normalizer.get_original_obs())
+        return _owned(_through(self._outside, self._normalizer.get_original_obs()))
 
-    def rewards(self, seen: np.ndarray) -> np.ndarray:
-        """Of the last step, ``[N]``."""
-        if self._normalizer is None or not self._normalizer.norm_reward:
-            return seen
-        return self._normalizer.get_original_reward()
-
-    def final(self, infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Infos whose ``terminal_observation`` is unnormalised."""
-        if self._normalizer is None or not self._normalizer.norm_obs:
-            return infos
-        normalizer, key = self._normalizer, "terminal_observation"
-        return [{key: normalizer.unnormalize_obs(info[key])} if key in info else {} for info in infos]
-
-    def _transpose(self, observation: Any) -> Any:
-        for wrapper in self._transposed:
-            observation = wrapper.transpose_observations(observation)
-        return observation
+    def step(self, result: VecStep) -> VecStep:
+        """The last step as it was, last observations of episodes included."""
+        if self._normalizer is not None and self._normalizer.norm_reward:
+            result = result._replace(rewards=self._normalizer.get_original_reward())
+        if not self.changes_observations:
+            return result
+        unnormalize, key = self._normalizer.unnormalize_obs, "terminal_observation"
+        infos = [{key: unnormalize(info[key])} if key in info else {} for info in result.infos]
+        return result._replace(observation=self.observation(result.observation), infos=infos)

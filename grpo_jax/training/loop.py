@@ -27,7 +27,7 @@ from grpo_jax.groups.compare import (
 )
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, split
-from grpo_jax.policies.policy import Policy, make_policy
+from grpo_jax.policies.policy import Policy, PolicyState, make_policy
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.training.metrics import episode_metrics, explained_variance, group_metrics
 from grpo_jax.training.rollout import rollout, start
@@ -221,9 +221,7 @@ def compare(
       ValueError: candidates that are branched, but neither ``env`` nor ``evaluated``.
     """
     policy, learner = state.policy, state.learner
-    if trajectory.distribution is None:
-        distribution = policy.parameters(learner.policy, trajectory.observation, trajectory.action_mask)
-        trajectory = trajectory.replace(distribution=distribution)
+    trajectory = _with_distribution(policy, learner.policy, trajectory)
     if config.candidates == "trajectory":
         return Comparison(*compare_trajectories(config, policy, trajectory), counter.zero())
     if config.candidates == "episodes":
@@ -234,8 +232,7 @@ def compare(
             raise ValueError(
                 f"candidates={config.candidates!r} needs a world to branch in: env=None has none"
             )
-        candidate_key, branch_key = split(iteration_keys(state.key).groups, 2)
-        group = propose(config, policy, trajectory, candidate_key)
+        group, branch_key = draw_group(config, policy, learner.policy, trajectory, state.key)
         persistence = _persistence(config, learner, progress)
         branches = follow(
             config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
@@ -244,6 +241,22 @@ def compare(
         group, branches = evaluated
     batch, advantages = compare_branches(config, policy, learner.policy, trajectory, group, branches, wanted)
     return Comparison(batch, advantages, branches.simulator_steps)
+
+
+def draw_group(
+    config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory, key: jax.Array
+) -> tuple[Group, jax.Array]:
+    """The candidates of an iteration with ``key``, and the key of their branches."""
+    candidate_key, branch_key = split(iteration_keys(key).groups, 2)
+    trajectory = _with_distribution(policy, policy_state, trajectory)
+    return propose(config, policy, trajectory, candidate_key), branch_key
+
+
+def _with_distribution(policy: Policy, policy_state: PolicyState, trajectory: Trajectory) -> Trajectory:
+    if trajectory.distribution is not None:
+        return trajectory
+    distribution = policy.parameters(policy_state, trajectory.observation, trajectory.action_mask)
+    return trajectory.replace(distribution=distribution)
 
 
 def improve(

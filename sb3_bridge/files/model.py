@@ -20,17 +20,12 @@ def read_model(
     print_system_info: bool,
     allow_pickle: bool,
 ) -> tuple[dict[str, Any], dict[str, PyTree]]:
-    """Attributes and parameters of a saved model.
+    """Attributes and parameters of a saved model; arguments and further errors: :func:`load_zip`.
 
-    Args:
-      path: file name or binary file.
-      custom_objects: replace what the file holds, by attribute.
-      changes: the keyword arguments of ``load``, which replace attributes too.
-      print_system_info: of the file and of this machine.
-      allow_pickle: see :func:`load_zip`.
+    ``changes`` (the keyword arguments of ``load``) replace attributes as ``custom_objects`` do.
 
     Raises:
-      ValueError: not a file of GRPO, or other policy arguments than the file's.
+      ValueError: other policy arguments than the file's.
       KeyError: an attribute without which there is no model.
     """
     if custom_objects is not None and not isinstance(custom_objects, dict):
@@ -38,18 +33,14 @@ def read_model(
     if print_system_info:
         print("== CURRENT SYSTEM INFO ==")
         get_system_info()
-    replaced = {name: value for name, value in changes.items() if name != "policy_kwargs"}
-    data, params = load_zip(
-        path,
-        custom_objects={**(custom_objects or {}), **replaced},
-        allow_pickle=allow_pickle,
-        print_system_info=print_system_info,
-    )
-    stored = data.setdefault("policy_kwargs", changes.get("policy_kwargs", {}))
-    if changes.get("policy_kwargs", stored) != stored:
+    custom_objects = dict(custom_objects or {}) | {x: changes[x] for x in changes if x != "policy_kwargs"}
+    reading = {"allow_pickle": allow_pickle, "print_system_info": print_system_info}
+    data, params = load_zip(path, custom_objects=custom_objects, **reading)
+    specified = changes.get("policy_kwargs", data.get("policy_kwargs", {}))
+    if specified != (stored := data.setdefault("policy_kwargs", specified)):
         raise ValueError(
-            f"The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs: {stored},"
-            f" specified kwargs: {changes['policy_kwargs']}"
+            "The specified policy kwargs do not equal the stored policy kwargs."
+            f" Stored kwargs: {stored}, specified kwargs: {specified}"
         )
     for name in ("observation_space", "action_space", "policy_class"):
         if name not in data:

@@ -17,44 +17,39 @@ import pickle
 import pkgutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import flax
 import jax
 import numpy as np
 import stable_baselines3
-import torch
-from flax import serialization, traverse_util
+from flax import serialization
 from stable_baselines3.common import utils
 from stable_baselines3.common.save_util import open_path
 
 import grpo_jax
 from grpo_jax.training.checkpoint import write_atomically
 from grpo_jax.types import PyTree
-from sb3_bridge.files.plain import NotPlainError, decode, encode, is_json, refuse_key, trusted_name
+from sb3_bridge.files.plain import KIND, NotPlainError, decode, encode, refuse_key, trusted_name
 
 PLAIN, TYPE, PICKLED = ":plain:", ":type:", ":serialized:"
 PARAMETERS = ".msgpack"
 
 File = str | pathlib.Path | io.BufferedIOBase
-Policy = TypeVar("Policy")
 
 
 def save_zip(path: File, data: dict[str, Any], params: dict[str, PyTree]) -> None:
     """Writes a model; a save that fails leaves the old file as it was.
 
-    Args:
-      path: the file (``.zip`` is added where there is no suffix; as in SB3, a missing folder is made, and where a folder
-        has that name ``_2`` is added, both with a warning), or a writable binary file object.
-      data: attributes by name: anything, see :func:`encode` for what is loaded again without a pickle.
-      params: nested dicts of arrays (NumPy, JAX) and plain numbers, by name.
-
-    Raises:
-      TypeError: a value that cannot be stored, or a path that is none.
+    ``path`` is treated as by SB3, or is a writable binary file object; ``data`` holds attributes by name, see
+    :func:`encode` for what is loaded again without a pickle; ``params`` nested dicts of arrays and plain numbers. What
+    cannot be stored is a TypeError.
     """
     attributes = {_checked_name(name): _to_entry(name, value) for name, value in data.items()}
+    versions = {"JAX": jax.__version__, "Flax": flax.__version__, "GRPO-JAX": grpo_jax.__version__}
+    info = utils.get_system_info(print_info=False)[1] + "".join(f"- {x}: {versions[x]}\n" for x in versions)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("data", json.dumps(attributes, indent=4, allow_nan=False))
@@ -63,7 +58,7 @@ def save_zip(path: File, data: dict[str, Any], params: dict[str, PyTree]) -> Non
             archive.writestr(_checked_name(name) + PARAMETERS, serialization.msgpack_serialize(plain))
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("_grpo_jax_version", grpo_jax.__version__)
-        archive.writestr("system_info.txt", _system_info())
+        archive.writestr("system_info.txt", info)
     if isinstance(path, str | pathlib.Path):
         write_atomically(_target(pathlib.Path(path)), content.getvalue())
     else:
@@ -88,17 +83,20 @@ def load_zip(
       print_system_info: prints what the file was saved with.
 
     Returns:
-      data: without what is stored as a pickle only; one warning names all of these.
-      params: nested dicts of writable NumPy arrays.
+      data (without what is stored as a pickle only; one warning names all of these), and params (writable NumPy arrays).
 
     Raises:
-      FileNotFoundError: no such file.
       ValueError: not such a file, a damaged one, or another algorithm's: names the path, the entry and the fix.
     """
     if custom_objects is not None and not isinstance(custom_objects, dict):
         raise ValueError(f"custom_objects={custom_objects!r} must be a dict (attribute -> object) or None")
     params, attributes = {}, None
-    with _archive(path) as archive:
+    with contextlib.ExitStack() as stack:
+        file: Any = open_path(path, "r", suffix="zip")
+        if isinstance(path, str | pathlib.Path):  # else it is the user's
+            stack.enter_context(file)
+        with _blamed(f"{path} is not a zip file, or is cut off or damaged"):
+            archive = stack.enter_context(zipfile.ZipFile(file))
         names = archive.namelist()
         if print_system_info:
             print("== SAVED MODEL SYSTEM INFO ==")
@@ -106,11 +104,11 @@ def load_zip(
             print(archive.read("system_info.txt").decode() if known else f"{path} has no system_info.txt")
         for name in names:
             if name.endswith(PARAMETERS):
-                with _blamed(path, name):
+                with _blamed(f"{path}: entry {name!r} is damaged"):
                     tree = _writable(serialization.msgpack_restore(archive.read(name)))
                 params[name.removesuffix(PARAMETERS)] = tree
         if "data" in names and (load_data or not params):
-            with _blamed(path, "data"):
+            with _blamed(f"{path}: entry 'data' is damaged"):
                 attributes = json.loads(archive.read("data").decode())
                 if not isinstance(attributes, dict):
                     raise TypeError(f"expected an object, got {type(attributes).__name__}")
@@ -123,48 +121,8 @@ def load_zip(
     return _from_entries(path, attributes, custom_objects or {}, allow_pickle), params
 
 
-def policy_to_file(policy: Any, path: File) -> None:
-    """Writes a policy alone: its constructor's arguments as ``data``, its parameters as ``params["policy"]``.
-
-    Raises:
-      TypeError: as :func:`save_zip`.
-    """
-    save_zip(path, policy._get_constructor_parameters(), {"policy": policy.state.params})
-
-
-def policy_from_file(
-    cls: Callable[..., Policy], path: File, device: torch.device | str = "auto", **reading: Any
-) -> Policy:
-    """Reads a policy that :func:`policy_to_file` wrote.
-
-    Args:
-      cls: the policy's class, called with the stored arguments.
-      path: as in :func:`load_zip`.
-      device: the torch device the policy is moved to.
-      **reading: ``custom_objects`` and ``allow_pickle``, as in :func:`load_zip`.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: no policy's file, or not one of ``cls``.
-    """
-    data, params = load_zip(path, **reading)
-    if "policy_class" in data or "policy" not in params:
-        raise ValueError(f"{path} holds a whole model, not a policy alone: use GRPO.load(path).policy")
-    try:
-        policy: Any = cls(**data)
-    except TypeError as error:
-        raise ValueError(
-            f"{path} does not hold what the policy is made from ({error}); pass what is missing in custom_objects"
-        ) from error
-    policy.load_state_dict(traverse_util.flatten_dict(params["policy"], sep="."))
-    return policy.to(utils.get_device(device))
-
-
-# --- The file ---------------------------------------------------------------------------------------------------------
-
-
 def _target(path: pathlib.Path) -> pathlib.Path:
-    """Where SB3's ``open_path`` would write."""
+    """Where SB3's ``open_path`` would write, with its warnings."""
     if path.suffix == "":
         path = pathlib.Path(f"{path}.zip")
     while path.is_dir():
@@ -177,34 +135,13 @@ def _target(path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(os.path.realpath(path))
 
 
-def _system_info() -> str:
-    versions = {"JAX": jax.__version__, "Flax": flax.__version__, "GRPO-JAX": grpo_jax.__version__}
-    ours = "".join(f"- {name}: {version}\n" for name, version in versions.items())
-    return utils.get_system_info(print_info=False)[1] + ours
-
-
 @contextlib.contextmanager
-def _archive(path: File) -> Iterator[zipfile.ZipFile]:
-    file = open_path(path, "r", suffix="zip")
-    try:
-        try:
-            archive = zipfile.ZipFile(file)
-        except Exception as error:  # a damaged directory raises more than BadZipFile
-            raise ValueError(f"{path} is not a zip file, or is cut off or damaged ({error})") from error
-        with archive:
-            yield archive
-    finally:
-        if isinstance(path, str | pathlib.Path):
-            file.close()
-
-
-@contextlib.contextmanager
-def _blamed(path: File, name: str) -> Iterator[None]:
-    """Turns any error into one that names the damaged entry."""
+def _blamed(what: str, fix: str = "") -> Iterator[None]:
+    """Turns any error (a damaged zip raises many) into one that says what is wrong with the file."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path}: entry {name!r} is damaged ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{what} ({type(error).__name__}: {error}){fix}") from error
 
 
 _ALGORITHMS = {
@@ -212,8 +149,8 @@ _ALGORITHMS = {
     "target_entropy": "SAC",
     "policy_delay": "TD3",
     "exploration_schedule": "DQN",
-    "gae_lambda": "A2C",
 }
+_ALGORITHMS |= {"gae_lambda": "A2C"}
 """An attribute that a file holds -> SB3's algorithm that wrote it; the first that fits."""
 
 
@@ -221,14 +158,12 @@ def _no_parameters(path: File, names: list[str], attributes: dict[str, Any]) -> 
     if not any(name.endswith(".pth") for name in names):
         found = ", ".join(names) or "none"
         return ValueError(f"{path} holds no parameters (no entry *{PARAMETERS}; it has {found})")
-    known = [f"stable_baselines3.{name}" for key, name in _ALGORITHMS.items() if key in attributes]
-    owner = [*known, "the Stable-Baselines3 algorithm that saved it"][0]
     if "sb3_contrib" in str(attributes.get("policy_class")):
         owner = "the algorithm of sb3_contrib that saved it"
+    else:
+        known = (f"stable_baselines3.{name}" for key, name in _ALGORITHMS.items() if key in attributes)
+        owner = next(known, "the Stable-Baselines3 algorithm that saved it")
     return ValueError(f"{path} holds torch parameters (*.pth) of another algorithm: load it with {owner}")
-
-
-# --- Parameters -------------------------------------------------------------------------------------------------------
 
 
 def _storable(tree: PyTree, where: str) -> PyTree:
@@ -266,9 +201,6 @@ def _checked_name(name: Any) -> str:
     return name
 
 
-# --- Attributes -------------------------------------------------------------------------------------------------------
-
-
 class _Pickler(cloudpickle.Pickler):
     """Keeps JAX's functions by name: jitted ones are otherwise taken apart, and load as other functions."""
 
@@ -282,9 +214,9 @@ class _Pickler(cloudpickle.Pickler):
 def _to_entry(name: str, value: Any) -> Any:
     entry: dict[str, Any] = {TYPE: str(type(value))}
     try:
-        if is_json(value):
-            return value
         entry[PLAIN] = encode(value)
+        if KIND not in json.dumps(entry[PLAIN]):  # JSON knows it
+            return value
     except (NotPlainError, RecursionError):  # a container that holds itself recurses
         pass
     except TypeError as error:
@@ -313,13 +245,10 @@ def _from_entries(
         elif not isinstance(entry, dict) or not {PLAIN, PICKLED} & entry.keys():
             data[name] = entry
         elif PLAIN in entry:
-            try:
+            with _blamed(
+                f"{path}: {name!r} in entry 'data' cannot be read", f"; if the rest is sound, {fix}"
+            ):
                 data[name] = decode(entry[PLAIN])
-            except Exception as error:
-                why = (
-                    f"cannot be read ({type(error).__name__}: {error}); if the file is sound otherwise, {fix}"
-                )
-                raise ValueError(f"{path}: {name!r} in entry 'data' {why}") from error
         elif not allow_pickle:
             left_out.append(name)
         else:

@@ -9,7 +9,9 @@ import base64
 import contextlib
 import functools
 import importlib
+import inspect
 import math
+import operator
 import pathlib
 import sys
 import types
@@ -42,17 +44,15 @@ def encode(value: Any) -> Any:
     Known are None, booleans, numbers, strings, lists, tuples, dicts, deques; NumPy arrays, scalars, dtypes and PCG64
     generators, JAX arrays (loaded as NumPy); Gymnasium's Box, Discrete, MultiDiscrete, MultiBinary and Dict spaces with
     their random states; SB3's schedules (closures of its old makers are loaded as the classes that replaced them); torch
-    devices, paths; and what ``_TRUSTED`` lists, by name. In any nesting. Subclasses of these are not known.
-
-    Raises:
-      NotPlainError: anything else.
-      TypeError: a typed PRNG key.
+    devices, paths; and what ``_TRUSTED`` lists, by name. In any nesting; anything else, their subclasses too, is a
+    NotPlainError.
     """
-    if is_json(value):
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
     if type(value) is list:
         return [encode(item) for item in value]
-    if type(value) is dict and all(_is_plain_key(key) for key in value):
+    # Our own keys begin with a colon: a user's must not be mistaken for one.
+    if type(value) is dict and all(type(key) is str and not key.startswith(":") for key in value):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, jax.Array):
         refuse_key(value, "the value")
@@ -64,11 +64,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(form: Any) -> Any:
-    """The value of a plain form; calls nothing but what ``_KINDS`` names.
-
-    Raises:
-      Exception: of any type, for a form that :func:`encode` does not write.
-    """
+    """The value of a plain form; calls nothing but what ``_KINDS`` names. What ``encode`` does not write is any error."""
     if not isinstance(form, dict):
         return [decode(item) for item in form] if isinstance(form, list) else form
     fields = {name: decode(part) for name, part in form.items() if name != KIND}
@@ -77,17 +73,6 @@ def decode(form: Any) -> Any:
     if form[KIND] not in _KINDS:
         raise ValueError(f"unknown kind {form[KIND]!r}")
     return _KINDS[form[KIND]].to_value(**fields)
-
-
-def is_json(value: Any) -> bool:
-    """Whether JSON gives back the very same."""
-    if type(value) is float:
-        return math.isfinite(value)
-    if type(value) is list:
-        return all(is_json(item) for item in value)
-    if type(value) is dict:
-        return all(_is_plain_key(key) and is_json(item) for key, item in value.items())
-    return value is None or type(value) in (bool, int, str)
 
 
 def refuse_key(array: Any, where: str) -> None:
@@ -111,54 +96,30 @@ def trusted_name(value: Any) -> tuple[str, str] | None:
     return None
 
 
-def _is_plain_key(key: Any) -> bool:
-    # Our own keys begin with a colon: a user's must not be mistaken for one.
-    return type(key) is str and not key.startswith(":")
-
-
-# --- What may be stored by name ---------------------------------------------------------------------------------------
-
-
 def _subclass_of(*bases: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, type) and issubclass(value, bases)
 
 
-def _function_of(package: str) -> Callable[[Any], bool]:
-    def may_be_named(value: Any) -> bool:
-        function = value.func if isinstance(value, functools.partial) else value
-        is_own = str(function.__module__).split(".")[0] == package  # not imported for the package's own use
-        return is_own and callable(function) and not isinstance(function, type)
-
-    return may_be_named
+def _is_function(value: Any, package: str) -> bool:
+    function = value.func if isinstance(value, functools.partial) else value
+    is_own = str(function.__module__).split(".")[0] == package  # not imported for the package's own use
+    return is_own and callable(function) and not isinstance(function, type)
 
 
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "absolute",
-        "arcsinh",
-        "arctan",
-        "cos",
-        "exp",
-        "expm1",
-        "log1p",
-        "sign",
-        "sin",
-        "sinc",
-        "sinh",
-        "sqrt",
-        "square",
-        "tanh",
-    ]
+# fmt: off
+_ELEMENTWISE = (
+    "abs", "absolute", "arcsinh", "arctan", "cos", "exp", "expm1", "log1p", "sign", "sin", "sinc", "sinh", "sqrt",
+    "square", "tanh",
 )
+# fmt: on
 _TRUSTED: dict[str, Callable[[Any], bool]] = {
     "sb3_bridge.policies": _subclass_of(torch.nn.Module, linen.Module),
-    "jax.nn": _function_of("jax"),
-    "jax.nn.initializers": _function_of("jax"),
+    "jax.nn": lambda value: _is_function(value, "jax"),
+    "jax.nn.initializers": lambda value: _is_function(value, "jax"),
     # By name: this module has functions that read files, and unpickle them.
     "jax.numpy": lambda value: isinstance(value, type(jnp.float32)) or value.__name__ in _ELEMENTWISE,
     "flax.linen": _subclass_of(linen.Module),
-    "optax": _function_of("optax"),
+    "optax": lambda value: _is_function(value, "optax"),
     "numpy": _subclass_of(np.generic),
     "torch.nn": _subclass_of(torch.nn.Module),
     "torch.optim": _subclass_of(torch.optim.Optimizer),
@@ -169,10 +130,6 @@ _TRUSTED: dict[str, Callable[[Any], bool]] = {
 """Modules whose functions and classes are stored by name -> which of them. A file can call for nothing else."""
 
 
-def _reference_fields(value: Any) -> dict[str, Any]:
-    return dict(zip(("module", "name"), trusted_name(value) or (), strict=True))
-
-
 def _to_reference(module: str, name: str) -> Any:
     may_be_looked_up = module in _TRUSTED and not name.startswith("_")
     value = vars(importlib.import_module(module)).get(name) if may_be_looked_up else None
@@ -181,14 +138,11 @@ def _to_reference(module: str, name: str) -> Any:
     return value
 
 
-# --- Kinds of values: their fields, and the values made of these ------------------------------------------------------
-
-
-def _dtype_fields(dtype: np.dtype) -> dict[str, Any]:
+def _dtype_name(dtype: np.dtype) -> str:
     text = dtype.name if dtype.kind == "V" else dtype.str  # the first for bfloat16 and its like
     with contextlib.suppress(TypeError):
         if np.dtype(text) == dtype and not dtype.hasobject:
-            return {"text": text}
+            return text
     raise NotPlainError
 
 
@@ -200,9 +154,8 @@ def _to_dtype(text: str) -> np.dtype:
 
 
 def _array_fields(value: Any) -> dict[str, Any]:
-    array = np.asarray(value)
-    content = base64.b64encode(array.tobytes()).decode()
-    return {"dtype": _dtype_fields(array.dtype)["text"], "shape": list(array.shape), "content": content}
+    content = base64.b64encode(value.tobytes()).decode()
+    return {"dtype": _dtype_name(value.dtype), "shape": list(value.shape), "content": content}
 
 
 def _to_array(dtype: str, shape: list[int], content: str) -> np.ndarray:
@@ -216,12 +169,6 @@ def _is_scalar(value: Any) -> bool:
     # But strings, which lose zeros at their ends as arrays, and what a user derived from a scalar.
     kinds = isinstance(value, np.generic) and value.dtype.kind not in "SU"
     return kinds and type(value) is np.asarray(value).dtype.type
-
-
-def _generator_fields(generator: np.random.Generator) -> dict[str, Any]:
-    if type(generator.bit_generator) is not np.random.PCG64:
-        raise NotPlainError
-    return {"state": dict(generator.bit_generator.state)}
 
 
 def _to_generator(state: dict[str, Any]) -> np.random.Generator:
@@ -258,12 +205,6 @@ def _is_closure(value: Any) -> bool:
     return is_sb3s and value.__qualname__ in _CLOSURES
 
 
-def _closure_fields(closure: types.FunctionType) -> dict[str, Any]:
-    cells = [cell.cell_contents for cell in closure.__closure__ or ()]
-    arguments = dict(zip(closure.__code__.co_freevars, cells, strict=True))
-    return {"schedule": _CLOSURES[closure.__qualname__](**arguments)}
-
-
 class _Kind(NamedTuple):
     """How values of one class, or those that a function accepts, are taken apart and made again."""
 
@@ -283,36 +224,15 @@ def _pairs(owner: type) -> _Kind:
     return _Kind(owner, lambda x: {"items": [list(pair) for pair in x.items()]}, lambda items: owner(items))
 
 
-def _space(owner: type, to_value: Callable[..., Any], *names: str) -> _Kind:
-    def to_fields(space: Any) -> dict[str, Any]:
-        return {"seed": space._np_random} | {name: getattr(space, name) for name in names}
-
-    return _Kind(owner, to_fields, to_value)
-
-
-def _schedule(owner: type, *names: str) -> _Kind:
-    def holds(value: Any) -> bool:
-        return type(value) is owner and vars(value).keys() == set(names)
-
-    return _Kind(holds, lambda schedule: dict(vars(schedule)), owner)
+def _space(owner: type, to_value: Callable[..., Any]) -> _Kind:
+    names = tuple(inspect.signature(to_value).parameters)
+    fields = operator.attrgetter("_np_random", *names[1:])  # the first argument is the seed
+    return _Kind(owner, lambda space: dict(zip(names, fields(space), strict=True)), to_value)
 
 
-def _to_deque(items: list[Any], maxlen: int | None) -> deque:
-    return deque(items, maxlen)
-
-
-def _to_multi_discrete(seed: Any, nvec: np.ndarray, start: np.ndarray) -> spaces.MultiDiscrete:
-    return spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start)
-
-
-def _dict_fields(space: spaces.Dict) -> dict[str, Any]:
-    # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
-    return {"seed": space._np_random, "parts": OrderedDict(space.spaces)}
-
-
-def _is_dummy(value: Any) -> bool:
-    # SB3 stores it in place of the schedule when a policy is saved alone.
-    return value is BasePolicy._dummy_schedule
+def _schedule(owner: type) -> _Kind:
+    names = inspect.signature(owner).parameters.keys()
+    return _Kind(lambda x: type(x) is owner and vars(x).keys() == names, lambda x: dict(vars(x)), owner)
 
 
 _KINDS: dict[str, _Kind] = {
@@ -320,23 +240,50 @@ _KINDS: dict[str, _Kind] = {
     "tuple": _Kind(tuple, lambda x: {"items": list(x)}, lambda items: tuple(items)),
     "dict": _pairs(dict),
     "OrderedDict": _pairs(OrderedDict),
-    "deque": _Kind(deque, lambda x: {"items": list(x), "maxlen": x.maxlen}, _to_deque),
+    "deque": _Kind(
+        deque,
+        lambda x: {"items": list(x), "maxlen": x.maxlen},
+        lambda items, maxlen: deque(items, maxlen),
+    ),
     "path": _text(type(pathlib.Path())),
     "device": _text(torch.device),
-    "dtype": _Kind(lambda value: isinstance(value, np.dtype), _dtype_fields, _to_dtype),
+    "dtype": _Kind(lambda x: isinstance(x, np.dtype), lambda x: {"text": _dtype_name(x)}, _to_dtype),
     "ndarray": _Kind(np.ndarray, _array_fields, _to_array),
     "scalar": _Kind(_is_scalar, _array_fields, lambda **fields: _to_array(**fields)[()]),
-    "generator": _Kind(np.random.Generator, _generator_fields, _to_generator),
-    "Box": _space(spaces.Box, _to_box, "low", "high", "bounded_below", "bounded_above"),
-    "Discrete": _space(spaces.Discrete, _to_discrete, "n", "start"),
-    "MultiDiscrete": _space(spaces.MultiDiscrete, _to_multi_discrete, "nvec", "start"),
-    "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed), "n"),
-    "Dict": _Kind(spaces.Dict, _dict_fields, lambda seed, parts: spaces.Dict(parts, seed)),
-    "FloatSchedule": _schedule(utils.FloatSchedule, "value_schedule"),
-    "LinearSchedule": _schedule(utils.LinearSchedule, "start", "end", "end_fraction"),
-    "ConstantSchedule": _schedule(utils.ConstantSchedule, "val"),
-    "CosineSchedule": _schedule(CosineSchedule, "start"),
-    "schedule_closure": _Kind(_is_closure, _closure_fields, lambda schedule: schedule),
-    "dummy_schedule": _Kind(_is_dummy, lambda _: {}, lambda: BasePolicy._dummy_schedule),
-    "reference": _Kind(lambda x: trusted_name(x) is not None, _reference_fields, _to_reference),
+    "generator": _Kind(
+        lambda x: type(x) is np.random.Generator and type(x.bit_generator) is np.random.PCG64,
+        lambda x: {"state": dict(x.bit_generator.state)},
+        _to_generator,
+    ),
+    "Box": _space(spaces.Box, _to_box),
+    "Discrete": _space(spaces.Discrete, _to_discrete),
+    "MultiDiscrete": _space(
+        spaces.MultiDiscrete,
+        lambda seed, nvec, start: spaces.MultiDiscrete(nvec, nvec.dtype.type, seed, start),
+    ),
+    "MultiBinary": _space(spaces.MultiBinary, lambda seed, n: spaces.MultiBinary(n, seed)),
+    "Dict": _Kind(
+        spaces.Dict,
+        # Gymnasium sorts a dict's keys, and takes an OrderedDict as it is.
+        lambda x: {"seed": x._np_random, "parts": OrderedDict(x.spaces)},
+        lambda seed, parts: spaces.Dict(parts, seed),
+    ),
+    "FloatSchedule": _schedule(utils.FloatSchedule),
+    "LinearSchedule": _schedule(utils.LinearSchedule),
+    "ConstantSchedule": _schedule(utils.ConstantSchedule),
+    "CosineSchedule": _schedule(CosineSchedule),
+    "schedule_closure": _Kind(
+        _is_closure,
+        lambda x: {"schedule": _CLOSURES[x.__qualname__](**inspect.getclosurevars(x).nonlocals)},
+        lambda schedule: schedule,
+    ),
+    # SB3 stores it in place of the schedule when a policy is saved alone.
+    "dummy_schedule": _Kind(
+        lambda x: x is BasePolicy._dummy_schedule, lambda _: {}, lambda: BasePolicy._dummy_schedule
+    ),
+    "reference": _Kind(
+        lambda x: trusted_name(x) is not None,
+        lambda x: dict(zip(("module", "name"), trusted_name(x) or (), strict=True)),
+        _to_reference,
+    ),
 }

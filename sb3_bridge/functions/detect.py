@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import warnings
@@ -13,40 +14,36 @@ import numpy as np
 from gymnasium.vector.utils import batch_space
 
 from sb3_bridge.functions.indices import find_out_of_range
-from sb3_bridge.functions.results import Arguments, Unfit, differ, first_line, length, shapes, take
 from sb3_bridge.functions.user_function import (
     FRAMEWORKS,
+    Arguments,
+    Unfit,
     UserFunction,
     check_agreement,
     check_finite,
+    differ,
     evaluate,
-    traced,
+    first_line,
+    length,
+    shapes,
+    take,
 )
 
 F = TypeVar("F", bound=UserFunction)
-Fitting = dict[bool, tuple[F, list[np.ndarray]]]  # by takes_batch: forms whose shapes fit, and their results
 Spaces = tuple[gymnasium.Space, ...]
 
 _UNBOUNDED = 1e6  # bounds beyond it tell nothing about usual values; their squares may overflow
 _SMALLEST_BATCH = 7
 _LARGEST_BATCH = 64  # of those in which a function is compared with itself for one transition
 _SCALES = (1.0, 0.03, 30.0)
-_ORIGIN = " (drawn from the spaces)"
 
 
 def resolve(untried: F, spaces: Spaces) -> F:
-    """Tries every form of a user's function and keeps the one that works.
+    """Tries every form of a user's function of such spaces and keeps the one that works.
 
     JAX first, then NumPy, then torch; what works as JAX runs on the device. A NumPy function fails to be traced,
     as do Python branches on values; torch functions refuse arrays of the other two. A function of NumPy or torch that
     takes one transition and a batch is called for batches if the results are equal, else it is refused.
-
-    Args:
-      untried: the function in any form.
-      spaces: of its arguments.
-
-    Returns:
-      The function in its own form.
 
     Raises:
       TypeError: not callable, it takes other arguments, or it raises in every form (each one's error is listed).
@@ -57,20 +54,25 @@ def resolve(untried: F, spaces: Spaces) -> F:
     function: Any = untried.function
     if not callable(function):
         raise TypeError(f"{untried.parameter}={function!r} must be callable: {signature}")
-    _check_arity(function, untried.argument_names, signature)
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
+        given = inspect.signature(function)
+        try:
+            given.bind(*untried.argument_names)
+        except TypeError as error:
+            called = f"{signature} is called with {len(untried.argument_names)} arguments"
+            raise TypeError(f"{called}, but yours is {given}: {error}") from None
     try:
         hash(function)
     except TypeError:  # e.g. an instance of a dataclass; its bound method hashes by identity
         untried = dataclasses.replace(untried, function=function.__call__)
     n = _SMALLEST_BATCH  # that no observation or action has an axis of
-    while n in {size for leaf in jax.tree.leaves(_draw_all(untried, spaces, 1)) for size in leaf.shape[1:]}:
+    while n in _axes(_draw(spaces, 1)):
         n += 1
-    arguments = _draw_all(untried, spaces, n)
+    arguments = _draw(spaces, n)
     tried: dict[str, list[str]] = {}
-    unfit: list[Exception] = []
-    raised: list[Exception] = []
+    errors: list[Exception] = []
     for framework in FRAMEWORKS:
-        fitting: Fitting = {}
+        fitting: dict[bool, tuple[F, list[np.ndarray]]] = {}  # forms whose shapes fit, and their results
         for takes_batch in (False, True):
             form = dataclasses.replace(untried, framework=framework, takes_batch=takes_batch)
             try:
@@ -78,131 +80,96 @@ def resolve(untried: F, spaces: Spaces) -> F:
                 with warnings.catch_warnings(action="ignore"):
                     fitting[takes_batch] = form.attempt(arguments)
             except Exception as error:
-                (unfit if isinstance(error, Unfit) else raised).append(error)
+                errors.append(error)
                 tried.setdefault(first_line(error), []).append(form.form)
         if fitting:
-            return _settle(fitting, spaces, arguments)
-    all_alike = len(tried) == 1
-    lines = (f"{'every form' if all_alike else '; '.join(forms)}: {line}" for line, forms in tried.items())
-    forms = "\n  ".join(lines)
-    if unfit:
-        raise ValueError(f"{signature} must return {untried.returns}. Tried:\n  {forms}") from unfit[0]
+            try:
+                return _settle(fitting, spaces, arguments)
+            except ValueError as error:
+                raise ValueError(f"{error} (it was tried with values drawn from the spaces)") from error
+    forms = "\n  ".join(
+        f"{'; '.join(forms) if len(tried) > 1 else 'every form'}: {line}" for line, forms in tried.items()
+    )
+    for unfit in errors:
+        if isinstance(unfit, Unfit):
+            raise ValueError(f"{signature} must return {untried.returns}. Tried:\n  {forms}") from unfit
     raise TypeError(
         f"{signature} raises in every form that was tried, with states {shapes(arguments[0])} and actions"
         f" {shapes(arguments[1])} in a batch:\n  {forms}"
-    ) from raised[0]
+    ) from errors[0]
 
 
-def _check_arity(function: Any, names: tuple[str, ...], signature: str) -> None:
-    """Raises TypeError where a function cannot be called with so many arguments."""
-    try:
-        given = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return
-    try:
-        given.bind(*names)
-    except TypeError as error:
-        raise TypeError(
-            f"{signature} is called with {len(names)} arguments, but yours is {given}: {error}"
-        ) from None
-
-
-def _settle(fitting: Fitting, spaces: Spaces, arguments: Arguments) -> Any:
+def _settle(fitting: dict[bool, tuple[F, list[np.ndarray]]], spaces: Spaces, arguments: Arguments) -> F:
     """Chooses between the forms whose shapes fit, and checks their results."""
     # Both fit for element-wise functions of scalars (Discrete, Box of one number) and for indices that count from
     # the end, as in `next_state[..., 2]`. Where the two disagree, neither is known to be meant.
     form, alone = fitting[False not in fitting]
-    check_finite(form, alone, arguments, origin=_ORIGIN)
-    if form.framework == "jax":
-        _check_indices(form, arguments)
-    if True in fitting:
-        batched, together = fitting[True]
-        if False not in fitting:
-            try:
-                alone = _one_by_one(form, arguments)
-            except Exception as error:
-                raise ValueError(
-                    f"{form.parameter} ({form.form}) fails for a batch of one transition: {first_line(error)}"
-                ) from error
-        check_agreement(form, alone, together, arguments, _ORIGIN)
-        # Of JAX a batch of single transitions is one call anyway.
-        if False in fitting and form.framework != "jax" and _always_agree(form, batched, spaces):
-            form = dataclasses.replace(batched, fits_one=True)
+    check_finite(form, alone, arguments)
+    outside = find_out_of_range(form, arguments) if form.framework == "jax" else None
+    if outside:
+        raise ValueError(
+            f"{form.parameter} ({form.form}) reads {outside}, which is out of range: JAX would give another element"
+            " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
+        )
+    if True not in fitting:
+        return form
+    batched, together = fitting[True]
+    if form is batched:
+        try:
+            rows = [evaluate(form, take(arguments, slice(i, i + 1))) for i in range(length(arguments))]
+        except Exception as error:
+            raise ValueError(
+                f"{form.parameter} ({form.form}) fails for a batch of one transition: {first_line(error)}"
+            ) from error
+        alone = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    check_agreement(form, alone, together, arguments)
+    # Of JAX a batch of single transitions is one call anyway.
+    if form is not batched and form.framework != "jax" and _always_agree(form, batched, spaces):
+        return dataclasses.replace(batched, fits_one=True)
     return form
 
 
-def _one_by_one(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
-    rows = [evaluate(form, take(arguments, slice(i, i + 1))) for i in range(length(arguments))]
-    return [np.concatenate(column) for column in zip(*rows, strict=True)]
-
-
 def _always_agree(form: UserFunction, batched: UserFunction, spaces: Spaces) -> bool:
-    """Whether batches of every size and order give what single transitions give, up to rounding.
-
-    The sizes are small ones and those of the arguments' own axes. Values of other scales are tried too: a limit for a
-    whole batch may lie beyond what the spaces' usual values reach.
-    """
+    """Whether batches of every size and order, and values of every scale, give what single transitions give."""
     rng = np.random.default_rng(0)
-    largest = _LARGEST_BATCH
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            for seed, scale in enumerate(_SCALES, 1):
-                arguments = _draw_all(form, spaces, largest, seed, scale)
-                alone = evaluate(form, arguments)
-                axes = {n for leaf in jax.tree.leaves(arguments) for n in leaf.shape[1:] if 0 < n <= largest}
-                batches = [rng.integers(largest, size=n) for n in sorted({1, 2, 3, *axes})]
-                for rows in (*batches, rng.permutation(largest), np.zeros(5, int)):
-                    together = evaluate(batched, take(arguments, rows))
-                    for one, many in zip(alone, together, strict=True):
-                        if differ(one[rows], many, 1e-5).any():
-                            return False
-    except Exception:
-        return False
-    return True
-
-
-def _check_indices(form: UserFunction, arguments: Arguments) -> None:
-    """Raises ValueError where the function reads an array beyond its end: JAX would give the nearest element."""
-    n = length(arguments)
-    samples = [arguments] if form.takes_batch else [take(arguments, i) for i in range(n)]
-    lead = (n,) if form.takes_batch else ()
-    for sample in samples:
-        try:
-            found = find_out_of_range(lambda *given: traced(form, given, lead), sample)
-        except Exception:  # JAX's own data structures may change; the function itself was tried already
-            return
-        if found:
-            raise ValueError(
-                f"{form.parameter} ({form.form}) reads {found}, which is out of range: JAX would give another element"
-                " without an error. Correct the index; if that is meant, use jnp.take(x, index, axis, mode='clip')"
-            )
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        for seed, scale in enumerate(_SCALES, 1):
+            arguments = _draw(spaces, _LARGEST_BATCH, seed, scale)
+            alone = evaluate(form, arguments)
+            # Sizes that a function might take for an axis of its arguments.
+            sizes = {1, 2, 3} | {n for n in _axes(arguments) if 0 < n <= _LARGEST_BATCH}
+            batches = [rng.integers(_LARGEST_BATCH, size=n) for n in sorted(sizes)]
+            for rows in (*batches, rng.permutation(_LARGEST_BATCH), np.zeros(5, int)):
+                pairs = zip(take(alone, rows), evaluate(batched, take(arguments, rows)), strict=True)
+                if any(differ(one, many, 1e-5).any() for one, many in pairs):
+                    return False
+        return True
+    return False
 
 
 # What to try with.
 
 
-def _draw_all(form: UserFunction, spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:
-    """Arguments ``[n, *shape]``, drawn with generators of their own: the spaces' are the user's."""
+def _axes(arguments: Arguments) -> set[int]:
+    """Sizes of all axes of one sample."""
+    return {size for leaf in jax.tree.leaves(arguments) for size in leaf.shape[1:]}
+
+
+def _draw(spaces: Spaces, n: int, seed: int = 0, scale: float = 1.0) -> Arguments:
+    """Arguments ``[n, *shape]``, drawn with a generator of their own: the spaces' are the user's."""
     rng = np.random.default_rng(seed)
-    return tuple(_draw(form, space, n, rng, scale) for space in spaces)
+    return tuple(_draw_one(space, n, rng, scale) for space in spaces)
 
 
-def _draw(form: UserFunction, space: gymnasium.Space, n: int, rng: np.random.Generator, scale: float) -> Any:
-    """``[n, *space.shape]`` in the space's dtype: uniform, or standard normal where a bound is missing."""
+def _draw_one(space: gymnasium.Space, n: int, rng: np.random.Generator, scale: float) -> Any:
+    """In the space's dtype: uniform, or standard normal where a bound is missing."""
     if isinstance(space, gymnasium.spaces.Dict):
-        return {name: _draw(form, part, n, rng, scale) for name, part in space.spaces.items()}
-    kinds = (gymnasium.spaces.Discrete, gymnasium.spaces.MultiDiscrete, gymnasium.spaces.MultiBinary)
-    if not isinstance(space, (gymnasium.spaces.Box, *kinds)):
-        raise TypeError(
-            f"{form.parameter} cannot be tried on {space}: use Box, Discrete, MultiDiscrete, MultiBinary, Dict"
-        )
-    is_real = space.dtype is not None and space.dtype.kind == "f"
+        return {name: _draw_one(part, n, rng, scale) for name, part in space.spaces.items()}
+    is_real = np.dtype(space.dtype).kind == "f"
     if isinstance(space, gymnasium.spaces.Box):
         most = np.inf if is_real else _UNBOUNDED
-        low, high = (
-            np.where(np.abs(bound) > _UNBOUNDED, np.sign(bound) * most, bound).astype(space.dtype)
-            for bound in (space.low, space.high)
-        )
+        bounds = np.stack([space.low, space.high])
+        low, high = np.where(np.abs(bounds) > _UNBOUNDED, np.sign(bounds) * most, bounds).astype(space.dtype)
         space = gymnasium.spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[arg-type, union-attr]
     batch = batch_space(space, n)
     batch.seed(int(rng.integers(2**31)))

@@ -1,9 +1,8 @@
 """Functions on the host, inside of compiled programs.
 
-Through a primitive of our own instead of ``jax.pure_callback``: that one hands its arguments over as JAX arrays, and
-copies those above 100 kB that are not 64-byte aligned in the client's thread pool. On one core the only thread of the
-pool is the one that waits for the copy, which is a deadlock (seen in jax 0.10; jax-ml/jax#24255). Our primitive gets
-NumPy views from XLA, and nothing in it waits for JAX.
+By a primitive of our own, which gets NumPy views from XLA and never waits for JAX. ``jax.pure_callback`` copies large
+arguments in the client's thread pool, whose only thread on one core is the one that waits for the copy: a deadlock
+(seen in jax 0.10; jax-ml/jax#24255).
 """
 
 from __future__ import annotations
@@ -23,14 +22,10 @@ from jax.interpreters import batching, mlir
 
 
 def call(function: Any, arguments: Any) -> list[jax.Array]:
-    """The outputs ``[*shape]`` of one sample, traceable under ``jit`` and ``vmap``.
+    """The outputs ``[*shape]`` of one sample, traceable: the host is called once, however deep it is vmapped.
 
-    However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
-
-    Args:
-      function: hashable; its ``outputs`` have ``shape`` and ``dtype`` for one sample, and ``on_host`` gives them
-        ``[N, *shape]`` for arguments ``[N, *shape]``, into which it must not write.
-      arguments: a tree of arrays.
+    ``function`` is a ``UserFunction``: its ``on_host`` gives its ``outputs`` ``[N, *shape]`` for arguments
+    ``[N, *shape]``, a tree of arrays into which it must not write.
     """
     leaves, structure = jax.tree.flatten(arguments)
     return _call.bind(*leaves, function=function, structure=structure, batch_rank=0)
@@ -51,9 +46,7 @@ def original_errors() -> Iterator[None]:
 _last_error: collections.deque[Exception] = collections.deque(maxlen=1)
 
 
-def _run(
-    *leaves: np.ndarray, function: Any, structure: Any, batch_rank: int, results: Any
-) -> tuple[np.ndarray, ...]:
+def _run(*leaves: Any, function: Any, structure: Any, batch_rank: int, results: Any) -> tuple[Any, ...]:
     """What XLA calls; ``results`` are the shapes and dtypes that it wants."""
     n_samples = math.prod(leaves[0].shape[:batch_rank])
     if n_samples == 0:
@@ -64,14 +57,11 @@ def _run(
     except Exception as error:
         _last_error.append(error)
         raise
-    return tuple(
-        output.reshape(result.shape).astype(result.dtype)
-        for output, result in zip(outputs, results, strict=True)
-    )
+    pairs = zip(outputs, results, strict=True)
+    return tuple(output.reshape(result.shape).astype(result.dtype) for output, result in pairs)
 
 
-# The primitive. Operands are the leaves of the arguments, all with the same `batch_rank` leading axes; the results are
-# the outputs, [*batch, *shape] each.
+# The primitive. Operands are the leaves of the arguments, results the outputs, all with `batch_rank` leading axes.
 
 _call = Primitive("host_call")
 _call.multiple_results = True
@@ -90,27 +80,17 @@ def _result_shapes(*leaves: Any, function: Any, batch_rank: int, **_: Any) -> li
 
 
 def _batch(leaves: Any, axes: Any, *, batch_rank: int, **params: Any) -> tuple[list[jax.Array], list[int]]:
-    size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
-    leaves = [
-        jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
-        for leaf, axis in zip(leaves, axes, strict=True)
-    ]
+    pairs = list(zip(leaves, axes, strict=True))
+    size = next(leaf.shape[axis] for leaf, axis in pairs if axis is not None)
+    leaves = [batching.bdim_at_front(leaf, axis, size) for leaf, axis in pairs]
     results = _call.bind(*leaves, batch_rank=batch_rank + 1, **params)
     return results, [0] * len(results)
 
 
 def _lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-    results, _, _ = mlir.emit_python_callback(
-        ctx,
-        functools.partial(_run, results=ctx.avals_out, **params),
-        None,
-        list(operands),
-        ctx.avals_in,
-        ctx.avals_out,
-        has_side_effect=False,
-        returns_token=False,
-    )
-    return results
+    run = functools.partial(_run, results=ctx.avals_out, **params)
+    given = ctx, run, None, list(operands), ctx.avals_in, ctx.avals_out
+    return mlir.emit_python_callback(*given, has_side_effect=False, returns_token=False)[0]
 
 
 batching.primitive_batchers[_call] = _batch

@@ -7,6 +7,7 @@ new lambda. So every user's function gets programs of its own, which hold it wea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import weakref
@@ -17,11 +18,7 @@ import jax
 
 
 class Borrowed:
-    """A user's function, held weakly: what compiled programs and JAX's caches may keep.
-
-    Attributes:
-      owner: weak reference to the function; of a bound method, to its object.
-    """
+    """A user's function, or the object of a bound method, held weakly: compiled programs and JAX's caches may keep it."""
 
     def __init__(self, function: Callable[..., Any]):
         self._method = function.__func__ if isinstance(function, types.MethodType) else None
@@ -32,9 +29,7 @@ class Borrowed:
     def __call__(self, *arguments: Any) -> Any:
         owner = self.owner()
         if owner is None:
-            raise RuntimeError(
-                "a user's function was deleted before a program that calls it: keep a reference"
-            )
+            raise RuntimeError("a function was deleted before a program that calls it: keep a reference")
         return owner(*arguments) if self._method is None else self._method(owner, *arguments)
 
     def __hash__(self) -> int:
@@ -55,36 +50,22 @@ def borrow(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
-_JITS: weakref.WeakSet[OwnedJit] = weakref.WeakSet()
-
-
-def living() -> list[Any]:
-    """The sets of programs that belong to a user's function, for tests."""
-    return [program for jit in _JITS for program in jit._programs.values()]
-
-
 class OwnedJit:
     """``jax.jit`` of a module's function, with a set of compiled programs for each user's function that they call.
 
     Where a program calls a user's function it must be given that function's ``borrowed`` form.
-
-    Args:
-      function: what is jitted.
-      **options: those of ``jax.jit``.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         self._jit = functools.partial(jax.jit, **options)
         self._function, self._shared = function, self._jit(function)
         self._programs: dict[tuple[int, ...], Any] = {}
-        _JITS.add(self)
 
     def of(self, *owners: Any) -> Any:
         """The jitted function whose programs are dropped as soon as one of the owners dies.
 
-        Args:
-          *owners: user's functions (``UserFunction`` too), or any other objects; None and what Python has no weak
-            reference to are left out. Without any the programs stay, and all callers share them.
+        Owners are user's functions (``UserFunction`` too), or any other objects; None and what Python has no weak
+        reference to are left out. Without any the programs stay, and all callers share them.
         """
         alive = [owner for owner in map(_owner, owners) if owner is not None]
         if not alive:
@@ -92,8 +73,7 @@ class OwnedJit:
         key = tuple(map(id, alive))
         if key not in self._programs:
             # A function object of its own: it is what JAX's caches are bound to.
-            function = self._function
-            own = functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+            own = functools.wraps(self._function)(functools.partial(self._function))
             self._programs[key] = self._jit(own)
             for owner in alive:
                 weakref.finalize(owner, self._programs.pop, key, None).atexit = False
@@ -103,10 +83,6 @@ class OwnedJit:
 def _owner(owner: Any) -> Any:
     """What a user's function lives in; None where it cannot be watched."""
     function = borrow(getattr(owner, "function", owner)) if callable(owner) else owner
-    if isinstance(function, Borrowed):
-        return function.owner()
-    try:
-        weakref.ref(function)
-    except TypeError:
-        return None
-    return function
+    with contextlib.suppress(TypeError):
+        return function.owner() if isinstance(function, Borrowed) else weakref.ref(function)()
+    return None

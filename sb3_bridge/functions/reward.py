@@ -13,53 +13,42 @@ import numpy as np
 
 from sb3_bridge.functions.detect import resolve
 from sb3_bridge.functions.host_call import original_errors as original_errors
-from sb3_bridge.functions.results import Output, length
-from sb3_bridge.functions.user_function import UserFunction, check_finite, guarded
+from sb3_bridge.functions.user_function import Output, UserFunction, check_finite, guarded, shapes
 
 
 @dataclass(frozen=True)
 class Reward(UserFunction):
-    """A reward function in a known form: ``[]`` or ``[1]`` for one transition, ``[N]`` or ``[N, 1]`` for a batch.
+    """A reward function in a known form; a reward that is NaN or inf is an error that shows the transition.
 
-    A reward that is NaN or inf is an error that shows the transition. Inside ``jit`` that holds for NumPy and
-    torch only, and for finite states: what a world gives after an end counts for nothing.
-    JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message; see ``original_errors``.
+    Inside ``jit`` that holds for NumPy and torch only, and for finite states: what a world gives after an end counts
+    for nothing. JAX passes an error in there on as a ``JaxRuntimeError``; see ``original_errors``.
     """
 
     parameter: ClassVar[str] = "reward_function"
     argument_names: ClassVar[tuple[str, ...]] = ("state", "action", "next_state")
-    returns: ClassVar[str] = (
-        "one reward for a transition ([] or [1]), or N rewards for a batch of N ([N] or [N, 1])"
-    )
+    returns: ClassVar[str] = "one reward for a transition ([] or [1]), or N for a batch of N ([N] or [N, 1])"
 
     @property
     def outputs(self) -> tuple[Output, ...]:
         return (Output("", (), np.dtype(jnp.result_type(float))),)
 
-    def parts(self, result: Any) -> tuple[Any, ...]:
-        return (result,)
-
     def __call__(self, state: Any, action: Any, next_state: Any) -> jax.Array:
-        """The reward of one transition, traceable: ``[]`` in JAX's default float; see :meth:`batch` and ``of_one``."""
+        """The reward of one transition, traceable: ``[]`` in JAX's default float; see ``of_one``."""
         return self.of_one(state, action, next_state)[0]
 
     def batch(self, states: Any, actions: Any, next_states: Any) -> np.ndarray:
-        """The rewards of N transitions of ordinary environments, on the host.
-
-        Args:
-          states: ``[N, *shape]``, a dict of such arrays for ``Dict`` observations.
-          actions: ``[N, *shape]`` in the environment's units.
-          next_states: like ``states``.
-
-        Returns:
-          ``[N]`` float32.
+        """The rewards float32 ``[N]`` of transitions ``[N, *shape]`` of ordinary environments, on the host.
 
         Raises:
           ValueError: a reward is NaN or inf, or has the wrong shape; or the arguments differ in length.
           RuntimeError: the function raised.
         """
         transitions = jax.tree.map(np.asarray, (states, actions, next_states))
-        if length(transitions, "states, actions, next_states") == 0:
+        lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(transitions)}
+        if len(lengths) != 1 or lengths == {()}:
+            got = f"got shapes {shapes(transitions)}"
+            raise ValueError(f"states, actions, next_states must be arrays [N, ...] of one N, {got}")
+        if lengths == {(0,)}:
             return np.zeros(0, np.float32)
         results = [rewards.astype(np.float32) for rewards in guarded(self, transitions)]
         check_finite(self, results, transitions)
@@ -67,18 +56,13 @@ class Reward(UserFunction):
 
 
 def resolve_reward(
-    function: Callable[[Any, Any, Any], Any],
-    observation_space: gymnasium.Space,
-    action_space: gymnasium.Space,
+    function: Callable[..., Any], observation_space: gymnasium.Space, action_space: gymnasium.Space
 ) -> Reward:
     """Finds out, by trying, what kind of reward function this is; see ``detect.resolve`` for errors.
 
-    Args:
-      function: ``(state, action, next_state) -> reward``; a pure function of one transition (``[*shape]`` to
-        ``[]`` or ``[1]``), or of a batch, row by row (``[N, *shape]`` to ``[N]`` or ``[N, 1]``). NumPy and torch
-        get integer actions as int64; torch gets floats as float32, on the CPU.
-      observation_space: of one environment.
-      action_space: of one environment.
+    It is ``(state, action, next_state) -> reward``, pure, of one transition (``[*shape]`` to ``[]`` or ``[1]``) or of a
+    batch, row by row (``[N, *shape]`` to ``[N]`` or ``[N, 1]``). NumPy and torch get integer actions as int64; torch
+    gets floats as float32, on the CPU.
     """
     spaces = (observation_space, action_space, observation_space)
     return resolve(Reward(function, "jax", takes_batch=False), spaces)

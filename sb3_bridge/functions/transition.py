@@ -12,32 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.spaces import Box, Dict, Space, from_gymnasium
+from grpo_jax.spaces import Dict, Space, from_gymnasium
 from sb3_bridge.functions.detect import resolve
-from sb3_bridge.functions.results import Arguments, Output, Unfit
-from sb3_bridge.functions.user_function import UserFunction
+from sb3_bridge.functions.user_function import Arguments, Output, Unfit, UserFunction
 
 
 class _TellsEnd(Unfit):
-    """The function returned a tuple where it was taken to return ``next_state`` alone."""
+    pass
 
 
 @dataclass(frozen=True)
 class Transition(UserFunction):
     """A transition function in a known form: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``.
 
-    A ``next_state`` with NaN or inf is an error that shows state and action. Inside ``jit`` that holds for NumPy
-    and torch only, and for finite arguments. Branches step on after an end until all of them have ended, so it
-    must be finite there too. JAX passes an error in there on as a ``JaxRuntimeError`` that ends with the message;
-    see ``host_call.original_errors``.
-
-    Attributes:
-      tells_end: whether it returns ``(next_state, terminated)``.
-      observation_space: of ``state`` and ``next_state``.
+    A ``next_state`` with NaN or inf is an error that shows state and action, inside ``jit`` for NumPy and torch only,
+    and for finite arguments. Branches step on after an end until all of them have ended: it must be finite there too.
     """
 
-    tells_end: bool
-    observation_space: Space
+    tells_end: bool  # whether it returns (next_state, terminated)
+    observation_space: Space  # of state and next_state
 
     parameter: ClassVar[str] = "dynamics"
     argument_names: ClassVar[tuple[str, ...]] = ("state", "action")
@@ -52,10 +45,8 @@ class Transition(UserFunction):
         states: list[tuple[str, Any]] = [("next_state", space)]
         if isinstance(space, Dict):
             states = [(f"next_state[{name!r}]", part) for name, part in space.spaces]
-        outputs = [Output(name, part.shape, _dtype(part)) for name, part in states]
-        if self.tells_end:
-            outputs.append(Output("terminated", (), np.dtype(bool)))
-        return tuple(outputs)
+        ends = [Output("terminated", (), np.dtype(bool))] if self.tells_end else []
+        return (*(Output(name, part.shape, _dtype(part)) for name, part in states), *ends)
 
     def parts(self, result: Any) -> tuple[Any, ...]:
         end: tuple[Any, ...] = ()
@@ -69,8 +60,8 @@ class Transition(UserFunction):
             raise Unfit("returned next_state alone instead of (next_state, terminated)")
         if not isinstance(self.observation_space, Dict):
             return (result, *end)
-        names = [name for name, _ in self.observation_space.spaces]
-        if not isinstance(result, dict) or set(result) != set(names):
+        names = list(dict(self.observation_space.spaces))
+        if not isinstance(result, dict) or result.keys() != set(names):
             got = f"names {list(result)}" if isinstance(result, dict) else type(result).__name__
             raise Unfit(f"returned next_state of {got}, expected a dict of {names}")
         return (*(result[name] for name in names), *end)
@@ -82,37 +73,27 @@ class Transition(UserFunction):
             return dataclasses.replace(self, tells_end=True).attempt(arguments)
 
     def __call__(self, state: Any, action: Any) -> Any:
-        """Where one action leads, traceable; see ``of_one``.
+        """Where one action leads, traceable: ``next_state`` or ``(next_state, terminated)``; see ``of_one``.
 
-        Returns:
-          ``next_state`` like ``state``, or ``(next_state, terminated)`` with bool ``[]``. Real numbers are JAX's
-          default float, images and other integer boxes have the space's dtype, categories are int32.
+        Real numbers are JAX's default float, images and other integer boxes have the space's dtype, categories are int32.
         """
         leaves = self.of_one(state, action)
-        end = leaves.pop() if self.tells_end else None
-        space = self.observation_space
+        ends = [leaves.pop()] if self.tells_end else []
         next_state: Any = leaves[0]
-        if isinstance(space, Dict):
-            next_state = {name: leaf for (name, _), leaf in zip(space.spaces, leaves, strict=True)}
-        return next_state if end is None else (next_state, end)
+        if isinstance(self.observation_space, Dict):
+            next_state = dict(zip(dict(self.observation_space.spaces), leaves, strict=True))
+        return (next_state, *ends) if ends else next_state
 
 
 def resolve_transition(
-    function: Callable[[Any, Any], Any],
-    observation_space: gymnasium.Space,
-    action_space: gymnasium.Space,
+    function: Callable[..., Any], observation_space: gymnasium.Space, action_space: gymnasium.Space
 ) -> Transition:
     """Finds out, by trying, what kind of transition function this is; see ``detect.resolve`` for errors.
 
-    Args:
-      function: ``(state, action) -> next_state`` or ``-> (next_state, terminated)``; a pure function of one
-        transition, or of a batch, row by row. NumPy and torch get integer actions as int64; torch gets floats as
-        float32, on the CPU. Of integers ``next_state`` must be integers, and ``terminated`` must be booleans.
-      observation_space: of one environment.
-      action_space: of one environment.
-
-    Raises:
-      NotImplementedError: observations that no world can have.
+    It is ``(state, action) -> next_state`` or ``-> (next_state, terminated)``, pure, of one transition or of a batch, row
+    by row. NumPy and torch get integer actions as int64; torch gets floats as float32, on the CPU. Of integers
+    ``next_state`` must be integers, and ``terminated`` must be booleans. Observations that no world can have raise a
+    NotImplementedError.
     """
     space = from_gymnasium(observation_space, "observation_space")
     untried = Transition(function, "jax", takes_batch=False, tells_end=False, observation_space=space)
@@ -121,7 +102,5 @@ def resolve_transition(
 
 def _dtype(space: Space) -> np.dtype:
     """What worlds have the observations of a space in."""
-    if not isinstance(space, Box):
-        return np.dtype(np.int32)
-    is_real = np.dtype(space.dtype).kind == "f"
-    return np.dtype(jnp.result_type(float) if is_real else jax.dtypes.canonicalize_dtype(space.dtype))
+    dtype = np.dtype(getattr(space, "dtype", np.int32))
+    return np.dtype(jnp.result_type(float) if dtype.kind == "f" else jax.dtypes.canonicalize_dtype(dtype))

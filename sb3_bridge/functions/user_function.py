@@ -5,7 +5,6 @@ A function of JAX is traced like any other code; NumPy and torch run on the host
 
 from __future__ import annotations
 
-import abc
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,42 +13,69 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 
 from sb3_bridge.functions import host_call
 from sb3_bridge.functions.programs import OwnedJit, borrow
-from sb3_bridge.functions.results import (
-    Arguments,
-    Output,
-    Unfit,
-    differ,
-    finite_rows,
-    first_line,
-    length,
-    shapes,
-    shown,
-    take,
-)
 
+Arguments = tuple[Any, ...]  # of a user's function; each an array, or a dict of arrays
 Framework = Literal["jax", "numpy", "torch"]
 FRAMEWORKS: dict[Framework, str] = {"jax": "JAX", "numpy": "NumPy", "torch": "torch"}
 _GUARD_EVERY = 64
+_ARRAYS = (np.ndarray, np.generic, jax.Array, float, int, list)
+# Of the kinds of dtypes: what they are called, and which kinds may be cast to them.
+_KINDS = {
+    "f": ("real numbers", "biuf"),
+    "i": ("integers", "biu"),
+    "u": ("integers", "biu"),
+    "b": ("booleans", "b"),
+}
+
+
+class Unfit(ValueError):
+    """The function returned, but not what its form must return."""
 
 
 @dataclass(frozen=True)
-class UserFunction(abc.ABC):
-    """A user's function in a known form; equal for equal functions, so that it can be static under ``jit``.
+class Output:
+    """One array that a user's function must return for each sample."""
 
-    Attributes:
-      function: the user's; pure, of one transition or of a batch of them, row by row.
-      framework: what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors.
-      takes_batch: whether arguments and results are ``[N, *shape]`` instead of ``[*shape]``.
-      fits_one: whether a function that is called for batches also takes one transition, with equal results; now and
-        then one row of a batch is compared with that.
-    """
+    name: str  # what errors call it; empty for the only output of a function
+    shape: tuple[int, ...]  # a number [] may also come as [1]
+    dtype: np.dtype  # what the array is cast to; see _KINDS
 
-    function: Callable[..., Any]
-    framework: Framework
-    takes_batch: bool
+    def fit(self, part: Any, lead: tuple[int, ...] = (), asarray: Callable[[Any], Any] = np.asarray) -> Any:
+        """What was returned as an array ``[*lead, *shape]``, not cast yet; ``lead`` is ``(N,)`` for a batch."""
+        what, (noun, kinds) = f"{self.name} of " if self.name else "", _KINDS[self.dtype.kind]
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu()
+            part = (part.double() if part.is_floating_point() else part).numpy()  # NumPy knows no bfloat16
+        array = asarray(part) if isinstance(part, _ARRAYS) else None
+        if array is None or array.dtype.kind not in kinds:
+            got = type(part).__name__ if array is None else f"{array.dtype} numbers"
+            raise Unfit(f"returned {what}{got}, expected one array of {noun}")
+        shape = (*lead, *self.shape)
+        # A batch of one may have lost its axis to a `squeeze()`.
+        fits = array.shape == shape or (lead == (1,) and array.shape == self.shape)
+        if not (fits or (self.shape == () and array.shape == (*lead, 1))):
+            sizes = ", ".join([*("N" for _ in lead), *map(str, self.shape)])
+            other = "" if self.shape else f" or [{'N, ' * len(lead)}1]"
+            n = f" with N={lead[0]}" if lead else ""
+            raise Unfit(f"returned {what}shape {list(array.shape)}, expected [{sizes}]{other}{n}")
+        return array.reshape(shape)
+
+    def shown(self, value: Any) -> str:
+        return f"{self.name}={_text(value)}" if self.name else _text(value)
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A user's function in a known form; equal for equal functions, so that it can be static under ``jit``."""
+
+    function: Callable[..., Any]  # the user's; pure, of one transition or of a batch of them, row by row
+    framework: Framework  # what its arguments are: traced JAX arrays, NumPy arrays or torch CPU tensors
+    takes_batch: bool  # whether arguments and results are [N, *shape] instead of [*shape]
+    # Whether one that takes batches also takes one transition; now and then a row is compared with that.
     fits_one: bool = field(default=False, kw_only=True, compare=False)
 
     parameter: ClassVar[str]  # what the user passes it as
@@ -57,13 +83,13 @@ class UserFunction(abc.ABC):
     returns: ClassVar[str]  # what it must return, for errors
 
     @property
-    @abc.abstractmethod
     def outputs(self) -> tuple[Output, ...]:
         """What it must return for each sample."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def parts(self, result: Any) -> tuple[Any, ...]:
         """What the user returned, as one part for each output; raises ``Unfit``."""
+        return (result,)
 
     def attempt(self, arguments: Arguments) -> tuple[Self, list[np.ndarray]]:
         """The form, completed by what shows only when it is tried, and its results; see ``evaluate``."""
@@ -85,26 +111,20 @@ class UserFunction(abc.ABC):
         return f"{FRAMEWORKS[self.framework]}, {many}"
 
     def of_one(self, *arguments: Any) -> list[jax.Array]:
-        """The outputs ``[*shape]`` of one sample, traceable under ``jit`` and ``vmap``.
-
-        However deep it is vmapped, and inside of loops: the host is called once for the whole batch.
-        """
+        """The outputs ``[*shape]`` of one sample, traceable; vmapped or not, the host is called once."""
         arguments = jax.tree.map(jnp.asarray, arguments)
         if self.framework != "jax":
             return host_call.call(self, arguments)
         if not self.takes_batch:
-            return traced(self, arguments, ())
-        return [leaf[0] for leaf in traced(self, jax.tree.map(lambda leaf: leaf[None], arguments), (1,))]
+            return traced(self, arguments)
+        return take(traced(self, jax.tree.map(lambda leaf: leaf[None], arguments), (1,)), 0)
 
     def on_host(self, arguments: Arguments) -> list[np.ndarray]:
-        """Every output ``[N, *shape]`` of N >= 1 samples, for ``host_call``.
-
-        Raises:
-          ValueError: wrong structure, shape or kind of number; or NaN or inf where the arguments have none.
-          RuntimeError: the function raised.
-        """
+        """Every output ``[N, *shape]`` of N >= 1 samples, for ``host_call``; finite where the arguments are."""
         results = guarded(self, arguments)
-        check_finite(self, results, arguments, finite_arguments_only=True)
+        if not finite_rows(results).all():
+            rows = finite_rows(jax.tree.leaves(arguments))
+            check_finite(self, take(results, rows), take(arguments, rows))
         return results
 
 
@@ -112,27 +132,18 @@ class UserFunction(abc.ABC):
 
 
 def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
-    """Every output ``[N, *shape]`` of N >= 1 samples, not checked to be finite.
-
-    Raises:
-      Unfit: wrong structure, shape or kind of number.
-      Exception: whatever the function raises.
-    """
+    """Every output ``[N, *shape]`` of N >= 1 samples, not checked to be finite; raises what the function does."""
     if form.framework == "jax":
         return [np.asarray(leaf) for leaf in _evaluate_traced.of(form)(form.borrowed, *arguments)]
     n_samples, outputs = length(arguments), form.outputs
-    arguments = tuple(
-        jax.tree.map(lambda leaf: leaf.astype(np.int64) if leaf.dtype.kind == "i" else leaf, argument)
-        if name == "action"
-        else argument
-        for name, argument in zip(form.argument_names, arguments, strict=True)
-    )
+    state, action, *others = arguments
+    if action.dtype.kind == "i":
+        action = action.astype(np.int64)
     # Copies: what XLA or a rollout owns must survive a function that writes into its arguments.
-    arguments = jax.tree.map(_to_torch if form.framework == "torch" else np.array, arguments)
+    arguments = jax.tree.map(_to_torch if form.framework == "torch" else np.array, (state, action, *others))
     with _host_context(form.framework):
         if form.takes_batch:
-            parts = zip(form.parts(form.function(*arguments)), outputs, strict=True)
-            return [output.fit(part, (n_samples,)).astype(output.dtype) for part, output in parts]
+            return _fit(form, form.function(*arguments), (n_samples,))
         # Filled row by row: a list of parts for each sample would keep the garbage collector busy.
         results = [np.empty((n_samples, *output.shape), output.dtype) for output in outputs]
         places = tuple(zip(results, outputs, strict=True))
@@ -142,13 +153,27 @@ def evaluate(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
         return results
 
 
-def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
-    """``evaluate`` whose errors show the transition that they are due to.
+def traced(form: UserFunction, arguments: Arguments, lead: tuple[int, ...] = ()) -> list[jax.Array]:
+    """The outputs of a function of JAX, ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch."""
+    return _fit(form, form.function(*arguments), lead, jnp.asarray)
 
-    Raises:
-      ValueError: wrong structure, shape or kind of number; or another result in a batch than alone.
-      RuntimeError: the function raised.
-    """
+
+def _fit(form: UserFunction, result: Any, *how: Any) -> list[Any]:
+    parts = zip(form.parts(result), form.outputs, strict=True)
+    return [output.fit(part, *how).astype(output.dtype) for part, output in parts]
+
+
+def _traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
+    if form.takes_batch:
+        return traced(form, arguments, (length(arguments),))
+    return jax.vmap(lambda *one: traced(form, one))(*arguments)
+
+
+_evaluate_traced = OwnedJit(_traced, static_argnames="form")
+
+
+def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
+    """``evaluate`` whose errors show the transition: RuntimeError where the function raised, else ValueError."""
     try:
         results = evaluate(form, arguments)
     except Exception as error:
@@ -158,7 +183,7 @@ def guarded(form: UserFunction, arguments: Arguments) -> list[np.ndarray]:
             try:
                 evaluate(form, take(arguments, slice(row, row + 1)))
             except Exception as same:
-                said, place = first_line(same), shown(form.argument_names, arguments, row)
+                said, place = first_line(same), _shown(form, arguments, row)
                 break
         raise kind(f"{form.parameter} {verb}{said} for {place}") from error
     if form.fits_one:
@@ -178,13 +203,7 @@ def _compare_a_row(form: UserFunction, results: list[np.ndarray], arguments: Arg
         check_agreement(form, alone, take(results, slice(row, row + 1)), one)
 
 
-def check_agreement(
-    form: UserFunction,
-    alone: list[np.ndarray],
-    together: list[np.ndarray],
-    arguments: Arguments,
-    origin: str = "",
-) -> None:
+def check_agreement(form: UserFunction, alone: list[Any], together: list[Any], arguments: Arguments) -> None:
     """Raises ValueError where outputs ``[N, *shape]`` of transitions alone and together differ by more than rounding."""
     for output, one, many in zip(form.outputs, alone, together, strict=True):
         differs = differ(one, many, 1e-3)
@@ -193,60 +212,31 @@ def check_agreement(
             raise ValueError(
                 f"{form.parameter} ({FRAMEWORKS[form.framework]}) gives {output.shown(many[row])} for a transition"
                 f" in a batch and {output.shown(one[row])} for the same transition alone: it must depend on nothing"
-                f" else than {shown(form.argument_names, arguments, row)}{origin}; not on the rest of a batch, nor on random numbers"
+                f" else than {_shown(form, arguments, row)}; not on the rest of a batch, nor on random numbers"
             )
 
 
-def check_finite(
-    form: UserFunction,
-    results: list[np.ndarray],
-    arguments: Arguments,
-    *,
-    finite_arguments_only: bool = False,
-    origin: str = "",
-) -> None:
-    """Raises ValueError for outputs ``[N, *shape]`` that are NaN or inf, and shows the first transition that has them.
-
-    With ``finite_arguments_only`` results of arguments that are not finite themselves may be anything.
-    """
-    passes = finite_rows(results)
-    if finite_arguments_only and not passes.all():
-        passes |= ~finite_rows(jax.tree.leaves(arguments))
-    if not passes.all():
-        row = int(np.argmin(passes))
-        wrong = next(i for i, result in enumerate(results) if not np.isfinite(result[row]).all())
-        raise ValueError(
-            f"{form.parameter} returned {form.outputs[wrong].shown(results[wrong][row])} for"
-            f" {shown(form.argument_names, arguments, row)}{origin}; it must be finite: guard divisions, logarithms and roots"
-        )
-
-
-def traced(form: UserFunction, arguments: Arguments, lead: tuple[int, ...]) -> list[jax.Array]:
-    """The outputs of a function of JAX, ``[*lead, *shape]``; ``lead`` is ``(N,)`` for a batch."""
-    parts = zip(form.parts(form.function(*arguments)), form.outputs, strict=True)
-    return [output.fit(part, lead, jnp.asarray).astype(output.dtype) for part, output in parts]
-
-
-def _traced(form: UserFunction, *arguments: Any) -> list[jax.Array]:
-    if form.takes_batch:
-        return traced(form, arguments, (length(arguments),))
-    return jax.vmap(lambda *one: traced(form, one, ()))(*arguments)
-
-
-_evaluate_traced = OwnedJit(_traced, static_argnames="form")
+def check_finite(form: UserFunction, results: list[np.ndarray], arguments: Arguments) -> None:
+    """Raises ValueError for outputs ``[N, *shape]`` that are NaN or inf, and shows the first transition that has them."""
+    for output, result in zip(form.outputs, results, strict=True):
+        passes = finite_rows([result])
+        if not passes.all():
+            row = int(np.argmin(passes))
+            raise ValueError(
+                f"{form.parameter} returned {output.shown(result[row])} for {_shown(form, arguments, row)};"
+                " it must be finite: guard divisions, logarithms and roots"
+            )
 
 
 @contextlib.contextmanager
 def _host_context(framework: Framework) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
+    with (
         # Non-finite results are reported with their transition, which says more than NumPy's warning.
-        stack.enter_context(np.errstate(all="ignore"))
+        np.errstate(all="ignore"),
         # JAX on concrete values within a callback could wait for the very thread that calls: it is refused.
-        stack.enter_context(jax.transfer_guard_host_to_device("disallow_explicit"))
-        if framework == "torch":
-            import torch
-
-            stack.enter_context(torch.no_grad())
+        jax.transfer_guard_host_to_device("disallow_explicit"),
+        torch.set_grad_enabled(framework != "torch" and torch.is_grad_enabled()),
+    ):
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -256,14 +246,9 @@ def _host_context(framework: Framework) -> Iterator[None]:
             ) from error
 
 
-def _to_torch(array: np.ndarray) -> Any:
-    import torch
-
-    dtype: Any = array.dtype
-    if array.dtype.kind == "f":
-        dtype = np.float32
-    elif array.dtype.kind in "iu" and array.dtype != np.uint8:
-        dtype = np.int64
+def _to_torch(array: np.ndarray) -> torch.Tensor:
+    is_wide = array.dtype.kind in "iu" and array.dtype != np.uint8
+    dtype = np.float32 if array.dtype.kind == "f" else np.int64 if is_wide else array.dtype
     return torch.from_numpy(np.array(array, dtype))
 
 
@@ -272,3 +257,56 @@ def _rows(tree: Any) -> Any:
     if isinstance(tree, dict):
         return (dict(zip(tree, row, strict=True)) for row in zip(*map(_rows, tree.values()), strict=True))
     return tree
+
+
+# Samples, and how errors show them.
+
+
+def length(arguments: Any) -> int:
+    """N of arrays ``[N, ...]``."""
+    return len(jax.tree.leaves(arguments)[0])
+
+
+def take(tree: Any, index: Any) -> Any:
+    """Rows of every array."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def finite_rows(leaves: list[np.ndarray]) -> np.ndarray:
+    """Which rows of all arrays ``[N, ...]`` are finite, bool ``[N]``."""
+    return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves], axis=0)
+
+
+def differ(one: np.ndarray, many: np.ndarray, tolerance: float) -> np.ndarray:
+    """Which of N samples differ by more than a part of their size, and a tenth of it of the largest; bool ``[N]``."""
+    if one.dtype.kind == "f":
+        finite = np.where(np.isfinite(one), np.abs(one), 0.0)
+        allowed = tolerance * np.abs(many) + 0.1 * tolerance * np.maximum(1.0, np.max(finite, axis=0))
+        differs = ~((np.abs(one - many) <= allowed) | np.isclose(one, many, 0.0, 0.0, equal_nan=True))
+    else:
+        # Rounding may take pixels one apart; all other integers are categories.
+        differs = np.abs(one.astype(int) - many) > (one.dtype.kind == "u")
+    return differs.reshape(len(one), -1).any(axis=1)
+
+
+def shapes(tree: Any) -> str:
+    """Shapes of arrays as text."""
+    return str(jax.tree.map(lambda leaf: list(np.shape(leaf)), tree))
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line; of ``Unfit`` only the message."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, Unfit) else f"{type(error).__name__}: {line}"
+
+
+def _shown(form: UserFunction, arguments: Arguments, row: int) -> str:
+    parts = zip(form.argument_names, take(arguments, row), strict=True)
+    return ", ".join(f"{name}={_text(part)}" for name, part in parts)
+
+
+def _text(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{name!r}: {_text(part)}" for name, part in tree.items()) + "}"
+    text = np.array2string(np.asarray(tree), precision=6, separator=", ", threshold=64, edgeitems=2)
+    return " ".join(text.split())

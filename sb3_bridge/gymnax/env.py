@@ -22,20 +22,41 @@ RENDER_FPS = 30
 
 
 class OfOneWorld:
-    """Pickling and copying of what steps a world: a copy stands where the original does, and goes its own way.
+    """What steps a world: its spaces and pictures, and copies that stand where the original does and go their own way.
 
     The world of an id is made again where the copy is unpickled; a deep copy shares it: worlds are immutable, and name
     the compiled programs. Renderers and files stay with the original.
     """
 
-    _env_id: str | None
     world: World
+    _env_id: str | None
+    _words: np.ndarray | jax.Array | None = None
+    _renderer: Renderer | None = None
+
+    def _set_world(self, env: Any, render_mode: str | None) -> tuple[gymnasium.Space, gymnasium.Space]:
+        """Observation and action space of the world, which it makes."""
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(
+                f"render_mode={render_mode!r} must be None or 'rgb_array'; to watch, use 'rgb_array' with"
+                " gymnasium.wrappers.HumanRendering or VecEnv.render('human')"
+            )
+        self.world, self.render_mode = make_world(env), render_mode
+        self._env_id = env if isinstance(env, str) else None
+        return to_gymnasium(self.world.observation_space), to_gymnasium(self.world.action_space)
+
+    def _frame(self, state: PyTree) -> np.ndarray:
+        self._renderer = self._renderer or Renderer()
+        return self._renderer.frame(self.world, state)
+
+    def close(self) -> None:
+        """Frees the renderer; may be called twice."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "_renderer": None}
-        if self._env_id is not None:
-            del state["world"]
-        return state
+        left_out = {"_renderer"} if self._env_id is None else {"_renderer", "world"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -67,37 +88,28 @@ class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": RENDER_FPS}  # noqa: RUF012 (as Gymnasium declares it)
 
     def __init__(self, env: Any, render_mode: str | None = None):
-        check_render_mode(render_mode)
-        self._env_id, self.world = env if isinstance(env, str) else None, make_world(env)
-        self.observation_space = to_gymnasium(self.world.observation_space)
-        self.action_space = to_gymnasium(self.world.action_space)
-        self.render_mode = render_mode
-        self._words: np.ndarray | jax.Array | None = None
+        self.observation_space, self.action_space = self._set_world(env, render_mode)
         self._state: PyTree | None = None
         self._is_over = False
-        self._renderer: Renderer | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Starts an episode; ``seed=None`` goes on with the present stream of random numbers."""
         check_options(options)
-        words = None if seed is None else seed_words(seed)
+        words = self._words if seed is None else seed_words(seed)
         super().reset(seed=seed)
-        if words is not None:
-            self._words = words
-        elif self._words is None:
-            self._words = self.np_random.integers(2**32, size=KEY_WORDS, dtype=np.uint32)
-        self._words, observation, self._state = _reset.of(owner_of(self.world))(self.world, self._words)
+        if words is None:
+            words = self.np_random.integers(2**32, size=KEY_WORDS, dtype=np.uint32)
+        self._words, observation, self._state = _reset.of(owner_of(self.world))(self.world, words)
         self._is_over = False
         return to_numpy(self.observation_space, observation), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step; raises for an action of the wrong shape, dtype or range, and where a reset is needed."""
-        if self._state is None:
-            raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first")
-        if self._is_over:
-            raise gymnasium.error.ResetNeeded("step() was called after an episode ended: call reset() first")
+        if self._state is None or self._is_over:
+            when = "before reset()" if self._state is None else "after an episode ended"
+            raise gymnasium.error.ResetNeeded(f"step() was called {when}: call reset() first")
         action = to_world_actions(self.action_space, action)
         self._words, step = _step.of(owner_of(self.world))(self.world, self._words, self._state, action)
         self._state = step.state
@@ -112,14 +124,7 @@ class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
             return None
         if self._state is None:
             raise gymnasium.error.ResetNeeded("render() was called before reset(): call reset() first")
-        self._renderer = self._renderer or Renderer()
-        return self._renderer.frame(self.world, self._state)
-
-    def close(self) -> None:
-        """Frees the renderer; may be called twice."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        return self._frame(self._state)
 
 
 _make_once = functools.lru_cache(maxsize=128)(grpo_jax.make)
@@ -128,15 +133,6 @@ _make_once = functools.lru_cache(maxsize=128)(grpo_jax.make)
 def make_world(env: Any) -> World:
     """``grpo_jax.make``, which is run once for an id: worlds are immutable, and checking one takes a while."""
     return _make_once(env) if isinstance(env, str) else grpo_jax.make(env)
-
-
-def check_render_mode(render_mode: str | None) -> None:
-    """Raises ValueError unless render_mode is one that we have."""
-    if render_mode not in (None, "rgb_array"):
-        raise ValueError(
-            f"render_mode={render_mode!r} must be None or 'rgb_array'; to watch, use 'rgb_array' with"
-            " gymnasium.wrappers.HumanRendering or VecEnv.render('human')"
-        )
 
 
 def check_options(options: dict[str, Any] | None) -> None:

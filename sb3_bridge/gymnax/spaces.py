@@ -13,13 +13,10 @@ from grpo_jax.types import Observation
 
 
 def to_gymnasium(space: spaces.Space) -> gymnasium.Space:
-    """The Gymnasium space of a ``grpo_jax`` space.
+    """The Gymnasium space of a ``grpo_jax`` space; TypeError for anything else.
 
     Bounds at float32's largest value, gymnax's way to say "none", become infinite. That makes the spaces of the
     classic tasks equal to Gymnasium's, so that a model trained in one can be loaded with the other.
-
-    Raises:
-      TypeError: not a space of ``grpo_jax.spaces``.
     """
     if isinstance(space, spaces.Discrete):
         return gymnasium.spaces.Discrete(space.n)
@@ -28,17 +25,15 @@ def to_gymnasium(space: spaces.Space) -> gymnasium.Space:
     if isinstance(space, spaces.MultiBinary):
         return gymnasium.spaces.MultiBinary(space.n)
     if isinstance(space, spaces.Box):
-        dtype = np.dtype(space.dtype)
-        low, high = space.low.copy(), space.high.copy()
+        dtype, low, high = np.dtype(space.dtype), space.low, space.high
         if dtype.kind == "f":
             largest = np.finfo(np.float32).max
-            low[low <= -largest] = -np.inf
-            high[high >= largest] = np.inf
+            low, high = np.where(low <= -largest, -np.inf, low), np.where(high >= largest, np.inf, high)
         return gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), space.shape, dtype.type)
     if isinstance(space, spaces.Dict):
         return gymnasium.spaces.Dict({name: to_gymnasium(part) for name, part in space.spaces})
     raise TypeError(
-        f"space={space!r} must be one of grpo_jax.spaces: Discrete, MultiDiscrete, MultiBinary, Box, Dict"
+        f"space={space!r} must be one of grpo_jax.spaces: Box, Dict, Discrete, MultiBinary, MultiDiscrete"
     )
 
 
@@ -61,29 +56,18 @@ def env_actions(space: gymnasium.Space, actions: np.ndarray) -> np.ndarray:
 
 
 def to_world_actions(space: gymnasium.Space, action: Any, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Checks what was passed to ``step`` and casts it to what worlds are stepped with.
+    """Checks an action ``[*batch_shape, *space.shape]`` and casts it to int32, for ``Box`` to JAX's default float.
 
-    Args:
-      space: action space of one environment.
-      action: ``[*batch_shape, *space.shape]``.
-      batch_shape: ``(n_envs,)``, or ``()`` for one environment.
-
-    Returns:
-      The same shape; int32, for ``Box`` JAX's default float.
+    ``batch_shape`` is ``(n_envs,)``, or ``()`` for one environment.
 
     Raises:
       ValueError: wrong shape, a category out of range, NaN or inf.
       TypeError: wrong kind of number.
     """
-    array = np.asarray(action)
-    expected = (*batch_shape, *(space.shape or ()))
+    array, expected = np.asarray(action), (*batch_shape, *(space.shape or ()))
     if array.shape != expected:
-        each = (
-            f" ({batch_shape[0]} environments, one action of {space} each)"
-            if batch_shape
-            else f" for {space}"
-        )
-        raise ValueError(f"action has shape {list(array.shape)}, expected {list(expected)}{each}")
+        what = f"{batch_shape[0]} environments with {space}" if batch_shape else space
+        raise ValueError(f"action has shape {list(array.shape)}, expected {list(expected)} ({what})")
     if isinstance(space, gymnasium.spaces.Box):
         if array.dtype.kind not in "fiu":
             raise TypeError(f"action={action!r} has dtype {array.dtype}, expected floats for {space}")

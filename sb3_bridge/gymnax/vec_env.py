@@ -19,18 +19,8 @@ from grpo_jax.training.rollout import start, step_environments
 from grpo_jax.types import Environments, Observation
 from grpo_jax.worlds.base import World
 from sb3_bridge.functions.programs import OwnedJit
-from sb3_bridge.gymnax.env import (
-    RENDER_FPS,
-    OfOneWorld,
-    Renderer,
-    check_options,
-    check_render_mode,
-    make_world,
-    next_key,
-    owner_of,
-    seed_words,
-)
-from sb3_bridge.gymnax.spaces import to_gymnasium, to_numpy, to_world_actions
+from sb3_bridge.gymnax.env import RENDER_FPS, OfOneWorld, check_options, next_key, owner_of, seed_words
+from sb3_bridge.gymnax.spaces import to_numpy, to_world_actions
 
 
 class GymnaxVecEnv(OfOneWorld, VecEnv):
@@ -67,22 +57,13 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
     ):
         if isinstance(n_envs, bool) or not isinstance(n_envs, int | np.integer) or n_envs < 1:
             raise ValueError(f"n_envs={n_envs!r} must be an integer of at least 1")
-        check_render_mode(render_mode)
-        self._env_id, self.world = env if isinstance(env, str) else None, make_world(env)
-        self.spec = gymnasium.registry.get(f"gymnax/{env}") if isinstance(env, str) else None
-        self.render_mode = render_mode
         self._attributes: list[dict[str, Any]] = [{} for _ in range(n_envs)]
-        super().__init__(
-            int(n_envs),
-            to_gymnasium(self.world.observation_space),
-            to_gymnasium(self.world.action_space),
-        )
+        super().__init__(int(n_envs), *self._set_world(env, render_mode))
+        self.spec = gymnasium.registry.get(f"gymnax/{self._env_id}")
         self.metadata: dict[str, Any] = {**self.metadata, "render_fps": RENDER_FPS}
-        self._words: np.ndarray | jax.Array | None = None
         self._environments: Environments | None = None
         self._pending: Callable[[], Environments] | None = None
         self._actions: np.ndarray | None = None
-        self._renderer: Renderer | None = None
         self._start_time = time.time()
         self._results: ResultsWriter | None = None
         if monitor_dir is not None:
@@ -99,11 +80,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
 
     @property
     def environments(self) -> Environments:
-        """Where the environments stand, on the device: a copy, every leaf ``[n_envs, ...]``; see :meth:`move_to`.
-
-        Raises:
-          RuntimeError: before the first reset.
-        """
+        """Where the environments stand, on the device: a copy, every leaf ``[n_envs, ...]``; see :meth:`move_to`."""
         return jax.tree.map(jnp.copy, self._started("environments was read"))
 
     @property
@@ -141,17 +118,13 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         """Starts all episodes anew; without a new seed the streams of random numbers go on."""
         for options in self._options:
             check_options(options)
-        if self._words is None:
-            self._words = np.random.default_rng().integers(
-                2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32
-            )
-        words = np.array(self._words)
-        for index, seed in enumerate(self._seeds):
-            if seed is not None:
-                words[index] = seed_words(seed)
+        words = self._words
+        if words is None:
+            words = np.random.default_rng().integers(2**32, size=(self.num_envs, KEY_WORDS), dtype=np.uint32)
+        seeds = zip(np.asarray(words), self._seeds, strict=True)
+        words = np.stack([own if seed is None else seed_words(seed) for own, seed in seeds])
         self._words, environments = _reset.of(self.program_owner)(self.world, words)
-        self._environments, self._pending = environments, None
-        self._actions = None
+        self._environments, self._pending, self._actions = environments, None, None
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
@@ -167,39 +140,30 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         if self._actions is None:
             raise RuntimeError("step_wait() was called without actions: call step_async(actions) first")
         actions, self._actions = self._actions, None
-        self._words, environments, reward, ended, cut, final = _step.of(self.program_owner)(
+        self._words, self._environments, reward, ended, cut, final = _step.of(self.program_owner)(
             self.world, self._words, self._started("step() was called"), actions
         )
-        self._environments = environments
-        observations = to_numpy(self.observation_space, environments.observation)
         dones = np.array(ended)
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
-        if dones.any():
-            self._tell_ends(infos, np.flatnonzero(dones), cut, final)
+        if dones.any():  # only then is any of this fetched from the device
+            final = to_numpy(self.observation_space, final)
+            returns, lengths = self._environments.last_return, self._environments.last_length
+            cut, returns, lengths = map(np.asarray, (cut, returns, lengths))
+            seconds = self.seconds()
+            for i in np.flatnonzero(dones):
+                infos[i] = {
+                    "TimeLimit.truncated": bool(cut[i]),
+                    "terminal_observation": jax.tree.map(lambda leaf, i=i: leaf[i].copy(), final),
+                    "episode": {"r": round(float(returns[i]), 6), "l": int(lengths[i]), "t": seconds},
+                }
+                self.reset_infos[i] = {}
+                self.write_episode(infos[i]["episode"])
+        observations = to_numpy(self.observation_space, self._environments.observation)
         return observations, np.array(reward, np.float32), dones, infos
-
-    def _tell_ends(
-        self, infos: list[dict[str, Any]], indices: np.ndarray, cut: jax.Array, final: Observation
-    ) -> None:
-        """Writes the ends of episodes into their infos; only then is any of this fetched from the device."""
-        assert self._environments is not None
-        truncated = np.asarray(cut)
-        returns = np.asarray(self._environments.last_return)
-        lengths = np.asarray(self._environments.last_length)
-        final = to_numpy(self.observation_space, final)
-        seconds = self.seconds()
-        for index in indices.tolist():
-            infos[index] = {
-                "TimeLimit.truncated": bool(truncated[index]),
-                "terminal_observation": jax.tree.map(lambda leaf, i=index: leaf[i].copy(), final),
-                "episode": {"r": round(float(returns[index]), 6), "l": int(lengths[index]), "t": seconds},
-            }
-            self.reset_infos[index] = {}
-            self.write_episode(infos[index]["episode"])
 
     def __getstate__(self) -> dict[str, Any]:
         if self._pending is not None:
-            self._started("")
+            self._started("it was copied")
         return {**super().__getstate__(), "_results": None}
 
     def get_images(self) -> Sequence[np.ndarray | None]:
@@ -208,31 +172,23 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
 
     def _images(self, indices: Sequence[int]) -> list[np.ndarray]:
         if self.render_mode is None:
-            raise RuntimeError(
-                "render_mode=None: pass render_mode='rgb_array' to GymnaxVecEnv to get pictures"
-            )
+            raise RuntimeError("render_mode=None: make the GymnaxVecEnv with render_mode='rgb_array'")
         states = self._started("render() was called").state
-        renderer = self._renderer = self._renderer or Renderer()
-        return [renderer.frame(self.world, jax.tree.map(lambda leaf, i=i: leaf[i], states)) for i in indices]
+        return [self._frame(jax.tree.map(lambda leaf, i=i: leaf[i], states)) for i in indices]
 
     def close(self) -> None:
         """Frees the renderer and closes ``monitor.csv``; may be called twice."""
         if self._results is not None:
             self._results.close()
             self._results = None
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        super().close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """What :meth:`set_attr` put there for each environment, else an attribute of this object."""
-        chosen = self._indices(indices)
         if attr_name.startswith("_"):
             raise AttributeError(f"attr_name={attr_name!r} is private")
-        return [
-            self._attributes[i][attr_name] if attr_name in self._attributes[i] else getattr(self, attr_name)
-            for i in chosen
-        ]
+        own = [self._attributes[i] for i in self._indices(indices)]
+        return [noted[attr_name] if attr_name in noted else getattr(self, attr_name) for noted in own]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Notes a value for :meth:`get_attr`, since there are no environment objects; raises for what all share."""
@@ -240,14 +196,12 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         if attr_name in vars(self) or hasattr(type(self), attr_name):
             raise AttributeError(
                 f"attr_name={attr_name!r} is shared by all environments of a GymnaxVecEnv and cannot be set; make a"
-                " new one, with grpo_jax.make(env, params) for other parameters"
+                " new one, of grpo_jax.make(env, params) for other parameters"
             )
         for index in chosen:
             self._attributes[index][attr_name] = value
 
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
-    ) -> list:
+    def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list:
         """Calls ``render``, or a function that :meth:`set_attr` put there; there are no other methods."""
         chosen = self._indices(indices)
         if method_name == "render":
@@ -257,19 +211,16 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
                 f"method_name={method_name!r}: a GymnaxVecEnv has no environment objects with methods other than"
                 " 'render'; make_vec_env('gymnax/<id>') has them"
             )
-        return [self._attributes[i][method_name](*method_args, **method_kwargs) for i in chosen]
+        return [self._attributes[i][method_name](*args, **kwargs) for i in chosen]
 
-    def env_is_wrapped(
-        self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None
-    ) -> list[bool]:
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
         """True for SB3's ``Monitor`` alone: ``info["episode"]`` has the true returns and lengths, as its does."""
         return [wrapper_class is Monitor for _ in self._indices(indices)]
 
     def _indices(self, indices: VecEnvIndices) -> list[int]:
         chosen = [int(i) for i in self._get_indices(indices)]
-        for index in chosen:
-            if not -self.num_envs <= index < self.num_envs:
-                raise IndexError(f"indices={indices!r}: there are {self.num_envs} environments")
+        if not all(-self.num_envs <= index < self.num_envs for index in chosen):
+            raise IndexError(f"indices={indices!r}: there are {self.num_envs} environments")
         return chosen
 
     def _started(self, what: str) -> Environments:
@@ -289,12 +240,7 @@ def _start(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:
 def _advance(
     world: World, words: jax.Array, environments: Environments, actions: jax.Array
 ) -> tuple[jax.Array, Environments, jax.Array, jax.Array, jax.Array, Observation]:
-    """One step of all environments ``[N]``, those whose episode ends start over.
-
-    Returns:
-      Streams of random numbers uint32 ``[N, 2]``, environments, reward, ended, cut (by the time limit alone), and the
-      observations reached, before any reset.
-    """
+    """A step, after which ended episodes start over: words, environments, reward, ended, cut, observations before that."""
     words, keys = jax.vmap(next_key)(words)
     fresh_words, reset_keys = jax.vmap(next_key)(words)
     environments, step = step_environments(world, environments, actions, keys, reset_keys)

@@ -16,11 +16,15 @@ from sb3_bridge.policies.layers import to_activation
 from sb3_bridge.policies.spaces import is_image, to_observation_space
 
 Kind = Literal["mlp", "cnn", "multi_input"]
-POLICIES: dict[Kind, str] = {"mlp": "MlpPolicy", "cnn": "CnnPolicy", "multi_input": "MultiInputPolicy"}
-
-_SB3_EXTRACTORS = {FlattenExtractor: "flatten", NatureCNN: "cnn", CombinedExtractor: "combined"}
-_OWN_EXTRACTORS = {Flatten: "flatten", CNN: "cnn", Combined: "combined"}
-_DEFAULTS: dict[Kind, str] = {"mlp": "flatten", "cnn": "cnn", "multi_input": "combined"}
+_POLICIES: dict[Kind, tuple[str, Any]] = {
+    "mlp": ("MlpPolicy", Flatten),
+    "cnn": ("CnnPolicy", CNN),
+    "multi_input": ("MultiInputPolicy", Combined),
+}
+"""Name and extractor of each policy."""
+_OWN: dict[Any, Any] = {FlattenExtractor: Flatten, NatureCNN: CNN, CombinedExtractor: Combined}
+_OWN |= {ours: ours for ours in _OWN.values()}
+_OPTIONS = {Flatten: (), CNN: ("features_dim",), Combined: ("cnn_output_dim",)}
 
 
 def to_features_extractor(
@@ -33,84 +37,57 @@ def to_features_extractor(
     """The flax module that turns observations into features.
 
     A module of the user's sees observations as ``[B, *shape]``: one-hot where they are categories, images with the
-    channels last and divided by 255; a dict of such arrays for a ``Dict`` space. It gives ``[B, F]``.
-
-    Args:
-      kind: which of the three policies asks.
-      space: the observation space.
-      features_extractor_class: a flax module class; SB3's own three mean ours; None: what the policy stands for.
-      features_extractor_kwargs: its arguments: ``features_dim`` for convolutions (where our own CNN is named also
-        ``activation``, and feature maps of any number of channels do), ``cnn_output_dim`` for the combined one, as in SB3.
-      normalize_images: whether images are divided by 255; False also lets images of other dtypes be images.
-
-    Raises:
-      ValueError: another policy fits the space.
-      AssertionError: convolutions on what is no image, as in SB3.
-      TypeError: not a flax module class, or arguments that it does not take.
+    channels last and divided by 255; a dict of such arrays for a ``Dict`` space. It gives ``[B, F]``. SB3's own three
+    classes mean ours; their arguments are ``features_dim`` for convolutions (where our own CNN is named also
+    ``activation``, and feature maps of any number of channels do) and ``cnn_output_dim`` for the combined one, as in SB3.
     """
-    is_dict = isinstance(space, gymnasium.spaces.Dict)
-    if is_dict and kind != "multi_input":
-        raise ValueError(f"{POLICIES[kind]} is not for Dict observations: use MultiInputPolicy for {space}")
-    if not is_dict and kind == "multi_input":
-        fitting = "CnnPolicy" if is_image(space, normalize_images) else "MlpPolicy"
-        raise ValueError(f"MultiInputPolicy is for Dict observations: use {fitting} for {space}")
-    given = features_extractor_class
-    own = _DEFAULTS[kind] if given is None else _lookup(given)
+    is_dict, (name, default) = isinstance(space, gymnasium.spaces.Dict), _POLICIES[kind]
+    if is_dict != (kind == "multi_input"):
+        flat = "CnnPolicy" if is_image(space, normalize_images) else "MlpPolicy"
+        fitting, meant = ("MultiInputPolicy", "not for") if is_dict else (flat, "for")
+        raise ValueError(f"{name} is {meant} Dict observations: use {fitting} for {space}")
+    given, arguments = features_extractor_class, dict(features_extractor_kwargs or {})
+    is_class = isinstance(given, type)
+    own = default if given is None else _OWN.get(given) if is_class else None
     if own is None:
-        return _user_extractor(given, features_extractor_kwargs)
-    arguments = dict(features_extractor_kwargs or {})
+        if not (is_class and issubclass(given, nn.Module)):
+            is_torch = is_class and issubclass(given, torch.nn.Module)
+            raise TypeError(
+                f"features_extractor_class={given!r}: {'torch cannot run in JAX: write it' if is_torch else 'it must be'}"
+                " as a class derived from flax.linen.Module, from observations [B, *shape] (images with the channels"
+                " last) to features [B, F]; its arguments go into features_extractor_kwargs"
+            )
+        return given(**arguments)
     arguments.pop("normalized_image", None)  # what normalize_images=False tells us
-    # Who names our CNN says that the maps are for it, also those that are no image to SB3.
-    by_name = given is CNN
-    of_cnn = ("features_dim", "activation") if by_name else ("features_dim",)
-    options = {"flatten": (), "cnn": of_cnn, "combined": ("cnn_output_dim",)}[own]
-    unknown = sorted(set(arguments) - set(options))
-    if unknown:
-        takes = ", ".join(options) or "no arguments"
+    by_name = (
+        given is CNN
+    )  # who names our CNN says that the maps are for it, also those that are no image to SB3
+    options = (*_OPTIONS[own], "activation") if by_name else _OPTIONS[own]
+    if unknown := sorted(arguments.keys() - set(options)):
         raise TypeError(
-            f"features_extractor_kwargs={arguments!r}: {', '.join(unknown)} is not known; the {own} extractor takes"
-            f" {takes}"
+            f"features_extractor_kwargs={arguments!r}: {', '.join(unknown)} is not known; {own.__name__} takes"
+            f" {', '.join(options) or 'no arguments'}"
         )
     encoded = to_observation_space(space, normalize_images)
-    if own == "cnn":
+    if own is CNN:
         if is_dict or not spaces.is_image(encoded) or not (by_name or is_image(space, normalize_images)):
-            raise AssertionError(_no_image(space))
-        return CNN(to_activation(arguments.get("activation", "relu")), arguments.get("features_dim"))
-    if own == "flatten":
-        if is_dict:
-            raise ValueError(
-                f"a Flatten extractor joins no Dict: leave features_extractor_class out for {space}"
+            maps = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 3
+            raise AssertionError(
+                f"CnnPolicy is for images (Box, uint8, from 0 to 255, 3x3 pixels or more), not for {space}: use MlpPolicy"
+                + maps * ", or normalize_images=False in policy_kwargs for images that are normalised already"
             )
-        return Flatten(spaces.encoded_rank(encoded))
-    if not isinstance(encoded, spaces.Dict):
-        raise ValueError(f"a Combined extractor is for Dict observations, not for {space}")
-    images = tuple(
-        name
-        for name, part in encoded.spaces
-        if is_image(space[name], normalize_images) and spaces.is_image(part)  # type: ignore[index]
-    )
-    ranks = tuple((name, spaces.encoded_rank(part)) for name, part in encoded.spaces)
-    return Combined(ranks, images, "relu", arguments.get("cnn_output_dim", 256))
-
-
-def _lookup(extractor: Any) -> str | None:
-    return {**_SB3_EXTRACTORS, **_OWN_EXTRACTORS}.get(extractor) if isinstance(extractor, type) else None
-
-
-def _user_extractor(extractor: Any, arguments: Mapping[str, Any] | None) -> nn.Module:
-    if not (isinstance(extractor, type) and issubclass(extractor, nn.Module)):
-        is_torch = isinstance(extractor, type) and issubclass(extractor, torch.nn.Module)
-        why = "torch cannot run in JAX: write it" if is_torch else "it must be"
-        raise TypeError(
-            f"features_extractor_class={extractor!r}: {why} as a class derived from flax.linen.Module, from"
-            " observations [B, *shape] (images with the channels last) to features [B, F]; its arguments go into"
-            " features_extractor_kwargs"
+        return CNN(to_activation(arguments.get("activation", "relu")), arguments.get("features_dim"))
+    if isinstance(encoded, spaces.Dict) != (own is Combined):
+        why = (
+            "a Flatten extractor joins no Dict"
+            if is_dict
+            else "a Combined extractor is for Dict observations"
         )
-    return extractor(**dict(arguments or {}))
-
-
-def _no_image(space: gymnasium.Space) -> str:
-    text = f"CnnPolicy is for images (Box, uint8, from 0 to 255, 3x3 pixels or more), not for {space}: use MlpPolicy"
-    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 3:
-        return text + ", or normalize_images=False in policy_kwargs for images that are normalised already"
-    return text
+        raise ValueError(f"{why}: leave features_extractor_class out for {space}")
+    if not isinstance(encoded, spaces.Dict):
+        return Flatten(spaces.encoded_rank(encoded))
+    parts: Any = space
+    ranks = tuple((name, spaces.encoded_rank(part)) for name, part in encoded.spaces)
+    found = (name for name, part in encoded.spaces if spaces.is_image(part))
+    images = tuple(name for name in found if is_image(parts[name], normalize_images))
+    return Combined(ranks, images, "relu", arguments.get("cnn_output_dim", 256))

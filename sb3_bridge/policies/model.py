@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -15,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from grpo_jax.policies.policy import PolicyState
 from sb3_bridge.policies.optimizer import Optimizer
-from sb3_bridge.policies.parameters import HandedOut, flat, replaced, to_arrays, to_tensor
+from sb3_bridge.policies.parameters import NoGradient, replaced, to_arrays, to_tensor
 
 SelfModel = TypeVar("SelfModel", bound="JaxModel")
 
@@ -42,28 +43,25 @@ class JaxModel(BasePolicy):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._device = torch.device("cpu")
-        self._handed_out = HandedOut()
+        # Torch tensors that somebody holds, and what they were: torch counts no change through ``data`` or NumPy.
+        self._tensors: dict[str, torch.nn.Parameter] = {}
+        self._seen: dict[str, torch.Tensor] = {}
 
     @property
     def state(self) -> PolicyState:
-        """Parameters, with what was done to the tensors that :meth:`parameters` gave."""
-        self.sync_parameters()
+        """Parameters, with what was done in place to the tensors that :meth:`parameters` gave."""
+        seen, held = self._seen, {name: leaf.detach().cpu() for name, leaf in self._tensors.items()}
+        if changed := {name: held[name] for name in held if not torch.equal(held[name], seen[name])}:
+            self.state = self._loaded(changed, self._state, strict=False)[0]
         return self._state
 
     @state.setter
     def state(self, state: PolicyState) -> None:
         self._state = state
-        if self._handed_out:
-            self._handed_out.refresh(self.state_dict_of(state))
-
-    def sync_parameters(self) -> None:
-        """Takes over what was done in place to the tensors that :meth:`parameters` gave; ``state`` does so by itself.
-
-        Raises:
-          RuntimeError: a tensor has another shape now.
-        """
-        if self._handed_out and (changed := self._handed_out.changed()):
-            self.state = self._loaded(changed, self._state, strict=False)[0]
+        if self._tensors:
+            self._seen = self.state_dict_of(state)
+            for name, tensor in self._tensors.items():
+                tensor.data.copy_(self._seen[name])
 
     def __getattr__(self, name: str) -> Any:
         if name in TORCH_ONLY:
@@ -90,56 +88,46 @@ class JaxModel(BasePolicy):
         )
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not for networks in JAX.
-
-        Raises:
-          NotImplementedError: always; names the torch policy that has it.
-        """
+        """Not for networks in JAX: always a NotImplementedError."""
         raise NotImplementedError(
             f"{type(self).__name__} has no torch modules or tensors of its own to do that to: use model.to_torch()"
         )
 
     make_features_extractor = extract_features = apply = _apply = _refuse
 
-    # The device, for tensors ----------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         """Where torch tensors go; the parameters are JAX's, and stay where they are."""
         return self._device
 
-    def to(  # type: ignore[override]
-        self: SelfModel, device: Any = None, *args: Any, **kwargs: Any
-    ) -> SelfModel:
-        """Sets the device of tensors.
-
-        Raises:
-          TypeError: anything but a device, such as a dtype.
-        """
-        if args or kwargs or isinstance(device, torch.dtype):
+    def to(self: SelfModel, device: Any = None, **others: Any) -> SelfModel:  # type: ignore[override]
+        """Sets the device of tensors; anything but a device, such as a dtype, is a TypeError."""
+        if others or isinstance(device, torch.dtype):
             raise TypeError(f"to({device!r}, ...) takes a device alone: the parameters are JAX arrays")
         if device is not None:
-            self.sync_parameters()
             self._device = torch.device(device)
-            self._handed_out.to(self._device)
+            for tensor in self._tensors.values():
+                tensor.data = tensor.data.to(self._device)
         return self
 
-    def cpu(self: SelfModel) -> SelfModel:
-        """``to("cpu")``."""
-        return self.to("cpu")
+    cpu = functools.partialmethod(to, "cpu")
 
     def cuda(self: SelfModel, device: Any = None) -> SelfModel:
         """``to("cuda")``."""
         return self.to(torch.device("cuda", device))
 
     def _to_tensor(self, array: jax.Array) -> torch.Tensor:
-        return self._handed_out.without_gradient(to_tensor(array).to(self.device))
+        return self._without_gradient(to_tensor(array).to(self.device))
 
-    # Parameters -----------------------------------------------------------------------------------------------------
+    def _without_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same; its ``backward`` says that no gradient reaches the tensors that somebody holds."""
+        if not self._tensors or not torch.is_grad_enabled():
+            return tensor
+        return NoGradient.apply(tensor, *self._tensors.values())
 
     def state_dict_of(self, state: PolicyState) -> dict[str, torch.Tensor]:
         """Parameters of a state of this policy as CPU tensors, ``{"actor.MLP_0.Dense_0.kernel": ...}``; copies."""
-        return {name: to_tensor(leaf) for name, leaf in flat(state).items()}
+        return {name: to_tensor(leaf) for name, leaf in _flat(state).items()}
 
     def state_from(self, state_dict: Mapping[str, Any], strict: bool = True) -> PolicyState:
         """A state with the parameters that :meth:`state_dict_of` gave; see :meth:`load_state_dict`."""
@@ -148,10 +136,9 @@ class JaxModel(BasePolicy):
     def _loaded(
         self, state_dict: Mapping[str, Any], state: PolicyState, strict: bool
     ) -> tuple[PolicyState, _IncompatibleKeys]:
-        leaves, keys = replaced(flat(state), state_dict, strict, type(self).__name__)
-        structure = traverse_util.flatten_dict(state.params)
-        nested = dict(zip(structure, leaves.values(), strict=True))
-        return state.replace(params=traverse_util.unflatten_dict(nested)), keys
+        leaves, keys = replaced(_flat(state), state_dict, strict, type(self).__name__)
+        params = traverse_util.path_aware_map(lambda path, _: leaves[".".join(map(str, path))], state.params)
+        return state.replace(params=params), keys
 
     def state_dict(  # type: ignore[override]
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -165,20 +152,10 @@ class JaxModel(BasePolicy):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Takes over parameters (torch, NumPy or JAX arrays) by name.
+        """Takes over parameters (torch, NumPy or JAX arrays) by name; returns the names that are missing or unexpected.
 
-        Args:
-          state_dict: as :meth:`state_dict` gives it.
-          strict: whether every name must be there, and no other.
-          assign: torch's, without a meaning here.
-
-        Returns:
-          The names that are missing and those that were not expected.
-
-        Raises:
-          RuntimeError: wrong names or shapes, named; nothing is changed then.
+        Wrong names (where ``strict``) or shapes are a RuntimeError; nothing is changed then.
         """
-        del assign
         self.state, keys = self._loaded(state_dict, self.state, strict)
         return keys
 
@@ -190,33 +167,36 @@ class JaxModel(BasePolicy):
         What is done to them in place is done to the policy: it is taken over before the policy acts, trains or is saved.
         ``requires_grad=False`` keeps training from changing a tensor. Training gives them the new values.
         """
-        del recurse, remove_duplicate
-        named = {} if self._handed_out else self.state_dict_of(self.state)
-        tensors = self._handed_out.give({name: leaf.to(self.device) for name, leaf in named.items()})
-        for name, tensor in tensors.items():
+        if not self._tensors:
+            self._seen = self.state_dict_of(self.state)
+            for name, leaf in self._seen.items():
+                copied = leaf.to(self.device, copy=True)
+                self._tensors[name] = torch.nn.Parameter(copied, requires_grad=leaf.is_floating_point())
+        for name, tensor in self._tensors.items():
             yield f"{prefix}.{name}" if prefix else name, tensor
 
     def set_training_mode(self, mode: bool) -> None:
         """See SB3; with ``mode``, frozen parameters are told to the optimizer."""
         super().set_training_mode(mode)
         if mode:
-            self.optimizer.frozen = self._handed_out.frozen()
+            real = {name: leaf for name, leaf in self._tensors.items() if leaf.is_floating_point()}
+            self.optimizer.frozen = tuple(name for name in real if not real[name].requires_grad)
 
     def parameters_to_vector(self) -> np.ndarray:
         """All parameters, ``[n]``."""
-        return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in flat(self.state).values()])
+        return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in _flat(self.state).values()])
 
     def load_from_vector(self, vector: np.ndarray) -> None:
-        """Takes over the parameters that ``parameters_to_vector`` gave, ``[n]``.
-
-        Raises:
-          ValueError: another length.
-        """
-        present = flat(self.state)
-        sizes = [leaf.size for leaf in present.values()]
+        """Takes over the parameters that ``parameters_to_vector`` gave, ``[n]``; another length is a ValueError."""
+        present = _flat(self.state)
+        ends = np.cumsum([leaf.size for leaf in present.values()])
         vector = np.asarray(to_arrays(vector))
-        if vector.shape != (sum(sizes),):
-            raise ValueError(f"vector has shape {list(vector.shape)}, expected [{sum(sizes)}]")
-        parts = np.split(vector, np.cumsum(sizes)[:-1])
-        shaped = {name: part.reshape(present[name].shape) for name, part in zip(present, parts, strict=True)}
-        self.load_state_dict(shaped)
+        if vector.shape != (ends[-1],):
+            raise ValueError(f"vector has shape {list(vector.shape)}, expected [{ends[-1]}]")
+        parts = zip(present.items(), np.split(vector, ends[:-1]), strict=True)
+        self.load_state_dict({name: part.reshape(leaf.shape) for (name, leaf), part in parts})
+
+
+def _flat(state: PolicyState) -> dict[str, jax.Array]:
+    """Parameters of a policy by name, such as ``actor.MLP_0.Dense_0.kernel``."""
+    return traverse_util.flatten_dict(state.params, sep=".")

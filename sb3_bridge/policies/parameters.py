@@ -9,68 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import traverse_util
 from torch.nn.modules.module import _IncompatibleKeys
 
-from grpo_jax.policies.policy import PolicyState
-from grpo_jax.types import PyTree
 
+class NoGradient(torch.autograd.Function):
+    """Its first argument, with a ``backward`` that says why there is no gradient for the others."""
 
-class HandedOut:
-    """Parameters as torch tensors that somebody holds, and may change in place, replace the data of, or freeze.
-
-    They are always the same objects. What was done to them is found by comparing them with what they were: torch counts
-    no change that goes through ``tensor.data`` or NumPy.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, torch.nn.Parameter] = {}
-        self._seen: dict[str, torch.Tensor] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._tensors)
-
-    def give(self, named: Mapping[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
-        """The tensors, which are made at the first call."""
-        if not self._tensors:
-            for name, tensor in named.items():
-                is_real = tensor.is_floating_point()
-                self._tensors[name] = torch.nn.Parameter(tensor.clone(), requires_grad=is_real)
-                self._seen[name] = tensor.clone()
-        return self._tensors
-
-    def changed(self) -> dict[str, torch.Tensor]:
-        """Those that are no longer what they were."""
-        pairs = self._tensors.items()
-        return {name: tensor for name, tensor in pairs if not torch.equal(tensor, self._seen[name])}
-
-    def refresh(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Gives the tensors new values."""
-        for name, tensor in self._tensors.items():
-            tensor.data.copy_(named[name])
-            self._seen[name] = tensor.detach().clone()
-
-    def to(self, device: torch.device) -> None:
-        """Moves the tensors to a device."""
-        for name, tensor in self._tensors.items():
-            tensor.data = tensor.data.to(device)
-            self._seen[name] = tensor.detach().clone()
-
-    def frozen(self) -> tuple[str, ...]:
-        """Names of the tensors that are not to be learned."""
-        pairs = self._tensors.items()
-        return tuple(
-            name for name, tensor in pairs if tensor.is_floating_point() and not tensor.requires_grad
-        )
-
-    def without_gradient(self, output: torch.Tensor) -> torch.Tensor:
-        """An output whose ``backward`` says that no gradient can reach the tensors; unchanged where nobody has them."""
-        if not self._tensors or not torch.is_grad_enabled():
-            return output
-        return _NoGradient.apply(output, *self._tensors.values())
-
-
-class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         return output.clone()
@@ -81,16 +25,6 @@ class _NoGradient(torch.autograd.Function):
             "no torch gradient flows through a GRPO policy, whose networks are JAX's: train model.to_torch() with torch,"
             " and take it back by GRPO.from_torch()"
         )
-
-
-def flat(state: PolicyState) -> dict[str, jax.Array]:
-    """Parameters of a policy by name, such as ``actor.MLP_0.Dense_0.kernel``."""
-    return traverse_util.flatten_dict(state.params, sep=".")
-
-
-def named(tree: PyTree) -> list[tuple[str, Any]]:
-    """The leaves of any tree by their paths."""
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def to_tensor(array: Any) -> torch.Tensor:
@@ -116,27 +50,25 @@ def to_arrays(tree: Any) -> Any:
 def replaced(
     present: dict[str, Any], given: Mapping[str, Any], strict: bool, owner: str
 ) -> tuple[dict[str, Any], _IncompatibleKeys]:
-    """The leaves of ``present`` with those of ``given`` in their places, in their dtypes and on their devices.
-
-    Raises:
-      RuntimeError: names (where ``strict``) or shapes that are not those of ``owner``.
-    """
+    """The leaves of ``present`` with those of ``given`` in their places, in their dtypes and on their devices."""
     missing = [name for name in present if name not in given]
     unexpected = [name for name in given if name not in present]
-    errors = []
-    if strict:
-        errors += [f"missing: {', '.join(missing)}"] if missing else []
-        errors += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
+    named = {"missing": missing, "unexpected": unexpected} if strict else {}
+    errors = [f"{what}: {', '.join(names)}" for what, names in named.items() if names]
     leaves = dict(present)
-    for name, leaf in present.items():
-        if name in missing:
-            continue
+    for name in (name for name in present if name in given):
         # A copy: JAX may go on in the memory it is given, which the caller may change.
-        array, plain = np.array(to_arrays(given[name])), _plain(leaf)
+        array, leaf, plain = np.array(to_arrays(given[name])), present[name], _plain(present[name])
         if array.shape != np.shape(plain):
             errors.append(f"{name} has shape {list(array.shape)}, expected {list(np.shape(plain))}")
-            continue
-        leaves[name] = _like(leaf, plain, array)
+        elif isinstance(leaf, jax.Array):
+            array = jax.device_put(jnp.asarray(array, plain.dtype), plain.sharding)
+            is_key = plain is not leaf
+            leaves[name] = (
+                jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if is_key else array
+            )
+        else:
+            leaves[name] = array
     if errors:
         raise RuntimeError(f"cannot load the parameters of {owner}: {'; '.join(errors)}")
     return leaves, _IncompatibleKeys(missing, unexpected)
@@ -145,10 +77,3 @@ def replaced(
 def _plain(leaf: Any) -> Any:
     is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
-
-
-def _like(leaf: Any, plain: Any, array: np.ndarray) -> Any:
-    if not isinstance(leaf, jax.Array):
-        return array
-    loaded = jax.device_put(jnp.asarray(array, plain.dtype), plain.sharding)
-    return loaded if plain is leaf else jax.random.wrap_key_data(loaded, impl=jax.random.key_impl(leaf))

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import flax.linen as nn
 import gymnasium
+import jax
 import numpy as np
 import torch
+from flax import traverse_util
 from stable_baselines3.common import policies as sb3
 from stable_baselines3.common.distributions import Distribution, make_proba_distribution
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.utils import ConstantSchedule, get_device
 
 from grpo_jax.policies.networks import CNN
 from grpo_jax.policies.policy import PolicyState, assemble
 from grpo_jax.types import Observation
-from sb3_bridge.policies import layers
+from sb3_bridge.files.model_zip import File, load_zip, save_zip
+from sb3_bridge.policies import layers, spaces
 from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
 from sb3_bridge.policies.model import JaxModel
-from sb3_bridge.policies.observations import to_batch, to_finite_arrays
 from sb3_bridge.policies.optimizer import Optimizer, to_optimizer
-from sb3_bridge.policies.parameters import to_arrays
-from sb3_bridge.policies.spaces import stretch_of, to_action_space, to_observation_space
+from sb3_bridge.policies.parameters import to_arrays, to_tensor
 
 SelfPolicy = TypeVar("SelfPolicy", bound="GRPOPolicy")
 
@@ -43,28 +44,13 @@ _KEPT = (
 class GRPOPolicy(JaxModel):
     """Actor and critic in JAX behind SB3's policy, for vectors and, flattened, everything but dicts.
 
-    Args:
-      observation_space: of the environment, images as SB3 transposes them (channels first).
-      action_space: of the environment.
-      lr_schedule: learning rate from the remaining progress.
-      net_arch: dense layers: a list, or a dict with ``pi`` and ``vf``; None: 64, 64, none behind convolutions.
-      activation_fn: of the dense layers: a function of JAX arrays, a name, or a class of torch.nn.
-      ortho_init: orthogonal kernels; False: flax's own initialisers.
-      use_sde, full_std, use_expln: accepted, without a meaning here.
-      log_std_init: start of the log standard deviation, on actions scaled to [-1, 1].
-      squash_output: only with ``use_sde``, as in SB3; no meaning here.
-      features_extractor_class: flax module class, see :func:`sb3_bridge.policies.extractor.to_features_extractor`.
-      features_extractor_kwargs: its arguments.
-      share_features_extractor: whether the critic learns the actor's extractor with it.
-      normalize_images: whether images are divided by 255.
-      optimizer_class: optax factory such as ``optax.adamw``; None: Adam with eps=1e-5.
-      optimizer_kwargs: its arguments, the learning rate apart.
-      has_critic: whether there is a critic.
-      seed: of the parameters and of the actions that ``predict`` samples; None: the operating system's entropy.
-
-    Attributes:
-      structure: the policy of ``grpo_jax``, static; equal arguments make equal ones.
-      state, optimizer: see :class:`~sb3_bridge.policies.model.JaxModel`.
+    Arguments are those of SB3's ``ActorCriticPolicy``, in its order, and mean the same but for these: ``activation_fn`` is
+    a function of JAX arrays, a name, or a class of torch.nn; ``features_extractor_class`` a flax module class, see
+    :func:`sb3_bridge.policies.extractor.to_features_extractor`; ``optimizer_class`` an optax factory such as
+    ``optax.adamw`` (None: Adam with eps=1e-5), and ``optimizer_kwargs`` its arguments, the learning rate apart.
+    ``log_std_init`` is of actions scaled to [-1, 1]. ``use_sde`` and what belongs to it has no meaning. GRPO's own are
+    ``has_critic`` and ``seed`` (of the parameters and of the actions that ``predict`` samples; None: the operating
+    system's entropy). ``structure`` is the policy of ``grpo_jax``; equal arguments make equal ones.
 
     Raises:
       TypeError, ValueError, NotImplementedError, AssertionError: what is wrong with which argument, and the fix.
@@ -97,14 +83,13 @@ class GRPOPolicy(JaxModel):
         seed: int | None = None,
     ):
         if squash_output and not use_sde:
-            raise AssertionError(
-                "squash_output=True is only available when using gSDE (use_sde=True): leave it out"
-            )
+            raise AssertionError("squash_output=True is only available when using gSDE: leave it out")
         super().__init__(
             observation_space, action_space, normalize_images=normalize_images, squash_output=squash_output
         )
         features_extractor_kwargs, optimizer_kwargs = (
-            dict(given or {}) for given in (features_extractor_kwargs, optimizer_kwargs)
+            dict(features_extractor_kwargs or {}),
+            dict(optimizer_kwargs or {}),
         )
         given = locals()
         for name in _KEPT:
@@ -112,7 +97,8 @@ class GRPOPolicy(JaxModel):
         self.dist_kwargs = None  # SB3's arguments of gSDE
 
         self._assemble()
-        self.optimizer = Optimizer(to_optimizer(optimizer_class, optimizer_kwargs), float(lr_schedule(1)))
+        factory = to_optimizer(optimizer_class, optimizer_kwargs)
+        self.optimizer = Optimizer(factory, [{"lr": float(lr_schedule(1))}])
         self.seed(seed)
         words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
         self.state: PolicyState = self._functions.init(words)
@@ -123,18 +109,13 @@ class GRPOPolicy(JaxModel):
 
     def _assemble(self) -> None:
         """Makes the structure that the arguments mean."""
-        extractor = to_features_extractor(
-            self.kind,
-            self.observation_space,
-            self.features_extractor_class,
-            self.features_extractor_kwargs,
-            self.normalize_images,
-        )
+        given = (self.features_extractor_class, self.features_extractor_kwargs, self.normalize_images)
+        extractor = to_features_extractor(self.kind, self.observation_space, *given)
         self.net_arch = layers.to_net_arch(self.net_arch, isinstance(extractor, CNN))
         widths, critic_widths = layers.widths_of(self.net_arch)
         self.structure = assemble(
-            to_observation_space(self.observation_space, self.normalize_images),
-            to_action_space(self.action_space),
+            spaces.to_observation_space(self.observation_space, self.normalize_images),
+            spaces.to_action_space(self.action_space),
             features_extractor=extractor,
             share_features_extractor=self.share_features_extractor,
             widths=widths,
@@ -150,8 +131,6 @@ class GRPOPolicy(JaxModel):
         check_process()
         return self._compiled
 
-    # Acting ---------------------------------------------------------------------------------------------------------
-
     def predict(
         self,
         observation: np.ndarray | dict[str, np.ndarray],
@@ -159,17 +138,10 @@ class GRPOPolicy(JaxModel):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Actions for one observation or a batch; see SB3.
+        """Actions ``[*A]`` or ``[N, *A]`` in the action space's dtype, within its bounds; and ``state``. See SB3.
 
-        Args:
-          observation: ``[*shape]`` or ``[N, *shape]``, a dict of such arrays for ``Dict`` spaces; images with the channels
-            first or last.
-          state: returned as it is.
-          episode_start: without a meaning: the policy has no memory.
-          deterministic: the most probable action in place of a sampled one.
-
-        Returns:
-          Actions ``[*A]`` or ``[N, *A]`` in the action space's dtype, within its bounds; and ``state``.
+        Observations are ``[*shape]`` or ``[N, *shape]``, dicts of such arrays for ``Dict`` spaces; images with the channels
+        first or last. ``deterministic`` takes the most probable action in place of a sampled one.
 
         Raises:
           ValueError: a wrong shape, NaN or inf, or what Gymnasium's ``reset`` returned.
@@ -177,8 +149,8 @@ class GRPOPolicy(JaxModel):
         """
         if self.training:
             self.set_training_mode(False)
-        batch, is_vectorized = to_batch(observation, self.observation_space)
-        actions = self._act(to_finite_arrays(batch), deterministic)
+        batch, is_vectorized = spaces.to_batch(observation, self.observation_space)
+        actions = self._act(spaces.to_finite_arrays(batch), deterministic)
         return actions if is_vectorized else actions.squeeze(axis=0), state
 
     def _act(self, batch: Observation, deterministic: bool) -> np.ndarray:
@@ -186,8 +158,7 @@ class GRPOPolicy(JaxModel):
         if deterministic:
             chosen = self._functions.mode(self.state, batch)
         else:
-            leaf = next(iter(batch.values())) if isinstance(batch, dict) else batch
-            shape = (leaf.shape[0], self.structure.distribution.n_uniforms)
+            shape = (len(jax.tree.leaves(batch)[0]), self.structure.distribution.n_uniforms)
             words = self._generator.integers(0, 2**32, shape, np.uint32)
             chosen = self._functions.sample(self.state, batch, words)
         space = self.action_space
@@ -198,7 +169,9 @@ class GRPOPolicy(JaxModel):
         return actions
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> torch.Tensor:
-        return torch.from_numpy(self._act(to_finite_arrays(observation), deterministic)).to(self.device)
+        return torch.from_numpy(self._act(spaces.to_finite_arrays(observation), deterministic)).to(
+            self.device
+        )
 
     def forward(
         self, obs: PyTorchObs, deterministic: bool = False
@@ -209,48 +182,34 @@ class GRPOPolicy(JaxModel):
         return actions, values, log_prob
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
-        """Values ``[N, 1]`` of observations ``[N, *shape]`` (torch, as ``obs_to_tensor`` gives them, NumPy or JAX).
-
-        Raises:
-          RuntimeError: there is no critic.
-        """
+        """Values ``[N, 1]`` of observations ``[N, *shape]`` (torch, NumPy or JAX); without a critic a RuntimeError."""
         if not self.has_critic:
             raise RuntimeError("this policy has no critic (bootstrap=False): there are no values to predict")
-        return self._to_tensor(self._functions.value(self.state, to_finite_arrays(obs))[:, None])
+        return self._to_tensor(self._functions.value(self.state, spaces.to_finite_arrays(obs))[:, None])
 
     def evaluate_actions(
         self, obs: PyTorchObs, actions: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """What the policy thinks of actions; no gradients flow.
+        """Values ``[N, 1]`` (None without a critic), log densities ``[N]`` and entropies ``[N]``, without gradients.
 
-        Args:
-          obs: ``[N, *shape]``, as ``obs_to_tensor`` gives them.
-          actions: ``[N, *A]`` in the environment's units.
-
-        Returns:
-          Values ``[N, 1]`` (None without a critic), log densities ``[N]`` and entropies ``[N]``. Of a Gaussian in the
-          environment's units, before actions are clipped.
+        For observations ``[N, *shape]`` and actions ``[N, *A]`` in the environment's units, as are the densities of a
+        Gaussian (before actions are clipped).
         """
-        observation = to_finite_arrays(obs)
-        array = np.asarray(to_arrays(actions)).reshape((-1, *self.structure.action_space.shape))
-        middle, half = stretch_of(self.structure.action_space)
-        if isinstance(self.action_space, gymnasium.spaces.Box):
-            array = ((array - middle) / half).astype(np.float32)
-        parameters = self._functions.parameters(self.state, observation)
-        log_prob, entropy = self._functions.log_prob(parameters, array)
-        volume = float(np.sum(np.log(half)))
-        values = self.predict_values(obs) if self.has_critic else None
-        return values, self._to_tensor(log_prob) - volume, self._to_tensor(entropy) + volume
+        shape = (-1, get_action_dim(self.action_space)) if self.action_space.shape else (-1,)
+        with torch.no_grad():
+            distribution: Any = self.get_distribution(obs)
+            flat = to_tensor(to_arrays(actions)).to(self.device, torch.float32).reshape(shape)
+            answers = distribution.log_prob(flat), distribution.entropy()
+        log_prob, entropy = map(self._without_gradient, answers)
+        return self.predict_values(obs) if self.has_critic else None, log_prob, entropy
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients."""
-        parameters = self._to_tensor(self._functions.parameters(self.state, to_finite_arrays(obs)))
+        parameters = self._to_tensor(self._functions.parameters(self.state, spaces.to_finite_arrays(obs)))
         distribution: Any = make_proba_distribution(self.action_space)
         if isinstance(self.action_space, gymnasium.spaces.Box):
-            middle, half = (
-                torch.as_tensor(part.reshape(-1)).to(parameters)
-                for part in stretch_of(self.structure.action_space)
-            )
+            stretch = spaces.stretch_of(self.structure.action_space)
+            middle, half = (torch.as_tensor(part.reshape(-1)).to(parameters) for part in stretch)
             mean, log_std = parameters.chunk(2, dim=-1)
             return distribution.proba_distribution(mean * half + middle, log_std + half.log())
         if isinstance(self.action_space, gymnasium.spaces.MultiBinary):
@@ -259,17 +218,8 @@ class GRPOPolicy(JaxModel):
         return distribution.proba_distribution(action_logits=parameters)
 
     def reset_noise(self, n_envs: int = 1) -> None:
-        """As SB3's without gSDE.
-
-        Raises:
-          AssertionError: always.
-        """
-        del n_envs
-        raise AssertionError(
-            "reset_noise() is only available when using gSDE, which this policy does not have"
-        )
-
-    # Files and copies -----------------------------------------------------------------------------------------------
+        """As SB3's without gSDE: always an AssertionError."""
+        raise AssertionError("reset_noise() is only available when using gSDE, which is not known here")
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -280,35 +230,33 @@ class GRPOPolicy(JaxModel):
             "seed": self._seed,
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the policy without pickle; see :func:`sb3_bridge.files.model_zip.policy_to_file`."""
-        from sb3_bridge.files.model_zip import policy_to_file
-
-        policy_to_file(self, path)  # type: ignore[arg-type]
+    def save(self, path: File) -> None:
+        """Writes the policy without pickle: its constructor's arguments and its parameters; errors of ``save_zip``."""
+        save_zip(path, self._get_constructor_parameters(), {"policy": self.state.params})
 
     @classmethod
     def load(
-        cls: type[SelfPolicy],
-        path: str | os.PathLike[str],
-        device: torch.device | str = "auto",
-        *,
-        custom_objects: dict[str, Any] | None = None,
-        allow_pickle: bool = False,
+        cls: type[SelfPolicy], path: File, device: torch.device | str = "auto", **reading: Any
     ) -> SelfPolicy:
-        """A policy that :meth:`save` wrote; see :func:`sb3_bridge.files.model_zip.policy_from_file`."""
-        from sb3_bridge.files.model_zip import policy_from_file
+        """A policy that :meth:`save` wrote; a file of anything else is a ValueError.
 
-        return policy_from_file(
-            cls,
-            path,  # type: ignore[arg-type]
-            device,
-            custom_objects=custom_objects,
-            allow_pickle=allow_pickle,
-        )
+        ``reading``: ``custom_objects`` and ``allow_pickle``; see :func:`sb3_bridge.files.model_zip.load_zip`.
+        """
+        data, params = load_zip(path, **reading)
+        if "policy_class" in data or "policy" not in params:
+            raise ValueError(f"{path} holds a whole model, not a policy alone: use GRPO.load(path).policy")
+        try:
+            policy = cls(**data)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} does not hold what the policy is made from ({error}); pass what is missing in custom_objects"
+            ) from error
+        policy.load_state_dict(traverse_util.flatten_dict(params["policy"], sep="."))
+        return policy.to(get_device(device))
 
     def __deepcopy__(self: SelfPolicy, memo: dict[int, Any]) -> SelfPolicy:
         # What is static is shared: a copied jitted function is another function, and its structure another one.
-        static = (self.activation_fn, self.features_extractor_kwargs, self.optimizer.factory)
+        static = (self.activation_fn, self.features_extractor_kwargs, self.optimizer.given)
         memo.update({id(part): part for part in static})
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -316,9 +264,8 @@ class GRPOPolicy(JaxModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # Jitted functions cannot be pickled; torch's classes stand for those of the activations.
-        state = {
-            name: value for name, value in self.__dict__.items() if name not in ("_compiled", "structure")
-        }
+        left_out = ("_compiled", "structure")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         state["activation_fn"] = layers.TORCH_CLASSES.get(self.structure.actor.activation, self.activation_fn)
         return state
 
@@ -352,14 +299,11 @@ SB3_POLICIES: dict[Any, type[GRPOPolicy]] = {
 
 
 def to_policy_class(policy: Any) -> str | type[GRPOPolicy]:
-    """The policy that a user means: a name, a class derived from ours, or one of SB3's three, which stands for ours.
-
-    Raises:
-      TypeError: another class, such as one derived from SB3's.
-    """
-    if isinstance(policy, str) or (isinstance(policy, type) and issubclass(policy, GRPOPolicy)):
+    """The policy that a user means: a name, a class derived from ours, or ours for one of SB3's three."""
+    is_class = isinstance(policy, type)
+    if isinstance(policy, str) or (is_class and issubclass(policy, GRPOPolicy)):
         return policy
-    if isinstance(policy, type) and policy in SB3_POLICIES:
+    if is_class and policy in SB3_POLICIES:
         return SB3_POLICIES[policy]
     raise TypeError(
         f"policy={policy!r} must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy', SB3's classes of these names, or a class"

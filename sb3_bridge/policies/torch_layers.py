@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import gymnasium
 import torch
@@ -23,7 +25,7 @@ class FeatureMapsCNN(BaseFeaturesExtractor):
     Args:
       observation_space: a Box of three axes.
       features_dim: of the last layer; None: 512 for 36 pixels or more, else 128.
-      activation_fn: behind each layer.
+      activation: behind each layer.
       channels_first: False: maps are ``[height, width, channels]``.
     """
 
@@ -31,24 +33,21 @@ class FeatureMapsCNN(BaseFeaturesExtractor):
         self,
         observation_space: gymnasium.Space,
         features_dim: int | None = None,
-        activation_fn: type[nn.Module] = nn.ReLU,
+        activation: type[nn.Module] = nn.ReLU,
         channels_first: bool = True,
     ) -> None:
-        shape = observation_space.shape
-        assert shape is not None
+        shape: Any = observation_space.shape
         n_channels, *pixels = shape if channels_first else (shape[-1], *shape[:-1])
         is_large = min(pixels) >= 36
-        layers = [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if is_large else [(16, 3, 1)]
         super().__init__(observation_space, features_dim or (512 if is_large else 128))
         self.channels_first = channels_first
         modules: list[nn.Module] = []
-        for n_maps, kernel, stride in layers:
-            modules += [nn.Conv2d(n_channels, n_maps, kernel, stride), activation_fn()]
-            n_channels = n_maps
+        for n_maps, kernel, stride in [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if is_large else [(16, 3, 1)]:
+            modules += [nn.Conv2d(n_channels, n_maps, kernel, stride), activation()]
+            n_channels, pixels = n_maps, [(n - kernel) // stride + 1 for n in pixels]
         self.cnn = nn.Sequential(*modules, nn.Flatten())
-        with torch.no_grad():
-            n_flat = self.cnn(torch.zeros(1, shape[0] if channels_first else shape[-1], *pixels)).shape[1]
-        self.linear = nn.Sequential(nn.Linear(n_flat, self.features_dim), activation_fn())
+        n_flat = n_channels * math.prod(pixels)
+        self.linear = nn.Sequential(nn.Linear(n_flat, self.features_dim), activation())
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Features ``[N, F]``."""
@@ -70,17 +69,16 @@ class FeatureMapsCombined(BaseFeaturesExtractor):
         channels_first: Mapping[str, bool],
         cnn_output_dim: int,
     ) -> None:
-        parts: dict[str, nn.Module] = {}
-        sizes = []
-        for name, space in observation_space.spaces.items():
-            if name in channels_first:
-                parts[name] = FeatureMapsCNN(space, cnn_output_dim, nn.ReLU, channels_first[name])
-                sizes.append(cnn_output_dim)
-            else:
-                parts[name] = nn.Flatten()
-                sizes.append(gymnasium.spaces.flatdim(space))
-        super().__init__(observation_space, sum(sizes))
-        self.extractors = nn.ModuleDict(parts)
+        parts, n_features = observation_space.spaces, len(channels_first) * cnn_output_dim
+        flat = {name: part for name, part in parts.items() if name not in channels_first}
+        super().__init__(observation_space, n_features + sum(map(gymnasium.spaces.flatdim, flat.values())))
+        modules = {
+            name: nn.Flatten()
+            if name in flat
+            else FeatureMapsCNN(part, cnn_output_dim, nn.ReLU, channels_first[name])
+            for name, part in parts.items()
+        }
+        self.extractors = nn.ModuleDict(modules)
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         """Features ``[N, F]``."""

@@ -1,14 +1,15 @@
 """A policy in JAX as SB3's in torch, and back: the same actions, values and log-probabilities.
 
-Each parameter of ours has one of torch's: kernels are transposed; features lie in another order where we see the
-channels of an image last and torch first; the actor's output carries the stretch to the bounds of a Box, which ours
-applies to actions; a bit has two logits here and one there.
+Each layer of ours has one of torch's: kernels are transposed; features lie in another order where we see the channels of
+an image last and torch first; the actor's output carries the stretch to the bounds of a Box, which ours applies to
+actions; a bit has two logits here and one there.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,9 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from stable_baselines3.common.utils import ConstantSchedule
 
 from grpo_jax import spaces
-from grpo_jax.policies.networks import CNN, Actor, Combined, Critic, Flatten
+from grpo_jax.policies.networks import CNN, Combined, Flatten
 from grpo_jax.policies.policy import Policy
-from sb3_bridge.policies.layers import TORCH_ACTIVATIONS, TORCH_CLASSES
+from sb3_bridge.policies.layers import TORCH_CLASSES, TORCH_NAMES
 from sb3_bridge.policies.policy import SB3_POLICIES, GRPOPolicy
 from sb3_bridge.policies.spaces import is_image, stretch_of
 from sb3_bridge.policies.torch_layers import FeatureMapsCNN, FeatureMapsCombined, TanhGELU
@@ -60,15 +61,16 @@ def to_torch(policy: GRPOPolicy) -> ActorCriticPolicy:
     """
     kind, arguments = _torch_arguments(policy)
     rate = ConstantSchedule(policy.optimizer.param_groups[0]["lr"])
-    generator = torch.get_rng_state()
-    # Copies of the spaces: SB3's CNN draws a sample.
-    twin = kind(*copy.deepcopy((policy.observation_space, policy.action_space)), rate, **arguments)
-    torch.set_rng_state(generator)
-    ours, theirs = policy.state_dict(), dict(twin.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for pair in _pairs(policy.structure, twin):
-            array = pair.to_torch(ours[pair.name].float().numpy())
-            theirs[pair.torch_name].copy_(torch.as_tensor(array))
+    with torch.random.fork_rng([]), torch.no_grad():
+        # Copies of the spaces: SB3's CNN draws a sample.
+        twin = kind(*copy.deepcopy((policy.observation_space, policy.action_space)), rate, **arguments)
+        arrays = {name: leaf.float().numpy() for name, leaf in policy.state_dict().items()}
+        for layer in _layers(policy.structure, twin):
+            weight, bias = layer.to_torch(arrays[f"{layer.name}.kernel"], arrays[f"{layer.name}.bias"])
+            layer.module.weight.copy_(torch.as_tensor(weight))
+            layer.module.bias.copy_(torch.as_tensor(bias))
+        if policy.structure.actor.gaussian:
+            twin.log_std.copy_(torch.as_tensor(arrays["actor.log_std"] + _log_half(policy.structure)))
         if not policy.has_critic:
             twin.value_net.weight.zero_()
             twin.value_net.bias.zero_()
@@ -93,11 +95,7 @@ def from_torch(policy: ActorCriticPolicy) -> GRPOPolicy:
 
 
 def arguments_of(policy: ActorCriticPolicy) -> tuple[type[GRPOPolicy], dict[str, Any]]:
-    """Class and ``policy_kwargs`` that make the same networks in JAX; the optimizer is ours.
-
-    Raises:
-      TypeError, NotImplementedError: what JAX does not have here, by name.
-    """
+    """Class and ``policy_kwargs`` that make the same networks in JAX; errors as in :func:`from_torch`."""
     if type(policy) not in SB3_POLICIES:
         raise TypeError(
             f"policy={type(policy).__name__} must be SB3's MlpPolicy, CnnPolicy or MultiInputPolicy itself: what a derived"
@@ -111,17 +109,13 @@ def arguments_of(policy: ActorCriticPolicy) -> tuple[type[GRPOPolicy], dict[str,
             f"features_extractor_class={extractor.__name__} is torch's and has no counterpart in JAX here: only"
             " FlattenExtractor, NatureCNN and CombinedExtractor have"
         )
-    given = dict(policy.features_extractor_kwargs)
-    for name in ("normalized_image", "channels_first"):  # what the policy and the space say
-        given.pop(name, None)
-    if "activation_fn" in given:
-        given["activation"] = _jax_activation(given.pop("activation_fn"))
-    return SB3_POLICIES[type(policy)], {
-        **{name: getattr(policy, name) for name in _NETWORKS},
-        "activation_fn": _jax_activation(policy.activation_fn),
-        "features_extractor_class": _EXTRACTORS[extractor],
-        "features_extractor_kwargs": given,
-    }
+    known = ("normalized_image", "channels_first")  # which the policy and the space say
+    kwargs = {name: leaf for name, leaf in policy.features_extractor_kwargs.items() if name not in known}
+    arguments = {name: getattr(policy, name) for name in (*_NETWORKS, "activation_fn")}
+    for owner in (kwargs, arguments):
+        owner |= {name: "gelu" for name, value in owner.items() if value is TanhGELU}
+    arguments |= {"features_extractor_class": _EXTRACTORS[extractor], "features_extractor_kwargs": kwargs}
+    return SB3_POLICIES[type(policy)], arguments
 
 
 def load_torch(policy: GRPOPolicy, source: ActorCriticPolicy) -> None:
@@ -135,56 +129,52 @@ def load_torch(policy: GRPOPolicy, source: ActorCriticPolicy) -> None:
         ours, theirs = getattr(policy, name), getattr(source, name)
         if ours != theirs:
             raise ValueError(f"{name.replace('_', ' ').capitalize()}s do not match: {theirs} != {ours}")
-    expected = to_torch(policy)
-    if repr(expected) != repr(source):
-        lines = zip(repr(expected).splitlines(), repr(source).splitlines(), strict=False)
-        wanted, found = next(((a, b) for a, b in lines if a != b), ("its end", "more"))
-        raise TypeError(
-            f"the torch policy has {found.strip()} where {wanted.strip()} was expected: layers that were replaced or added"
-            " cannot be taken over"
-        )
-    tensors = dict(source.named_parameters(remove_duplicate=False))
-    arrays = {
-        pair.name: pair.from_torch(tensors[pair.torch_name].detach().cpu().numpy())
-        for pair in _pairs(policy.structure, expected)
-    }
+    expected, found = (repr(module).splitlines() for module in (to_torch(policy), source))
+    for wanted, got in itertools.zip_longest(expected, found, fillvalue="nothing"):
+        if wanted != got:
+            raise TypeError(
+                f"the torch policy has {got.strip()} where {wanted.strip()} was expected: layers that were replaced or"
+                " added cannot be taken over"
+            )
+    arrays = {}
+    for layer in _layers(policy.structure, source):
+        parts = (part.detach().cpu().numpy() for part in (layer.module.weight, layer.module.bias))
+        arrays[f"{layer.name}.kernel"], arrays[f"{layer.name}.bias"] = layer.from_torch(*parts)
+    if policy.structure.actor.gaussian:
+        arrays["actor.log_std"] = source.log_std.detach().cpu().numpy() - _log_half(policy.structure)
     policy.load_state_dict(arrays)
 
 
 def arguments_from(source: BaseAlgorithm | ActorCriticPolicy) -> tuple[dict[str, Any], ActorCriticPolicy]:
     """Arguments for a ``GRPO`` that trains on what an algorithm of SB3's (or a policy alone) learned, and the torch policy.
 
-    ``load_torch(model.policy, torch_policy)`` then takes the parameters over; the optimizer starts anew.
-
-    Raises:
-      TypeError, NotImplementedError: what JAX does not have here, by name.
+    ``load_torch(model.policy, torch_policy)`` then takes the parameters over; the optimizer starts anew. Errors as in
+    :func:`from_torch`.
     """
-    policy: Any = source.policy if isinstance(source, BaseAlgorithm) else source
-    kind, policy_kwargs = arguments_of(policy)
-    settings: dict[str, Any] = {}
-    if isinstance(source, BaseAlgorithm):
-        settings = {name: getattr(source, name) for name in _SETTINGS if hasattr(source, name)}
-        settings |= {"env": source.get_env(), "seed": source.seed, "device": source.device}
-    return {"policy": kind, "policy_kwargs": policy_kwargs, **settings}, policy
+    if not isinstance(source, BaseAlgorithm):
+        kind, policy_kwargs = arguments_of(source)
+        return {"policy": kind, "policy_kwargs": policy_kwargs}, source
+    arguments, policy = arguments_from(source.policy)  # type: ignore[arg-type]
+    arguments |= {name: getattr(source, name) for name in _SETTINGS if hasattr(source, name)}
+    return {**arguments, "env": source.get_env(), "seed": source.seed, "device": source.device}, policy
 
 
 def to_sb3(model: GRPO) -> PPO:
     """A ``PPO`` with the model's policy (in torch), env and those settings that both have; its optimizer starts anew.
 
     Raises:
-      TypeError: a features extractor or an activation of the user's, which torch does not have.
+      TypeError: as in :func:`to_torch`.
     """
     kind, policy_kwargs = _torch_arguments(model.policy)
     settings = {name: getattr(model, name) for name in _SETTINGS}
     if callable(settings["ent_coef"]):  # PPO's is a number
         settings["ent_coef"] = settings["ent_coef"](model._current_progress_remaining)
     settings |= {"policy_kwargs": policy_kwargs, "device": model.device}
-    generator = torch.get_rng_state()
     ppo = PPO(kind, None, **settings, _init_setup_model=False)  # type: ignore[arg-type]
     ppo.observation_space, ppo.action_space = copy.deepcopy((model.observation_space, model.action_space))
     ppo.n_envs = model.n_envs
-    ppo._setup_model()
-    torch.set_rng_state(generator)
+    with torch.random.fork_rng([]):
+        ppo._setup_model()
     ppo.policy.load_state_dict(to_torch(model.policy).state_dict())
     ppo.seed, ppo.num_timesteps = model.seed, model.num_timesteps
     if model.env is not None:
@@ -192,27 +182,18 @@ def to_sb3(model: GRPO) -> PPO:
     return ppo
 
 
-# Arguments ------------------------------------------------------------------------------------------------------------
-
-
 def _torch_arguments(policy: GRPOPolicy) -> tuple[type[ActorCriticPolicy], dict[str, Any]]:
-    extractor_class, extractor_kwargs = _torch_extractor(policy)
-    return _TORCH_POLICIES[policy.kind], {
-        **{name: getattr(policy, name) for name in _NETWORKS},
-        "activation_fn": _torch_activation(policy.structure.actor.activation),
-        "features_extractor_class": extractor_class,
-        "features_extractor_kwargs": extractor_kwargs,
-    }
-
-
-def _jax_activation(activation: Any) -> Any:
-    return "gelu" if activation is TanhGELU else activation
+    arguments = {name: getattr(policy, name) for name in _NETWORKS}
+    arguments["activation_fn"] = _torch_activation(policy.structure.actor.activation)
+    arguments |= zip(
+        ("features_extractor_class", "features_extractor_kwargs"), _torch_extractor(policy), strict=True
+    )
+    return _TORCH_POLICIES[policy.kind], arguments
 
 
 def _torch_activation(activation: Any) -> type[torch.nn.Module]:
     if activation not in _ACTIVATIONS:
-        known = ", ".join(sorted(kind.__name__ for kind in TORCH_ACTIVATIONS))
-        raise TypeError(f"activation_fn={activation!r} has no counterpart in torch here: only {known} have")
+        raise TypeError(f"activation_fn={activation!r} has no counterpart in torch here: only {TORCH_NAMES}")
     return _ACTIVATIONS[activation]
 
 
@@ -232,10 +213,7 @@ def _torch_extractor(policy: GRPOPolicy) -> tuple[type, dict[str, Any]]:
         if extractor.activation == "relu" and is_natures(seen, space):
             return NatureCNN, n_features
         activation = _torch_activation(extractor.activation)
-        return FeatureMapsCNN, n_features | {
-            "activation_fn": activation,
-            "channels_first": seen.channels_first,
-        }
+        return FeatureMapsCNN, {**n_features, "activation": activation, "channels_first": seen.channels_first}
     if isinstance(extractor, Combined):
         n_features, parts = {"cnn_output_dim": extractor.n_features}, dict(seen.spaces)
         of_sb3 = {name for name in parts if is_image(space[name], policy.normalize_images)}
@@ -250,121 +228,86 @@ def _torch_extractor(policy: GRPOPolicy) -> tuple[type, dict[str, Any]]:
     )
 
 
-# Parameters -----------------------------------------------------------------------------------------------------------
-
-_Map = Callable[[np.ndarray], np.ndarray]
-
-
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-class _Pair(NamedTuple):
-    """One parameter here and there, and the ways between them."""
+class _Layer(NamedTuple):
+    """One layer here (its path) and there (its module): how inputs and outputs of the two differ."""
 
     name: str
-    torch_name: str
-    to_torch: _Map = _same
-    from_torch: _Map = _same
+    module: Any
+    order: np.ndarray | None = None  # where torch has each of our inputs; None: in the same place
+    matrix: np.ndarray | None = (
+        None  # from our outputs to torch's, which lie ``shift`` higher; None: they are the same
+    )
+    shift: Any = 0
+
+    def to_torch(self, kernel: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weight = kernel.transpose(-1, -2, *range(kernel.ndim - 2))
+        weight = weight if self.order is None else weight[:, np.argsort(self.order)]
+        if self.matrix is None:
+            return weight, bias
+        return self.matrix @ weight, self.matrix @ bias + self.shift
+
+    def from_torch(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.matrix is not None:  # its rows are orthogonal
+            inverse = self.matrix.T / np.square(self.matrix).sum(axis=1)
+            weight, bias = inverse @ weight, inverse @ (bias - self.shift)
+        weight = weight if self.order is None else weight[:, self.order]
+        return weight.transpose(*range(2, weight.ndim), 1, 0), bias
 
 
-def _pairs(structure: Policy, twin: ActorCriticPolicy) -> list[_Pair]:
-    """All parameters of a policy."""
-    extractor, pairs = structure.features_extractor, []
-    extractors = [("features_extractor", "pi_features_extractor")]
-    if structure.critic is not None and not structure.share_features_extractor:
-        extractors.append(("critic_features_extractor", "vf_features_extractor"))
-    for name, torch_name in extractors:
-        module: Any = getattr(twin, torch_name)
-        if isinstance(extractor, CNN):
-            pairs += _convolutions(name, torch_name, module)
-        elif isinstance(extractor, Combined):
-            for image in extractor.images:
-                path = f"{torch_name}.extractors.{image}"
-                pairs += _convolutions(f"{name}.CNN_{image}", path, module.extractors[image])
-    order = _order(structure)
-    pairs += _head(structure.actor, "actor", "policy_net", "action_net", order)
-    output_bias, output_kernel = pairs[-2:]
-    pairs[-2:] = [
-        _acting(structure, output_bias, is_bias=True),
-        _acting(structure, output_kernel, is_bias=False),
-    ]
-    if structure.actor.gaussian:
-        log_half = np.log(stretch_of(structure.action_space)[1].reshape(-1))
-        pairs.append(_Pair("actor.log_std", "log_std", lambda a: a + log_half, lambda a: a - log_half))
-    if structure.critic is not None:
-        pairs += _head(structure.critic, "critic", "value_net", "value_net", order)
-    return pairs
-
-
-def _convolutions(name: str, torch_name: str, module: Any) -> list[_Pair]:
-    """Those of one CNN; between convolutions and dense layer, pixels lie as [height, width, channels] here."""
-    pairs = []
-    convolutions = [i for i, layer in enumerate(module.cnn) if isinstance(layer, torch.nn.Conv2d)]
-    for i, place in enumerate(convolutions):
-        ours, theirs = f"{name}.Conv_{i}", f"{torch_name}.cnn.{place}"
-        pairs.append(_Pair(f"{ours}.bias", f"{theirs}.bias"))
-        kernel = (lambda a: a.transpose(3, 2, 0, 1)), (lambda a: a.transpose(2, 3, 1, 0))
-        pairs.append(_Pair(f"{ours}.kernel", f"{theirs}.weight", *kernel))
-    shape = module._observation_space.shape
-    seen = torch.zeros(1, *shape)
-    seen = seen if getattr(module, "channels_first", True) else seen.movedim(-1, 1)
-    with torch.no_grad():
-        maps = module.cnn[:-1](seen).shape[1:]
-    order = np.arange(maps.numel()).reshape(maps).transpose(1, 2, 0).reshape(-1)
-    return pairs + _dense(f"{name}.Dense_0", f"{torch_name}.linear.0", order)
-
-
-def _order(structure: Policy) -> np.ndarray | None:
-    """Where torch has each of our features; None: as we do, behind convolutions."""
+def _layers(structure: Policy, twin: Any) -> Iterator[_Layer]:
+    """All layers of a policy, and those of the torch policy that has the same ones."""
     extractor: Any = structure.features_extractor
-    space = structure.observation_space
+    has_critic = structure.critic is not None
+    extractors = [("features_extractor", twin.pi_features_extractor)]
+    if has_critic and not structure.share_features_extractor:
+        extractors.append(("critic_features_extractor", twin.vf_features_extractor))
+    for name, module in extractors:
+        if isinstance(extractor, CNN):
+            yield from _convolutional(name, module)
+        for image in getattr(extractor, "images", ()):
+            yield from _convolutional(f"{name}.CNN_{image}", module.extractors[image])
+    heads = [("actor", twin.mlp_extractor.policy_net, twin.action_net, _outputs(structure.action_space))]
+    heads += [("critic", twin.mlp_extractor.value_net, twin.value_net, ())] if has_critic else []
+    for name, net, output, outputs in heads:
+        order = _order(extractor, structure.observation_space)
+        for i, module in enumerate(net[::2]):  # activations are between them
+            yield _Layer(f"{name}.MLP_0.Dense_{i}", module, order)
+            order = None
+        yield _Layer(f"{name}.output", output, order, *outputs)
+
+
+def _convolutional(name: str, module: Any) -> Iterator[_Layer]:
+    """Layers of a CNN; before the dense one, pixels lie as [height, width, channels] here."""
+    convolutions = [layer for layer in module.cnn if isinstance(layer, torch.nn.Conv2d)]
+    yield from (_Layer(f"{name}.Conv_{i}", layer) for i, layer in enumerate(convolutions))
+    dense = module.linear[0]
+    order = np.arange(dense.in_features).reshape(convolutions[-1].out_channels, -1).T.reshape(-1)
+    yield _Layer(f"{name}.Dense_0", dense, order)
+
+
+def _order(extractor: Any, space: Any) -> np.ndarray | None:
+    """Where torch has each of our features; None: as we do, behind convolutions."""
     if isinstance(extractor, CNN):
         return None
-    images = extractor.images if isinstance(extractor, Combined) else ()
+    images = getattr(extractor, "images", ())
     orders: list[np.ndarray] = []
     for name, part in space.spaces if isinstance(space, spaces.Dict) else [("", space)]:
-        size = extractor.n_features if name in images else spaces.encoded_size(part)
-        order = np.arange(size)
+        order = np.arange(extractor.n_features if name in images else spaces.encoded_size(part))
         if name not in images and isinstance(part, spaces.Box) and part.channels_first:
             order = np.moveaxis(order.reshape(part.shape), 0, -1).reshape(-1)
         orders.append(order + sum(map(len, orders)))
     return np.concatenate(orders)
 
 
-def _head(head: Actor | Critic, name: str, net: str, output: str, order: np.ndarray | None) -> list[_Pair]:
-    pairs = []
-    for i in range(len(head.widths)):
-        layer = f"{name}.MLP_0.Dense_{i}"
-        pairs += _dense(layer, f"mlp_extractor.{net}.{2 * i}", None if i else order)
-    return pairs + _dense(f"{name}.output", output, None if head.widths else order)
-
-
-def _dense(name: str, torch_name: str, order: np.ndarray | None) -> list[_Pair]:
-    """Bias and kernel of a layer; ``order``: where torch has each of its inputs."""
-    back, forth = (slice(None), slice(None)) if order is None else (order, np.argsort(order))
-    kernel = (lambda a: a[forth].T), (lambda a: a.T[back])
-    bias = _Pair(f"{name}.bias", f"{torch_name}.bias")
-    return [bias, _Pair(f"{name}.kernel", f"{torch_name}.weight", *kernel)]
-
-
-def _acting(structure: Policy, pair: _Pair, is_bias: bool) -> _Pair:
-    """A parameter of the actor's output (torch's with the outputs first), in the environment's units."""
-    space, (name, torch_name, to_torch, from_torch) = structure.action_space, pair
+def _outputs(space: spaces.ActionSpace) -> tuple[np.ndarray, ...]:
+    """Matrix and shift of the actor's output."""
     if isinstance(space, spaces.MultiBinary):  # two logits a bit here, their difference there
-
-        def to_bits(array: np.ndarray) -> np.ndarray:
-            logits = to_torch(array)
-            return logits[1::2] - logits[::2]
-
-        def from_bits(array: np.ndarray) -> np.ndarray:
-            return from_torch(np.stack([-array / 2, array / 2], axis=1).reshape(-1, *array.shape[1:]))
-
-        return _Pair(name, torch_name, to_bits, from_bits)
+        return (np.kron(np.eye(space.n), np.array([-1.0, 1.0])),)
     if isinstance(space, spaces.Box):
-        middle, half = (part.reshape(-1) for part in stretch_of(space))
-        scale, shift = (half, middle) if is_bias else (half[:, None], np.float32(0))
-        return _Pair(
-            name, torch_name, lambda a: to_torch(a) * scale + shift, lambda a: from_torch((a - shift) / scale)
-        )
-    return pair
+        middle, half = (part.reshape(-1).astype(float) for part in stretch_of(space))
+        return np.diag(half), middle
+    return ()
+
+
+def _log_half(structure: Policy) -> np.ndarray:
+    return np.log(stretch_of(structure.action_space)[1].reshape(-1))

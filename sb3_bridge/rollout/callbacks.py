@@ -1,10 +1,12 @@
-"""What SB3's callbacks see of a step."""
+"""What SB3's callbacks see: PPO's locals of a step, and its buffer as a view that nothing can be written into."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import (
@@ -14,13 +16,15 @@ from stable_baselines3.common.callbacks import (
     EventCallback,
     ProgressBarCallback,
 )
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from grpo_jax.config import GRPOConfig
+from grpo_jax.groups.returns import lambda_returns
 from grpo_jax.policies.policy import Policy
 from grpo_jax.spaces import Box
 from sb3_bridge.policies.policy import GRPOPolicy
-from sb3_bridge.rollout.buffer import RolloutView
 
 
 class Model(Protocol):
@@ -41,68 +45,63 @@ class Model(Protocol):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None: ...
 
 
-def asks_for_every_step(callback: BaseCallback) -> bool:
-    """Whether a callback must be called at every step: all do but "no callback" and the progress bar."""
+def _flat(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+    """The callbacks of a list of lists; "no callback" is none."""
     if isinstance(callback, CallbackList):
-        return any(asks_for_every_step(child) for child in callback.callbacks)
-    if type(callback) is ConvertCallback:
-        return callback.callback is not None
-    return type(callback) is not ProgressBarCallback
+        for child in callback.callbacks:
+            yield from _flat(child)
+    elif callback is not None and not (type(callback) is ConvertCallback and callback.callback is None):
+        yield callback
+
+
+def asks_for_every_step(callback: BaseCallback) -> bool:
+    """Whether a callback must be called at every step: all but the progress bar must."""
+    return any(type(one) is not ProgressBarCallback for one in _flat(callback))
 
 
 def reads_values(callback: BaseCallback | None) -> bool:
     """Whether a callback may read ``values`` and ``log_probs``: SB3's own do not, and the policy need not be asked."""
-    if callback is None:
-        return False
-    if isinstance(callback, CallbackList):
-        return any(map(reads_values, callback.callbacks))
-    if type(callback) is ConvertCallback:
-        return callback.callback is not None
-    is_own = type(callback).__module__.startswith("stable_baselines3.")
-    return not is_own or (isinstance(callback, EventCallback) and reads_values(callback.callback))
+    return any(
+        type(one) is ConvertCallback
+        or not type(one).__module__.startswith("stable_baselines3.")
+        or (isinstance(one, EventCallback) and reads_values(one.callback))
+        for one in _flat(callback)
+    )
 
 
 def advance_progress_bars(callback: BaseCallback, n_timesteps: int) -> None:
     """Tells progress bars of steps that no callback was called for."""
-    if isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            advance_progress_bars(child, n_timesteps)
-    elif isinstance(callback, ProgressBarCallback):
-        callback.pbar.update(n_timesteps)
+    for one in _flat(callback):
+        if isinstance(one, ProgressBarCallback):
+            one.pbar.update(n_timesteps)
 
 
 def show_step(
     model: Model,
     callback: BaseCallback,
-    shown: dict[str, Any],
+    actions: tuple[np.ndarray, np.ndarray],
+    returned: Sequence[Any],
     seen: Any = None,
     value: Any = None,
     log_prob: Any = None,
 ) -> bool:
     """Calls a callback with PPO's local variables of a step; returns whether training goes on.
 
-    Args:
-      model: which trains.
-      callback: initialised.
-      shown: ``n_steps``, ``actions``, ``clipped_actions``, ``new_obs``, ``rewards``, ``dones`` and ``infos``.
-      seen: observations of the decision states ``[N, ...]``, where the callback reads values.
-      value: of these states, ``[N]``; None without a critic.
-      log_prob: of the actions, ``[N]`` in the environment's units.
+    ``actions`` are those before and after they were brought within a box's bounds, ``returned`` new observations,
+    rewards, ends and infos. Where the callback reads values: ``seen`` are the observations of the decision states
+    ``[N, ...]``, ``value`` is theirs (None without a critic), ``log_prob`` that of the actions in the environment's units.
     """
     buffer = model.rollout_buffer
-    same: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
-    same["n_rollout_steps"] = buffer.buffer_size
+    shown: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
+    shown |= {"n_rollout_steps": buffer.buffer_size, "n_steps": buffer.pos}
+    shown |= zip(("actions", "clipped_actions"), actions, strict=True)
+    shown |= zip(("new_obs", "rewards", "dones", "infos"), returned, strict=True)
     if seen is not None:
         shown["obs_tensor"] = obs_as_tensor(jax.tree.map(np.array, seen), model.policy.device)
-        shown["values"] = None if value is None else to_tensor(value).reshape(-1, 1)
-        shown["log_probs"] = to_tensor(log_prob)
-    callback.update_locals(same | shown)
+        shown["values"] = None if value is None else torch.from_numpy(np.array(value)).reshape(-1, 1)
+        shown["log_probs"] = torch.from_numpy(np.array(log_prob))
+    callback.update_locals(shown)
     return callback.on_step()
-
-
-def to_tensor(array: Any) -> torch.Tensor:
-    """A copy as a CPU tensor."""
-    return torch.from_numpy(np.array(array))
 
 
 def log_volume(policy: Policy) -> float:
@@ -112,3 +111,145 @@ def log_volume(policy: Policy) -> float:
         return 0.0
     half = (space.high - space.low) / 2
     return float(np.log(np.where(half > 0, half, 1.0)).sum())
+
+
+class RolloutView:
+    """A rollout with the fields of SB3's ``RolloutBuffer``, read-only; each is computed when it is first read.
+
+    ``observations``, ``actions``, ``rewards`` (the environment's), ``episode_starts``, ``values``, ``log_probs``, ``returns``
+    (the critic's lambda-returns) and ``advantages`` (returns minus values; what branches compare is another thing) are
+    ``[n_steps, n_envs, ...]``: zero in rows that are not there yet, the last three and ``values`` NaN without a critic.
+
+    Attributes:
+      buffer_size: steps in a rollout.
+      n_envs: environments.
+      pos: steps that are there.
+    """
+
+    def __init__(self, buffer_size: int, n_envs: int):
+        self._set(buffer_size=buffer_size, n_envs=n_envs, pos=0, _arrays={}, _policy=None, _config=None)
+
+    def _set(self, **values: Any) -> None:
+        self.__dict__.update(values, _known={})
+
+    def start(self, arrays: Mapping[str, Any], policy: GRPOPolicy, config: GRPOConfig) -> None:
+        """A rollout begins; ``arrays`` are filled step by step, under the names of a :class:`Trajectory`."""
+        self._set(pos=0, _arrays=arrays, _policy=policy, _config=config)
+
+    def advance(self, pos: int) -> None:
+        """``pos`` steps are there."""
+        self._set(pos=pos)
+
+    @property
+    def full(self) -> bool:
+        """Whether the rollout is complete."""
+        return self.pos == self.buffer_size
+
+    def size(self) -> int:
+        """Steps that are there."""
+        return self.pos
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("gamma", "gae_lambda") and self.__dict__.get("_config") is not None:
+            return getattr(self._config, name)
+        if name not in _FIELDS:
+            raise AttributeError(f"rollout_buffer has no {name}; it has {', '.join(_FIELDS)}")
+        if "observation" not in self._arrays:
+            raise AttributeError(f"rollout_buffer.{name}: no step has been made")
+        if name not in self._known:
+            self._known[name] = _read_only(_FIELDS[name](self))
+        return self._known[name]
+
+    def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
+        """Minibatches of the whole rollout in a random order, as SB3's buffer gives them: CPU tensors."""
+        assert self.full, "the rollout is not complete"
+        n_rows = self.buffer_size * self.n_envs
+        names = ("observations", "actions", "values", "log_probs", "advantages", "returns")
+        fields = [getattr(self, name) for name in names]
+        order, size = np.random.permutation(n_rows), batch_size or n_rows  # noqa: NPY002  # as SB3 draws it
+        for start in range(0, n_rows, size):
+            envs, steps = np.divmod(order[start : start + size], self.buffer_size)
+
+            def rows(leaf: np.ndarray, steps: Any = steps, envs: Any = envs) -> torch.Tensor:
+                return torch.from_numpy(np.array(leaf[steps, envs]))
+
+            yield RolloutBufferSamples(*jax.tree.map(rows, fields))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"buffer_size": self.buffer_size, "n_envs": self.n_envs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RolloutView.__init__(self, **state)
+
+    def _observations(self) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf[..., None] if leaf.ndim == 2 else leaf, self._arrays["observation"]
+        )
+
+    def _values(self, name: str = "observation") -> np.ndarray:
+        shape = (self.buffer_size, self.n_envs)
+        if not self._policy.has_critic:
+            return np.full(shape, np.nan, np.float32)
+        return self._policy.predict_values(merged(self._arrays[name])).cpu().numpy().reshape(shape)
+
+    def _log_probs(self) -> np.ndarray:
+        actions = torch.from_numpy(np.array(merged(self._arrays["actions"])))
+        log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions)[1]
+        return log_prob.cpu().numpy().reshape(self.buffer_size, self.n_envs)
+
+    def _returns(self) -> np.ndarray:
+        if not self._policy.has_critic:
+            return self._values()
+        arrays, config = self._arrays, self._config
+        rewards = arrays["learned_reward" if "learned_reward" in arrays else "reward"]
+        terminated, ended = arrays["terminated"], arrays["terminated"] | arrays["truncated"]
+        values = self.values, jnp.asarray(self._values("next_observation"))
+        return np.asarray(
+            lambda_returns(rewards, *values, terminated, ended, config.gamma, config.gae_lambda)
+        )
+
+    def _no_writing(self, *_: Any, **__: Any) -> NoReturn:
+        refuse()
+
+    add = reset = compute_returns_and_advantage = __setattr__ = _no_writing
+
+
+_FIELDS: dict[str, Callable[[RolloutView], Any]] = {
+    "observations": RolloutView._observations,
+    "actions": lambda view: view._arrays["actions"].reshape(view.buffer_size, view.n_envs, -1),
+    "rewards": lambda view: view._arrays["reward"],
+    "episode_starts": lambda view: np.asarray(view._arrays["episode_starts"], np.float32),
+    "values": RolloutView._values,
+    "log_probs": RolloutView._log_probs,
+    "returns": RolloutView._returns,
+    "advantages": lambda view: view.returns - view.values,
+}
+
+
+def refuse(*_: Any) -> NoReturn:
+    """What every attempt to write into the buffer ends in."""
+    raise ValueError(
+        "rollout_buffer is read-only: GRPO compares the candidates of a state with each other, and what a callback writes"
+        " into the buffer would have no effect. Change rewards in a gymnasium.Wrapper or a VecEnvWrapper, or by"
+        " reward_function(state, action, next_state)"
+    )
+
+
+class ReadOnly(np.ndarray):
+    """An array that says why it cannot be changed."""
+
+    __setitem__ = __iadd__ = __isub__ = __imul__ = __itruediv__ = refuse
+
+
+def _read_only(tree: Any) -> Any:
+    def locked(leaf: Any) -> ReadOnly:
+        array = np.array(leaf).view(ReadOnly)
+        array.setflags(write=False)
+        return array
+
+    return jax.tree.map(locked, tree)
+
+
+def merged(tree: Any) -> Any:
+    """Leaves ``[T, N, ...]`` as ``[T * N, ...]``."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), tree)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -67,13 +68,6 @@ def collect_on_device(
     While they are, the environments stand where that step left them, and training stops there if one says so: the
     run is the same, bit for bit, with and without callbacks.
 
-    Args:
-      model: whose policy acts; its step counters, episode statistics and last observation move on.
-      config: its settings.
-      simulator: the environments.
-      reward: the user's, or None.
-      callback: initialised, told of the rollout's start.
-
     Returns:
       The trajectory ``[n_steps, n_envs]`` on the device; None where a callback stopped training.
     """
@@ -83,11 +77,10 @@ def collect_on_device(
     after, trajectory, ends = _rollout.of(env.program_owner, reward)(
         config, override(env.world, reward), policy.structure, policy.state, before, model.key_words
     )
-    steps = _Steps(env, reward, trajectory, after, *jax.device_get(ends))
-    arrays = steps.arrays(policy.structure)
-    model.rollout_buffer.start(arrays, policy, config)
+    steps = _Steps(env, policy.structure, reward, trajectory, after, *jax.device_get(ends))
+    model.rollout_buffer.start(steps.arrays, policy, config)
     if asks_for_every_step(callback) or simulator.monitors:
-        if not _replay(model, simulator, steps, arrays, callback):
+        if not _replay(model, simulator, steps, callback):
             return None
     else:
         advance_progress_bars(callback, config.n_states)
@@ -103,52 +96,39 @@ def collect_on_device(
     return trajectory
 
 
-def _replay(
-    model: Model,
-    simulator: Simulator,
-    steps: _Steps,
-    arrays: Mapping[str, Any],
-    callback: BaseCallback,
-) -> bool:
+def _replay(model: Model, simulator: Simulator, steps: _Steps, callback: BaseCallback) -> bool:
     """Shows every step to the monitors and to the callback; returns whether training goes on."""
-    env, buffer = simulator.env, model.rollout_buffer
+    env, buffer, arrays = simulator.env, model.rollout_buffer, steps.arrays
     outermost = simulator.monitors[0] if simulator.monitors else env
-    asks, shows_values = asks_for_every_step(callback), reads_values(callback)
-    value = log_prob = None
-    if shows_values:
-        value, log_prob = buffer.values if model.policy.has_critic else None, buffer.log_probs
-    for index, returned in enumerate(steps.returned(arrays)):
+    asks = asks_for_every_step(callback)
+    thoughts: tuple[Any, ...] = ()
+    if reads_values(callback):
+        values = buffer.values if model.policy.has_critic else None
+        thoughts = (arrays["observation"], values, buffer.log_probs)
+    for index, returned in enumerate(steps.returned()):
         model.num_timesteps += env.num_envs
         env.move_to(functools.partial(steps.environments_after, index))
         for info in returned[3]:
             if "episode" in info:
                 env.write_episode(info["episode"])
         with _playing_back(env, returned):
-            new_obs, rewards, dones, infos = outermost.step_wait()
+            returned = outermost.step_wait()
+        goes_on = True
         if asks:
-            shown = {
-                "n_steps": index,
-                "actions": arrays["actions"][index].copy(),
-                "clipped_actions": arrays["clipped_actions"][index].copy(),
-                "new_obs": new_obs,
-                "rewards": rewards,
-                "dones": dones,
-                "infos": infos,
-            }
-            seen = (
-                jax.tree.map(lambda leaf, t=index: leaf[t], arrays["observation"]) if shows_values else None
-            )
-            here = [None if array is None else array[index] for array in (value, log_prob)]
-            goes_on = show_step(model, callback, shown, seen, *here)
+            actions = arrays["actions"][index].copy(), arrays["clipped_actions"][index].copy()
+            goes_on = show_step(model, callback, actions, returned, *_at(index, thoughts))
         else:
             advance_progress_bars(callback, env.num_envs)
-            goes_on = True
-        model._last_obs, model._last_episode_starts = new_obs, dones
+        model._last_obs, _, model._last_episode_starts, infos = returned
         if not goes_on:
             return False
         buffer.advance(index + 1)
-        model._update_info_buffer(infos, dones)
+        model._update_info_buffer(infos, returned[2])
     return True
+
+
+def _at(index: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 @contextlib.contextmanager
@@ -161,113 +141,86 @@ def _playing_back(env: GymnaxVecEnv, returned: Any) -> Iterator[None]:
         del env.__dict__["step_wait"]
 
 
+class _Fetched(dict[str, Any]):
+    """Arrays that are fetched from the device when one is first asked for: until then their values are functions."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if callable(value):
+            value = self[name] = jax.device_get(value())
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
 class _Steps:
-    """The steps of a finished rollout, told to the host.
+    """The steps of a finished rollout, told to the host."""
 
-    Attributes:
-      ended: bool ``[T, N]``.
-    """
+    env: GymnaxVecEnv
+    policy: Policy
+    reward: Reward | None
+    trajectory: Trajectory
+    after: Environments
+    ended: np.ndarray  # bool [T, N]; with the return and length of each episode that did
+    returns: np.ndarray
+    lengths: np.ndarray
 
-    def __init__(
-        self,
-        env: GymnaxVecEnv,
-        reward: Reward | None,
-        trajectory: Trajectory,
-        after: Environments,
-        ended: np.ndarray,
-        returns: np.ndarray,
-        lengths: np.ndarray,
-    ):
-        self._env, self._reward, self._trajectory, self._after = env, reward, trajectory, after
-        self.ended, self._returns, self._lengths = ended, returns, lengths
+    @functools.cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The rollout as NumPy arrays ``[T, N, ...]``, by the names that ``RolloutView`` asks for."""
+        env, policy, trajectory = self.env, self.policy, self.trajectory
+        return _Fetched(
+            observation=lambda: trajectory.observation,
+            next_observation=lambda: trajectory.next_observation,
+            reward=lambda: _paid(env.world, self.reward is not None, trajectory, policy),
+            learned_reward=lambda: trajectory.reward,
+            terminated=lambda: trajectory.terminated,
+            truncated=lambda: trajectory.truncated,
+            episode_starts=lambda: trajectory.time == 0,
+            both=lambda: clip(env.action_space, jax.device_get(_stretch(policy, trajectory.action))),
+            actions=lambda: self.arrays["both"][0],
+            clipped_actions=lambda: self.arrays["both"][1],
+        )
 
     def episodes(self, most: int | None) -> list[dict[str, Any]]:
         """Monitor's infos of the episodes that ended, in order; the last ``most`` of them."""
         where = np.argwhere(self.ended)
-        return [
-            self._episode(t, i) for t, i in (where if most is None else where[max(len(where) - most, 0) :])
-        ]
+        return [self._episode(*place) for place in where[0 if most is None else max(len(where) - most, 0) :]]
 
     def _episode(self, step: int, index: int) -> dict[str, Any]:
-        r = round(float(self._returns[step, index]), 6)
-        return {"r": r, "l": int(self._lengths[step, index]), "t": self._env.seconds()}
+        r = round(float(self.returns[step, index]), 6)
+        return {"r": r, "l": int(self.lengths[step, index]), "t": self.env.seconds()}
 
-    def arrays(self, policy: Policy) -> Mapping[str, Any]:
-        """The rollout as NumPy arrays ``[T, N, ...]``, fetched from the device when one is first asked for."""
-        return _Fetched(self._env, self._reward, self._trajectory, policy)
-
-    def returned(
-        self, arrays: Mapping[str, Any]
-    ) -> Iterator[tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]]:
+    def returned(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]]:
         """What ``step_wait`` would have returned, step after step."""
-        env, space = self._env, self._env.observation_space
-        rewards, observation, reached = arrays["reward"], arrays["observation"], arrays["next_observation"]
+        env, space, arrays = self.env, self.env.observation_space, self.arrays
         cut = arrays["truncated"] & ~arrays["terminated"]
-        last = jax.device_get(self._after.observation)
-        for t in range(len(self.ended)):
+        last = jax.device_get(self.after.observation)
+        for t, ended in enumerate(self.ended):
             infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(env.num_envs)]
-            for i in np.flatnonzero(self.ended[t]).tolist():
-                final = jax.tree.map(lambda leaf, t=t, i=i: leaf[t, i], reached)
+            for i in np.flatnonzero(ended).tolist():
                 infos[i] = {
                     "TimeLimit.truncated": bool(cut[t, i]),
-                    "terminal_observation": to_numpy(space, final),
+                    "terminal_observation": to_numpy(space, _at((t, i), arrays["next_observation"])),
                     "episode": self._episode(t, i),
                 }
-            is_last = t + 1 == len(self.ended)
-            following = last if is_last else jax.tree.map(lambda leaf, t=t: leaf[t + 1], observation)
-            yield to_numpy(space, following), rewards[t].copy(), self.ended[t].copy(), infos
+            following = _at(t + 1, arrays["observation"]) if t + 1 < len(self.ended) else last
+            yield to_numpy(space, following), arrays["reward"][t].copy(), ended.copy(), infos
 
     def environments_after(self, index: int) -> Environments:
         """Where the environments stood after a step; a copy, for ``step`` donates what it is given."""
         if index + 1 == len(self.ended):
-            return _unwrap(jax.tree.map(jnp.copy, self._after), self._reward)
-        at = jax.tree.map(lambda leaf: leaf[index + 1], self._trajectory.environments)
-        return _unwrap(at, self._reward)
-
-
-class _Fetched(Mapping[str, Any]):
-    """Arrays of a trajectory on the device by the names that ``RolloutView`` asks for."""
-
-    def __init__(self, env: GymnaxVecEnv, reward: Reward | None, trajectory: Trajectory, policy: Policy):
-        self._makers = {
-            "observation": lambda: trajectory.observation,
-            "next_observation": lambda: trajectory.next_observation,
-            "reward": lambda: _paid(env.world, reward is not None, trajectory, policy),
-            "learned_reward": lambda: trajectory.reward,
-            "terminated": lambda: trajectory.terminated,
-            "truncated": lambda: trajectory.truncated,
-            "episode_starts": lambda: trajectory.time == 0,
-            "stretched": lambda: _stretch(policy, trajectory.action),
-        }
-        self._space = env.action_space
-        self._known: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name in ("actions", "clipped_actions") and name not in self._known:
-            self._known["actions"], self._known["clipped_actions"] = clip(self._space, self["stretched"])
-        if name not in self._known:
-            self._known[name] = jax.device_get(self._makers[name]())
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
-
-    def __len__(self) -> int:
-        return len(self._makers)
+            return _unwrap(jax.tree.map(jnp.copy, self.after), self.reward)
+        return _unwrap(_at(index + 1, self.trajectory.environments), self.reward)
 
 
 def _paid(world: World, is_overridden: bool, trajectory: Trajectory, policy: Policy) -> jax.Array:
     """What the environments pay, float32 ``[T, N]``: the world's reward; the user's is the learner's alone."""
-    if not is_overridden:
-        rewards = trajectory.reward
-    elif isinstance(world, RewardOverride):  # a reward of the world's own, which the user's replaced
+    rewards = trajectory.task_reward if is_overridden else trajectory.reward
+    if is_overridden and isinstance(world, RewardOverride):  # a reward of its own, which the user's replaced
         reward = jax.vmap(jax.vmap(world.reward_function))
         rewards = reward(
             trajectory.observation, policy.to_world(trajectory.action), trajectory.next_observation
         )
-    else:
-        assert trajectory.task_reward is not None
-        rewards = trajectory.task_reward
     return jnp.asarray(rewards, jnp.float32)
 
 
@@ -295,11 +248,8 @@ def _run(
     state, trajectory = loop.collect(config, world, state, keep_next_observation=True)
     before, after = trajectory.environments, state.environments
     returns, lengths = (
-        jnp.concatenate([of_last[1:], last[None]])
-        for of_last, last in (
-            (before.last_return, after.last_return),
-            (before.last_length, after.last_length),
-        )
+        jnp.concatenate([getattr(before, name)[1:], getattr(after, name)[None]])
+        for name in ("last_return", "last_length")
     )
     return after, trajectory, (trajectory.ended, returns, lengths)
 

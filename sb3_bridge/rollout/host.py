@@ -19,7 +19,7 @@ from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
-from sb3_bridge.rollout.callbacks import Model, log_volume, reads_values, show_step
+from sb3_bridge.rollout.callbacks import Model, log_volume, merged, reads_values, show_step
 from sb3_bridge.vec_wrappers import Unnormalized, VecStep, checked_observation, reached_observation, step
 
 
@@ -34,19 +34,12 @@ class Watcher(Protocol):
 
 
 class Acted(NamedTuple):
-    """What the policy does in N states.
+    """What the policy does in N states; value and log_prob are None where nobody asks."""
 
-    Attributes:
-      choice: actions ``[N, *A]`` in the policy's units.
-      stretched: the same in the environment's units, not clipped.
-      value: ``[N]``, or None where nobody asks or there is no critic.
-      log_prob: ``[N]`` in the environment's units, or None where nobody asks.
-    """
-
-    choice: Any
-    stretched: Any
-    value: Any = None
-    log_prob: Any = None
+    choice: Any  # actions [N, *A] in the policy's units
+    stretched: Any  # the same in the environment's units, not clipped
+    value: Any = None  # [N]
+    log_prob: Any = None  # [N] in the environment's units
 
 
 def collect_on_host(
@@ -57,63 +50,48 @@ def collect_on_host(
     callback: BaseCallback,
     watcher: Watcher | None = None,
 ) -> Trajectory | None:
-    """Steps any VecEnv for ``config.n_steps``.
+    """Steps any VecEnv for ``config.n_steps``; counters, episode statistics and last observation of the model move on.
 
-    Args:
-      model: whose policy acts; its step counters, episode statistics and last observation move on.
-      config: its settings.
-      env: the environments, wrapped in whatever they are.
-      reward: the user's, which sees observations as they were before VecNormalize; None: the env's.
-      callback: initialised, told of the rollout's start.
-      watcher: is told of every step.
+    The user's ``reward`` sees observations as they were before VecNormalize. The callback was told of the rollout's start.
 
     Returns:
       The trajectory ``[n_steps, n_envs]`` as NumPy arrays, its ``state`` what the reward function saw of the decision
       states; None where a callback stopped training.
-
-    Raises:
-      ValueError: an environment gave what no policy can be trained on; names environment, step and field.
     """
-    policy, n_envs = model.policy, env.num_envs
+    policy, space = model.policy, env.action_space
     shows_values = reads_values(callback)
     act = acting(policy.structure, shows_values)
-    uniforms = _draw(model.key_words, config, n_envs, policy.structure)
+    n_drawn = policy.structure.distribution.n_uniforms + (config.persistence is not None)
+    uniforms = np.asarray(_uniforms(model.key_words, config.n_steps, env.num_envs, n_drawn))
     unnormalized = Unnormalized(env) if reward is not None or watcher is not None else None
-    sees_originals = reward is not None and unnormalized is not None
-    keep_next = config.bootstrap or reward is not None or model.chosen_dynamics == "learned"
     keep_last = reward is not None or model.chosen_dynamics == "learned"
-    assert model._last_obs is not None, "collect_on_host() comes after a reset"
-    assert model._last_episode_starts is not None
+    keep_next = config.bootstrap or keep_last
     model._last_obs = checked_observation(env, model._last_obs, "at the start of the rollout")
     rows = _Rows(config.n_steps)
     model.rollout_buffer.start(rows.arrays, policy, config)
     previous: Acted | None = None
     for index in range(config.n_steps):
-        observation = model._last_obs
-        raw = unnormalized.observation(observation) if sees_originals and unnormalized else None
+        observation, starts = model._last_obs, np.asarray(model._last_episode_starts, bool)
+        raw = (
+            unnormalized.observation(observation) if unnormalized is not None and reward is not None else None
+        )
         acted = act(policy.state, observation, uniforms[index])
         acted = Acted(*(leaf if leaf is None else np.asarray(leaf) for leaf in acted))
-        if config.persistence is not None:
-            acted = _persist(acted, previous, uniforms[index, :, -1] < config.persistence, model)
+        if config.persistence is not None and previous is not None:
+            acted = _persist(acted, previous, ~starts & (uniforms[index, :, -1] < config.persistence))
         previous = acted
-        is_box = isinstance(env.action_space, spaces.Box)
-        actions, clipped_actions = clip(env.action_space, acted.stretched if is_box else acted.choice)
+        actions, clipped_actions = clip(
+            space, acted.stretched if isinstance(space, spaces.Box) else acted.choice
+        )
         if watcher is not None:
             watcher.before_step()
         result = step(env, clipped_actions, index)
-        model.num_timesteps += n_envs
-        shown = {
-            "n_steps": index,
-            "actions": actions,
-            "clipped_actions": clipped_actions,
-            "new_obs": result.observation,
-            "rewards": result.rewards,
-            "dones": result.dones,
-            "infos": result.infos,
-        }
+        model.num_timesteps += env.num_envs
+        returned = result.observation, result.rewards, result.dones, result.infos
         seen = observation if shows_values else None
-        goes_on = show_step(model, callback, shown, seen, acted.value, acted.log_prob)
-        starts = np.asarray(model._last_episode_starts, bool)
+        goes_on = show_step(
+            model, callback, (actions, clipped_actions), returned, seen, acted.value, acted.log_prob
+        )
         time = np.where(starts, 0, model.episode_time).astype(np.int32)
         model.episode_time = time + 1
         model._last_obs, model._last_episode_starts = result.observation, result.dones
@@ -134,20 +112,16 @@ def collect_on_host(
         if keep_next:
             row["next_observation"] = reached_observation(result, needed, env.observation_space)
         if unnormalized is not None:
-            reached = row.get("next_observation")
+            original, reached = unnormalized.step(result), row.get("next_observation")
             if reached is None or unnormalized.changes_observations:
-                original = result._replace(
-                    observation=unnormalized.observation(result.observation),
-                    infos=unnormalized.final(result.infos),
-                )
                 reached = reached_observation(original, needed, env.observation_space)
             if watcher is not None:
-                watcher.after_step(clipped_actions, reached, unnormalized.rewards(result.rewards), result)
+                watcher.after_step(clipped_actions, reached, original.rewards, result)
             if reward is not None:
                 row |= {"raw": raw, "raw_action": clipped_actions, "raw_next": reached}
         rows.add(row)
         model.rollout_buffer.advance(index + 1)
-    return rows.trajectory(reward, keep_next)
+    return rows.trajectory(reward)
 
 
 def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -175,11 +149,8 @@ def acting(policy: Policy, with_values: bool = False) -> Callable[..., Acted]:
     return act
 
 
-def _persist(acted: Acted, previous: Acted | None, persists: np.ndarray, model: Model) -> Acted:
-    """Repeats the actions before, where the draw says so and the episode goes on."""
-    if previous is None:
-        return acted
-    persists = persists & ~np.asarray(model._last_episode_starts, bool)
+def _persist(acted: Acted, previous: Acted, persists: np.ndarray) -> Acted:
+    """Repeats the actions before, where ``persists`` bool ``[N]`` says so."""
     choice, stretched = (
         np.where(persists.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
         for old, new in zip(previous[:2], acted[:2], strict=True)
@@ -203,43 +174,30 @@ class _Rows:
             jax.tree.map(lambda array, leaf: array.__setitem__(self._n_rows, leaf), self.arrays[name], value)
         self._n_rows += 1
 
-    def trajectory(self, reward: Reward | None, keep_next: bool) -> Trajectory:
+    def trajectory(self, reward: Reward | None) -> Trajectory:
         """What the learner sees, with the user's reward in place of the environment's."""
         arrays = self.arrays
         if reward is not None:
-            shape = arrays["reward"].shape
-            flat = jax.tree.map(
-                lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
-                (arrays["raw"], arrays["raw_action"], arrays["raw_next"]),
-            )
-            arrays["learned_reward"] = reward.batch(*flat).reshape(shape)
+            flat = merged((arrays["raw"], arrays["raw_action"], arrays["raw_next"]))
+            arrays["learned_reward"] = reward.batch(*flat).reshape(arrays["reward"].shape)
+        unknown: Any = None
         return Trajectory(
             environments=Environments(
-                state=arrays["raw"] if reward is not None else None,
-                observation=arrays["observation"],
-                episode_return=None,  # type: ignore[arg-type]
-                episode_length=arrays["time"],
-                last_return=None,  # type: ignore[arg-type]
-                last_length=None,  # type: ignore[arg-type]
+                arrays.get("raw"), arrays["observation"], unknown, arrays["time"], unknown, unknown
             ),
             action_mask=None,
             distribution=None,
             action=arrays["action"],
-            reward=arrays["reward" if reward is None else "learned_reward"],
+            reward=arrays.get("learned_reward", arrays["reward"]),
             task_reward=None,
             terminated=arrays["terminated"],
             truncated=arrays["truncated"],
-            next_observation=arrays["next_observation"] if keep_next else None,
+            next_observation=arrays.get("next_observation"),
         )
-
-
-def _draw(words: np.ndarray, config: GRPOConfig, n_envs: int, policy: Policy) -> np.ndarray:
-    """Uniform numbers ``[T, N, n]`` for a rollout; the last one decides whether an action persists, if any may."""
-    n_drawn = policy.distribution.n_uniforms + (config.persistence is not None)
-    return np.asarray(_uniforms(words, config.n_steps, n_envs, n_drawn))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _uniforms(words: jax.Array, n_steps: int, n_envs: int, n_uniforms: int) -> jax.Array:
+    """Numbers ``[T, N, n]`` for a rollout; the last one decides whether an action persists, if any may."""
     keys = loop.iteration_keys(bits_to_keys(words))
     return bits_to_uniform(draw_bits(keys.rollout, (n_steps, n_envs, n_uniforms)))

@@ -1,6 +1,7 @@
 """Fixtures of the tests of files."""
 
 import pickle
+import sys
 
 import cloudpickle
 import pytest
@@ -21,9 +22,12 @@ def ppo():
 
 @pytest.fixture
 def no_pickle(monkeypatch):
-    """Whatever unpickles fails."""
+    """Whatever unpickles fails, but for what a copy of an environment answers through its pipe."""
+    loads = pickle.loads
 
-    def refuse(*_args, **_kwargs):
+    def refuse(*args, **kwargs):
+        if sys._getframe(1).f_globals["__name__"] == "sb3_bridge.clones.sandbox":
+            return loads(*args, **kwargs)
         raise AssertionError("something was unpickled")
 
     for module in (pickle, cloudpickle):

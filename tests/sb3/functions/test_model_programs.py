@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sb3_bridge import GRPO, GymnaxVecEnv
-from sb3_bridge.functions import programs
+from sb3_bridge.functions.programs import OwnedJit
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -22,6 +22,12 @@ def learn(regime, reward, step):
     model = GRPO("MlpPolicy", env, reward_function=reward, dynamics=dynamics, **SETTINGS)
     model.learn(16)
     env.close()
+
+
+def living():
+    """The programs that belong to a user's function, by place."""
+    jits = (each for each in gc.get_objects() if type(each) is OwnedJit)
+    return {(id(jit), owners) for jit in jits for owners in jit._programs}
 
 
 def functions(weight, absolute):
@@ -40,16 +46,15 @@ def functions(weight, absolute):
 )
 def test_a_new_function_leaves_nothing_behind(regime, absolute):
     gc.collect()
-    before, dead = len(programs.living()), []
-    for weight in (1.0, 2.0):
-        reward, step = functions(weight, absolute)
-        learn(regime, reward, step)
-        assert len(programs.living()) > before
-        n_living = len(programs.living())
-        learn(regime, reward, step)  # the same functions: the programs of the first model
-        assert len(programs.living()) == n_living
-        dead += [weakref.ref(reward), weakref.ref(step)]
-        del reward, step
-        gc.collect()
-        assert len(programs.living()) == before
+    before = living()
+    reward, step = functions(2.0, absolute)
+    learn(regime, reward, step)
+    own = living() - before
+    assert own
+    learn(regime, reward, step)  # the same functions: the programs of the first model
+    assert living() - before == own
+    dead = weakref.ref(reward), weakref.ref(step)
+    del reward, step
+    gc.collect()
+    assert not living() - before
     assert not any(function() for function in dead)

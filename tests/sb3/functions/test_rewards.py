@@ -325,37 +325,34 @@ def test_lengths_must_agree():
 SCORES = {
     "jax": lambda s, a, n: 1 - jnp.abs(n[2]) - 0.1 * jnp.abs(n[0]),
     "numpy": lambda s, a, n: 1 - np.abs(n[2]) - 0.1 * np.abs(n[0]),
-    "numpy batched": lambda s, a, n: 1 - np.abs(n[:, 2]) - 0.1 * np.abs(n[:, 0]),
     "torch batched": lambda s, a, n: 1.0 - torch.abs(n[:, 2:3]) - 0.1 * torch.abs(n[:, 0:1]),
 }
 
 
-@pytest.mark.parametrize(("n_seeds", "names"), [(None, ("numpy", "torch batched")), (2, ("torch batched",))])
-def test_training_is_the_same_with_every_form(n_seeds, names):
-    config = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, horizon=8, n_epochs=1, batch_size=16)
+def test_training_is_the_same_with_every_form():
+    """Of one seed, and of two at once."""
+    config = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, horizon=4, n_epochs=1, batch_size=32, net_arch=(8,))
+    keys = jax.random.split(jax.random.key(0), 2)
     results = {}
-    for name in ("jax", *names):
+    for name in ("jax", "numpy", "torch batched"):
         reward = resolve_reward(SCORES[name], BOX, TWO)
         assert reward.framework == name.split()[0]
         world = RewardOverride(grpo_jax.make("CartPole-v1"), reward)
         train = lambda key, world=world: grpo_jax.train(config, world, key, total_timesteps=64).metrics
-        key = jax.random.key(0)
-        results[name] = train(key) if n_seeds is None else jax.vmap(train)(jax.random.split(key, n_seeds))
-    assert np.all(np.asarray(results["jax"]["group_spread"]) > 0)
-    for name in names:
-        for metric, values in results["jax"].items():
-            np.testing.assert_allclose(
-                results[name][metric], values, rtol=1e-4, atol=1e-5, err_msg=f"{name}: {metric}"
-            )
+        results[name] = jax.device_get(train(keys[0]) if name == "numpy" else jax.vmap(train)(keys))
+    assert np.all(results["jax"]["group_spread"] > 0)
+    for metric, values in results["jax"].items():
+        found, of_one = results["torch batched"][metric], results["numpy"][metric]
+        np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5, err_msg=metric)
+        np.testing.assert_allclose(of_one, values[0], rtol=1e-4, atol=1e-5, err_msg=metric)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason="cannot choose the cores")
-def test_no_deadlock_on_few_cores(cores):
+def test_no_deadlock_on_one_core():
     """With ``jax.pure_callback`` in place of our primitive this hangs on one core (jax 0.10)."""
-    program = f"""
+    program = """
         import os
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
         import gymnasium, jax, jax.numpy as jnp, numpy as np, torch
         from sb3_bridge.functions.reward import resolve_reward
 

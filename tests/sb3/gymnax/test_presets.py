@@ -58,7 +58,7 @@ def test_every_field_is_an_argument_or_known_to_be_missing():
 @pytest.mark.parametrize("env_id", grpo_jax.preset_ids())
 def test_a_model_has_its_presets_settings(env_id, recwarn):
     model = GRPO.from_preset(env_id, seed=0)
-    config, world = grpo_jax.preset(env_id), grpo_jax.make(env_id)
+    config, world = grpo_jax.preset(env_id), model.env.world
     assert model.chosen_dynamics == "simulator" and not recwarn.list
     for remaining in (1.0, 0.7, 0.2, 0.0):
         model._current_progress_remaining = remaining

@@ -275,7 +275,7 @@ def test_environment_objects_and_replaced_rewards():
 
 def test_x64():
     with jax.enable_x64(True):
-        for env_id in ("CartPole-v1", "Pendulum-v1", "FrozenLake-misc"):
+        for env_id in ("Pendulum-v1", "FrozenLake-misc"):
             env = GymnaxVecEnv(env_id, n_envs=2, seed=0)
             first = env.reset()
             observations, rewards, dones, _ = env.step(np.stack([env.action_space.sample()] * 2))

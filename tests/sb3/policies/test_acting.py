@@ -177,7 +177,7 @@ def test_equal_policies_share_their_programs():
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-def test_densities_are_those_of_sb3s_distribution(name):
+def test_densities_are_those_of_the_policy_in_the_units_of_the_space(name):
     space = ACTIONS[name]
     policy = make(action_space=space, log_std_init=-0.5)
     obs, is_vectorized = policy.obs_to_tensor(batch_of(VECTOR, 5))
@@ -185,11 +185,14 @@ def test_densities_are_those_of_sb3s_distribution(name):
     actions = torch.as_tensor(np.stack([space.sample() for _ in range(5)]))
     values, log_prob, entropy = policy.evaluate_actions(obs, actions)
     assert (values.shape, log_prob.shape, entropy.shape) == ((5, 1), (5,), (5,))
-    distribution = policy.get_distribution(obs)
-    # SB3's distributions want flat actions.
-    flat = actions.reshape(5, -1).float() if len(space.shape) else actions
-    torch.testing.assert_close(log_prob, distribution.log_prob(flat).float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(entropy, distribution.entropy().float(), rtol=1e-4, atol=1e-5)
+    own, units, log_volume = policy.structure.distribution, actions.numpy(), 0.0
+    if isinstance(space, spaces.Box):
+        half = (space.high - space.low) / 2
+        units, log_volume = (units - (space.high + space.low) / 2) / half, np.log(half).sum()
+    parameters = policy.structure.parameters(policy.state, jnp.asarray(obs.numpy()))
+    expected = own.log_prob(parameters, jnp.asarray(units)) - log_volume
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(entropy, own.entropy(parameters) + log_volume, rtol=1e-4, atol=1e-5)
     assert np.ptp(log_prob.numpy()) > 0
     torch.testing.assert_close(values, policy.predict_values(obs))
     expected = policy.structure.value(policy.state, jnp.asarray(obs.numpy()))

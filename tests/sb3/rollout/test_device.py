@@ -106,7 +106,7 @@ def test_pictures_show_the_step():
     )
     assert not np.array_equal(frames[0], frames[1])
     for frame, state in zip(frames, states, strict=True):
-        env.environments = state
+        env.move_to(lambda state=state: state)
         np.testing.assert_array_equal(env.render("rgb_array"), frame)
     env.close()
 

@@ -92,7 +92,9 @@ class Steps(BaseCallback):
 
     def _on_step(self):
         names = ("new_obs", "rewards", "dones", "actions", "clipped_actions")
-        self.kinds.add(tuple((n, self.locals[n].shape, self.locals[n].dtype.name) for n in names))
+        arrays = {name: self.locals[name] for name in names}
+        arrays["rewards"] = np.float32(arrays["rewards"])  # a SubprocVecEnv gives PPO float64
+        self.kinds.add(tuple((name, array.shape, array.dtype.name) for name, array in arrays.items()))
         for done, info in zip(self.locals["dones"], self.locals["infos"], strict=True):
             if done:
                 self.lengths.append(info.get("episode", {}).get("l"))
@@ -163,7 +165,7 @@ def test_gymnax_is_branched_on_the_device(env, n_envs, where):
     # Two actions are followed for two steps each, but where they end at once.
     n_branched = 16 * n_envs * 2 * 2
     assert 0.9 * n_branched < model.simulator_steps <= n_branched
-    assert not steps.lengths or all(type(length) is int for length in steps.lengths)
+    assert not steps.lengths or all(isinstance(length, int | np.integer) for length in steps.lengths)
     assert {kind for kind in steps.kinds if kind[0] != "end"} == {
         (
             ("new_obs", (n_envs, 4), "float32"),
