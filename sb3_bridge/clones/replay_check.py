@@ -73,6 +73,10 @@ def check(env: gymnasium.Env, functions: Functions | None = None, seed: int = 0)
             if forks and alone is None:  # whatever saves its states, it cannot be played
                 return CloneReport("", reason=str(error))
             reasons.append(f"{core.name}: {error}")
+    if functions is None and hasattr(type(env.unwrapped), "__deepcopy__"):
+        reasons.append(
+            "its own __deepcopy__ is used beside a pair only: pass dynamics=(get_state, set_state)"
+        )
     return CloneReport("", reason="\n".join(reasons))
 
 

@@ -208,6 +208,7 @@ class Copied(Sealed):
 def test_an_environment_that_copies_itself_needs_a_pair_of_functions():
     report = check(TimeLimit(Copied(), 9))
     assert not report.passed and "Copied.world cannot be copied" in report.reason
+    assert "pass dynamics=(get_state, set_state)" in report.reason
     assert report.description.startswith("cannot be cloned exactly: ")
     assert check(TimeLimit(Copied(), 9), (Sealed.get_state, Sealed.set_state)).passed
 
