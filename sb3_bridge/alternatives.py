@@ -148,7 +148,7 @@ class Clones:
             n_uniforms=structure.distribution.n_uniforms,
             n_rollouts=config.n_rollouts,
             backup=config.backup,
-            persistence=config.persistence,  # type: ignore[arg-type]  # a number: schedules were asked already
+            persistence=config.persistence,  # a number: schedules were asked already
             past_truncation=config.branch_past_truncation,
             value=value if config.bootstrap else None,
             reward=self._reward,

@@ -135,9 +135,13 @@ class Local:
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
         with _guard(method):
             answers: list[Any] = []
-            for server, env, args in zip(self._servers, self._env.envs, arguments, strict=True):
+            servers = zip(self._servers, self._env.envs, arguments, strict=True)
+            for index, (server, env, args) in enumerate(servers):
                 server.env = env  # it may have been replaced
-                answers.append(None if args is None else getattr(server, method)(*args))
+                try:
+                    answers.append(None if args is None else getattr(server, method)(*args))
+                except Unclonable as error:
+                    raise Unclonable(f"environment {index}: {error}") from error
             return answers
 
 
@@ -201,7 +205,7 @@ class Workers:
             if answer is not None and not answer[2]:
                 is_refused, message, trace = answer[3]
                 if is_refused:
-                    raise Unclonable(message)
+                    raise Unclonable(f"environment {index}: {message}")
                 raise RuntimeError(f"a branch in environment {index} raised {message}\n{trace}")
         return [None if answer is None else answer[3] for answer in answers]
 
