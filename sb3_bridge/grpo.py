@@ -365,8 +365,13 @@ class GRPO(Training):
         return model
 
     def get_parameters(self) -> dict[str, dict]:
-        """``{"policy": {name: tensor}, "policy.optimizer": {name: tensor}}``, copies on the CPU."""
-        return {"policy": self.policy.state_dict(), "policy.optimizer": self.policy.optimizer.state_dict()}
+        """``{"policy": {name: tensor}, "policy.optimizer": {name: tensor, "param_groups": [...]}}``, copies on the CPU."""
+        optimizer = self.policy.optimizer
+        groups = [dict(group) for group in optimizer.param_groups]
+        return {
+            "policy": self.policy.state_dict(),
+            "policy.optimizer": optimizer.state_dict() | {"param_groups": groups},
+        }
 
     def set_parameters(
         self,
@@ -385,4 +390,4 @@ class GRPO(Training):
 
 
 def _arrays(state_dict: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in state_dict.items()}
+    return {name: np.asarray(value) for name, value in state_dict.items() if name != "param_groups"}

@@ -52,6 +52,8 @@ class _Hash(pickle.Pickler):
         if isinstance(value, gymnasium.Env):
             self.refers = True
             return f"env {type(value).__qualname__}"
+        if type(value).__module__.startswith(("gymnax.", "grpo_jax.")):
+            return f"pure {id(value)}"  # worlds never change; what they compiled does
         if isinstance(value, types.ModuleType):
             return f"module {value.__name__}"
         return f"class {value.__module__}.{value.__qualname__}" if isinstance(value, type) else None

@@ -169,7 +169,9 @@ def _draw_one(space: gymnasium.Space, n: int, rng: np.random.Generator, scale: f
     if isinstance(space, gymnasium.spaces.Box):
         most = np.inf if is_real else _UNBOUNDED
         bounds = np.stack([space.low, space.high])
-        low, high = np.where(np.abs(bounds) > _UNBOUNDED, np.sign(bounds) * most, bounds).astype(space.dtype)
+        low, high = np.where(np.abs(bounds) > _UNBOUNDED, np.where(bounds > 0, most, -most), bounds).astype(
+            space.dtype
+        )
         space = gymnasium.spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[arg-type, union-attr]
     batch = batch_space(space, n)
     batch.seed(int(rng.integers(2**31)))

@@ -122,9 +122,15 @@ class Optimizer:
         return {name: to_tensor(leaf) for name, leaf in self._named().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes over arrays (torch, NumPy or JAX) by name; other names (where ``strict``) or shapes are a RuntimeError."""
-        leaves, _ = replaced(self._named(), state_dict, strict, "the optimizer")
+        """Takes over arrays (torch, NumPy or JAX) by name; other names (where ``strict``) or shapes are a RuntimeError.
+
+        ``param_groups``, as torch's optimizers have them, may be left out.
+        """
+        arrays = {name: leaf for name, leaf in state_dict.items() if name != "param_groups"}
+        leaves, _ = replaced(self._named(), arrays, strict, "the optimizer")
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves.values())
+        for mine, given in zip(self.param_groups, state_dict.get("param_groups", ()), strict=False):
+            mine.update(given)
 
     def _named(self) -> dict[str, Any]:
         leaves = jax.tree_util.tree_leaves_with_path(self.state)

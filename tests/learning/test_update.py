@@ -105,7 +105,7 @@ def test_order_depends_on_the_key_alone():
     assert any(jax.tree.leaves(differs))
 
 
-def test_target_kl_stops_early():
+def test_target_kl_stops_early(real_compiles):
     config = BASE.replace(n_epochs=10, batch_size=4, learning_rate=0.1)
     policy, learner, batch = setup(config)
     free, metrics = run_update(config, policy, learner, batch, KEY, 0.0)

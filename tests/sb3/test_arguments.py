@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sb3 import contract
 from sb3.contract import BOX, CONSTANT, LINE, NAN, ROLLOUT, flat, log_of, make, on_both
 from sb3.envs import PaidAfter
 from stable_baselines3 import PPO
@@ -48,7 +49,7 @@ def test_arguments_without_a_meaning_are_named_once():
         text = str(warning.message)
         assert warning.category is UserWarning and "no meaning" in text, text
         assert all(name in text for name in named) and not any(name in text for name in silent), text
-        assert warning.filename == __file__
+        assert warning.filename == contract.__file__  # where `make` calls GRPO
 
 
 def test_arguments_with_a_meaning_are_silent():
@@ -62,9 +63,9 @@ def test_arguments_with_a_meaning_are_silent():
         max_enumerated=8,
         n_rollouts=2,
         backup="max",
-        group_size=4,
         persistence=0.5,
     )
+    make(GRPO, "host", candidates="sample", group_size=4)
     # Set to their defaults, they say nothing.
     settings = {
         "horizon": None,
@@ -124,7 +125,8 @@ def test_rewards_that_are_nan_are_an_error_and_teach_nothing(kind, candidates, b
     with pytest.raises((FloatingPointError, ValueError), match=r"(?i)nan"):
         model.learn(3 * ROLLOUT)
     np.testing.assert_array_equal(flat(model), before)
-    assert model.num_timesteps == ROLLOUT and model._n_updates == 0
+    # On the host it is an error at the very step that brings it.
+    assert (model.num_timesteps < ROLLOUT) == (kind == "host") and model._n_updates == 0
 
 
 @on_both

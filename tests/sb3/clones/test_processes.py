@@ -346,7 +346,8 @@ def test_large_constants_are_not_copied(is_shared):
     brancher.branch(handles, np.tile([0, 1], (32, 1)), still, horizon=6, gamma=1.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert brancher.report.constants == ((0, "table"),) and peak < 8e6
+    assert brancher.report.constants == ((0, "table"),)
+    assert peak < 24e6, "less than one copy of one table; what is imported for the first time counts too"
 
 
 def test_a_replica_that_writes_to_what_seemed_constant_is_an_error():

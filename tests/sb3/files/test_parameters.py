@@ -48,6 +48,8 @@ def test_parameters_are_taken_over(trained, ppo):
         before = fresh.predict(OBSERVATIONS, deterministic=True)[0]
         fresh.set_parameters(model.get_parameters())
         after = fresh.predict(OBSERVATIONS, deterministic=True)[0]
+        groups = [one.get_parameters()["policy.optimizer"]["param_groups"] for one in (fresh, model)]
+        assert groups[0][0]["lr"] == groups[1][0]["lr"]
         np.testing.assert_array_equal(after, model.predict(OBSERVATIONS, deterministic=True)[0])
         assert before.shape == after.shape
 

@@ -188,7 +188,7 @@ def test_cnn_by_name_takes_maps_of_any_number_of_channels():
     kwargs = {"features_extractor_class": CNN, "features_extractor_kwargs": {"activation": "elu"}}
     policy = CnnPolicy(space, gymnasium_spaces.Discrete(3), lambda _: 1e-3, **kwargs)
     assert policy.structure.features_extractor == CNN("elu")
-    with pytest.raises(TypeError, match="activation is not known; the cnn extractor takes features_dim"):
+    with pytest.raises(TypeError, match="activation is not known; CNN takes features_dim"):
         CnnPolicy(
             gymnasium_spaces.Box(0, 255, (36, 36, 3), np.uint8),
             gymnasium_spaces.Discrete(3),
