@@ -17,9 +17,13 @@ SCHEDULES = ("clip_range", "clip_range_vf", "clip_range_high")
 NUMBERS_OR_SCHEDULES = ("ent_coef", "persistence")
 """Attributes that are a number, or a schedule."""
 
+_RATES = {*SCHEDULES, *NUMBERS_OR_SCHEDULES, "learning_rate"}
+
 
 def as_schedule(name: str, value: Any) -> Any:
     """What an attribute of the model becomes: a schedule as SB3 makes it (or its AssertionError), where it may be one."""
+    if name not in _RATES:  # attributes are set at every step
+        return value
     if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
         value = value.item()
     is_schedule = name in SCHEDULES or (name in NUMBERS_OR_SCHEDULES and callable(value))

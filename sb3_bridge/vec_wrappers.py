@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -51,15 +52,17 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
     where = f"at step {number} of the rollout"
     _check_finite("reward", rewards, where)
     observation = checked_observation(env, observation, where)
-    cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos], bool)
-    return VecStep(observation, rewards, dones, dones & cut, list(infos))
+    truncated = np.zeros_like(dones)
+    for index in np.flatnonzero(dones).tolist():
+        truncated[index] = bool(infos[index].get("TimeLimit.truncated", False))
+    return VecStep(observation, rewards, dones, truncated, list(infos))
 
 
 def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
     """A copy of the observations ``[N, *shape]`` of all environments; errors as those of ``step``."""
     owned = _owned(observation)
     for name, array, space in _fields(owned, env.observation_space):
-        expected = (env.num_envs, *(space.shape or ()))
+        expected = (env.num_envs, *space.shape)  # type: ignore[misc]
         if array.shape != expected:
             raise ValueError(
                 f"Unexpected observation shape {array.shape} {where}: please use {expected} for {name} of"
@@ -70,7 +73,8 @@ def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
 
 
 def _check_finite(name: str, array: np.ndarray, where: str) -> None:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    # The sum is quicker, and not finite if anything is not; it may overflow all the same.
+    if array.dtype.kind == "f" and not (math.isfinite(array.sum()) or np.isfinite(array).all()):
         index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         entry = f" in its entry {list(index[1:])}" if len(index) > 1 else ""
         raise ValueError(

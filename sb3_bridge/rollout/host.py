@@ -171,7 +171,11 @@ class _Rows:
                 self.arrays[name] = jax.tree.map(
                     lambda leaf: np.zeros((self._n_steps, *leaf.shape), leaf.dtype), value
                 )
-            jax.tree.map(lambda array, leaf: array.__setitem__(self._n_rows, leaf), self.arrays[name], value)
+            if isinstance(value, dict):
+                for key, part in value.items():
+                    self.arrays[name][key][self._n_rows] = part
+            else:
+                self.arrays[name][self._n_rows] = value
         self._n_rows += 1
 
     def trajectory(self, reward: Reward | None) -> Trajectory:
