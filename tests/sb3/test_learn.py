@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sb3.contract import KINDS, N_STEPS, ROLLOUT, Recorder, log_of, make, on_both, weights
+from sb3.contract import N_STEPS, ROLLOUT, Recorder, log_of, make, on_both, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
     ProgressBarCallback,
@@ -21,6 +21,7 @@ from stable_baselines3.common.envs import (
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
+    SubprocVecEnv,
     VecNormalize,
 )
 
@@ -199,7 +200,7 @@ def test_one_seed_one_run(kind, real_compiles):
 
 
 def test_processes_change_nothing(real_compiles):
-    with_processes = trained(KINDS["subproc"](), 7)
+    with_processes = trained(cartpole(env_class=SubprocVecEnv), 7)
     np.testing.assert_array_equal(parameters_of(with_processes), parameters_of(trained(cartpole(), 7)))
     with_processes.get_env().close()
 
