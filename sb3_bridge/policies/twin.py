@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from sb3_bridge.policies.layers import TORCH_CLASSES, TORCH_NAMES
 from sb3_bridge.policies.policy import SB3_POLICIES, GRPOPolicy
 from sb3_bridge.policies.spaces import is_image, stretch_of
 from sb3_bridge.policies.torch_layers import FeatureMapsCNN, FeatureMapsCombined, TanhGELU
-
-if TYPE_CHECKING:
-    from sb3_bridge.grpo import GRPO
 
 _TORCH_POLICIES = {ours.kind: theirs for theirs, ours in SB3_POLICIES.items()}
 _ACTIVATIONS: dict[Any, Any] = TORCH_CLASSES | {"gelu": TanhGELU}
@@ -159,7 +156,7 @@ def arguments_from(source: BaseAlgorithm | ActorCriticPolicy) -> tuple[dict[str,
     return {**arguments, "env": source.get_env(), "seed": source.seed, "device": source.device}, policy
 
 
-def to_sb3(model: GRPO) -> PPO:
+def to_sb3(model: Any) -> PPO:
     """A ``PPO`` with the model's policy (in torch), env and those settings that both have; its optimizer starts anew.
 
     Raises:

@@ -63,12 +63,10 @@ def parameters_of(model):
 
 KINDS = {
     "id": lambda: ENV,
-    "env": lambda: gym.make(ENV),
     "monitor": lambda: Monitor(gym.make(ENV)),
     "time limit": lambda: TimeLimit(gym.make(ENV), 5),
     "dummy": cartpole,
     "subproc": lambda: cartpole(env_class=functools.partial(SubprocVecEnv, start_method="forkserver")),
-    "make_vec_env": lambda: make_vec_env(ENV, n_envs=2),
     "normalized": lambda: VecNormalize(cartpole()),
     "stacked": lambda: VecFrameStack(cartpole(), 2),
     "monitored": lambda: VecMonitor(cartpole()),
