@@ -22,8 +22,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups.returns import lambda_returns
-from grpo_jax.policies.policy import Policy
-from grpo_jax.spaces import Box
 from sb3_bridge.policies.policy import GRPOPolicy
 
 
@@ -102,15 +100,6 @@ def show_step(
         shown["log_probs"] = torch.from_numpy(np.array(log_prob))
     callback.update_locals(shown)
     return callback.on_step()
-
-
-def log_volume(policy: Policy) -> float:
-    """What a log density in the policy's units is too large by in the environment's."""
-    space = policy.action_space
-    if not isinstance(space, Box) or not space.is_bounded:
-        return 0.0
-    half = (space.high - space.low) / 2
-    return float(np.log(np.where(half > 0, half, 1.0)).sum())
 
 
 class RolloutView:

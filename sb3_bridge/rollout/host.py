@@ -19,7 +19,8 @@ from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
-from sb3_bridge.rollout.callbacks import Model, log_volume, merged, reads_values, show_step
+from sb3_bridge.policies.spaces import stretch_of
+from sb3_bridge.rollout.callbacks import Model, merged, reads_values, show_step
 from sb3_bridge.vec_wrappers import Unnormalized, VecStep, checked_observation, reached_observation, step
 
 
@@ -134,6 +135,7 @@ def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def acting(policy: Policy, with_values: bool = False) -> Callable[..., Acted]:
     """``(policy_state, observation [N, ...], uniforms [N, >= n_uniforms]) -> Acted``; actions are not clipped."""
     n_uniforms = policy.distribution.n_uniforms
+    volume = float(np.log(stretch_of(policy.action_space)[1]).sum())
 
     @jax.jit
     def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> Acted:
@@ -142,7 +144,7 @@ def acting(policy: Policy, with_values: bool = False) -> Callable[..., Acted]:
         acted = Acted(action, policy.stretch(action))
         if with_values:
             value = policy.value(state, observation) if "critic" in state.params else None
-            log_prob = policy.distribution.log_prob(parameters, action) - log_volume(policy)
+            log_prob = policy.distribution.log_prob(parameters, action) - volume
             acted = acted._replace(value=value, log_prob=log_prob)
         return acted
 

@@ -4,6 +4,10 @@
 models share their shapes, so that each path compiles once.
 """
 
+import functools
+
+import gymnasium as gym
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from toys import Line
 
 from grpo_jax.spaces import Box, Discrete
@@ -183,3 +187,30 @@ def copy_parameters(ppo, grpo):
         parameters["policy"][f"{ours}.kernel"] = theirs[f"{name}.weight"].mT
         parameters["policy"][f"{ours}.bias"] = theirs[f"{name}.bias"]
     grpo.set_parameters(parameters)
+
+
+ENV = "CartPole-v1"
+
+
+def cartpole(n_envs=2, env_class=DummyVecEnv, **arguments):
+    return env_class([functools.partial(gym.make, ENV, **arguments)] * n_envs)
+
+
+def wrappers_of(env):
+    """Classes of a VecEnv and what it wraps, from the outside."""
+    classes = [type(env)]
+    while isinstance(env, VecEnvWrapper):
+        env = env.venv
+        classes.append(type(env))
+    return classes
+
+
+def parameters_of(model):
+    """One vector of all that training changes: policy and optimizer."""
+    leaves = jax.tree.leaves((model.policy.state, model.policy.optimizer.state))
+    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
+
+
+def actor_of(model):
+    leaves = jax.tree.leaves(model.policy.state.params["actor"])
+    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])

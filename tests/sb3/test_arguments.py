@@ -4,12 +4,11 @@ import functools
 import warnings
 
 import gymnasium as gym
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sb3 import contract
-from sb3.contract import BOX, CONSTANT, LINE, NAN, ROLLOUT, flat, log_of, make, on_both
+from sb3.contract import BOX, CONSTANT, ENV, LINE, NAN, ROLLOUT, actor_of, flat, log_of, make, on_both
 from sb3.envs import PaidAfter
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -142,14 +141,6 @@ def test_a_reward_function_that_is_nan_is_an_error_and_teaches_nothing(kind):
 
 
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}}
-
-
-ENV = "CartPole-v1"
-
-
-def actor_of(model):
-    leaves = jax.tree.leaves(model.policy.state.params["actor"])
-    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
 
 
 def short_cartpole(reward=None):

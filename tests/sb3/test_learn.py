@@ -1,13 +1,22 @@
 """``learn``: what is trained, for how long, and what is shown of it; PPO is the oracle."""
 
-import functools
-
 import gymnasium as gym
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sb3.contract import N_STEPS, ROLLOUT, Recorder, log_of, make, on_both, weights
+from sb3.contract import (
+    ENV,
+    N_STEPS,
+    ROLLOUT,
+    Recorder,
+    actor_of,
+    cartpole,
+    log_of,
+    make,
+    on_both,
+    parameters_of,
+    weights,
+)
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
     ProgressBarCallback,
@@ -142,30 +151,12 @@ def test_identity_is_learned(env, dtype):
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}}
 
 
-ENV = "CartPole-v1"
-
-
 def lean(state, action, next_state):
     """Tells the actions of CartPole apart within two steps."""
     return 1 - jnp.abs(next_state[2]) - 0.1 * jnp.abs(next_state[0])
 
 
 SIMULATED = {"horizon": 2, "reward_function": lean}
-
-
-def cartpole(n_envs=2, env_class=DummyVecEnv, **arguments):
-    return env_class([functools.partial(gym.make, ENV, **arguments)] * n_envs)
-
-
-def parameters_of(model):
-    """One vector of all that training changes: policy and optimizer."""
-    leaves = jax.tree.leaves((model.policy.state, model.policy.optimizer.state))
-    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
-
-
-def actor_of(model):
-    leaves = jax.tree.leaves(model.policy.state.params["actor"])
-    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
 
 
 REPEATED = {

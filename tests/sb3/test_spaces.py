@@ -1,7 +1,6 @@
 """Spaces and kinds of environments: each acts, trains and predicts like PPO, or is refused as by PPO."""
 
 import copy
-import functools
 
 import gymnasium as gym
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from sb3.contract import ENV, actor_of, parameters_of, wrappers_of
 from sb3.envs import DictOfOne, RandomEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.envs import (
@@ -18,7 +18,6 @@ from stable_baselines3.common.envs import (
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
-    VecEnvWrapper,
     VecTransposeImage,
 )
 
@@ -31,33 +30,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}}
-
-
-ENV = "CartPole-v1"
-
-
-def wrappers_of(env):
-    """Classes of a VecEnv and what it wraps, from the outside."""
-    classes = [type(env)]
-    while isinstance(env, VecEnvWrapper):
-        env = env.venv
-        classes.append(type(env))
-    return classes
-
-
-def cartpole(n_envs=2, env_class=DummyVecEnv, **arguments):
-    return env_class([functools.partial(gym.make, ENV, **arguments)] * n_envs)
-
-
-def parameters_of(model):
-    """One vector of all that training changes: policy and optimizer."""
-    leaves = jax.tree.leaves((model.policy.state, model.policy.optimizer.state))
-    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
-
-
-def actor_of(model):
-    leaves = jax.tree.leaves(model.policy.state.params["actor"])
-    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
 
 
 IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
+from sb3.contract import ENV, cartpole, parameters_of, wrappers_of
 from sb3.envs import PaidAfter, RandomEnv, Recorder
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -21,7 +22,6 @@ from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
     VecCheckNan,
-    VecEnvWrapper,
     VecFrameStack,
     VecMonitor,
     VecNormalize,
@@ -37,28 +37,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SIMULATED = {"horizon": 2, "reward_function": lambda s, a, n: 1 - jnp.abs(n[2]) - 0.1 * jnp.abs(n[0])}
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}}
-
-
-ENV = "CartPole-v1"
-
-
-def wrappers_of(env):
-    """Classes of a VecEnv and what it wraps, from the outside."""
-    classes = [type(env)]
-    while isinstance(env, VecEnvWrapper):
-        env = env.venv
-        classes.append(type(env))
-    return classes
-
-
-def cartpole(n_envs=2, env_class=DummyVecEnv, **arguments):
-    return env_class([functools.partial(gym.make, ENV, **arguments)] * n_envs)
-
-
-def parameters_of(model):
-    """One vector of all that training changes: policy and optimizer."""
-    leaves = jax.tree.leaves((model.policy.state, model.policy.optimizer.state))
-    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
 
 
 KINDS = {
