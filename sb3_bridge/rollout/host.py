@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.networks import Flatten
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
@@ -35,10 +36,15 @@ class Watcher(Protocol):
 
 
 class Acted(NamedTuple):
-    """What the policy does in N states."""
+    """What the policy does in N states, and what it computed to that end where that is expensive: else None."""
 
     choice: Any  # actions [N, *A] in the policy's units
     stretched: Any  # the same in the environment's units, not clipped
+    distribution: Any = None  # parameters [N, P]
+    value: Any = None  # [N]; None also where the critic has features of its own
+
+
+_KEPT = Acted._fields[2:]
 
 
 def collect_on_host(
@@ -75,7 +81,7 @@ def collect_on_host(
             unnormalized.observation(observation) if unnormalized is not None and reward is not None else None
         )
         acted = act(policy.state, observation, uniforms[index])
-        acted = Acted(*map(np.asarray, acted))
+        acted = Acted(*(leaf if leaf is None else np.asarray(leaf) for leaf in acted))
         if config.persistence is not None and previous is not None:
             acted = _persist(acted, previous, ~starts & (uniforms[index, :, -1] < config.persistence))
         previous = acted
@@ -116,6 +122,7 @@ def collect_on_host(
                 watcher.after_step(clipped_actions, reached, original.rewards, result)
             if reward is not None:
                 row |= {"raw": raw, "raw_action": clipped_actions, "raw_next": reached}
+        row |= {name: leaf for name, leaf in zip(_KEPT, acted[2:], strict=True) if leaf is not None}
         rows.add(row)
         model.rollout_buffer.advance(index + 1)
     return rows.trajectory(reward)
@@ -131,12 +138,15 @@ def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def acting(policy: Policy) -> Callable[..., Acted]:
     """``(policy_state, observation [N, ...], uniforms [N, >= n_uniforms]) -> Acted``; actions are not clipped."""
     n_uniforms = policy.distribution.n_uniforms
+    has_features = not isinstance(policy.features_extractor, Flatten)
+    has_value = has_features and policy.critic is not None and policy.share_features_extractor
 
     @jax.jit
     def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> Acted:
         parameters = policy.parameters(state, observation)
         action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
-        return Acted(action, policy.stretch(action))
+        value = policy.value(state, observation) if has_value else None
+        return Acted(action, policy.stretch(action), parameters if has_features else None, value)
 
     return act
 
@@ -157,11 +167,11 @@ def _thinking(policy: Policy) -> Callable[..., tuple[Any, Any, Any]]:
 
 def _persist(acted: Acted, previous: Acted, persists: np.ndarray) -> Acted:
     """Repeats the actions before, where ``persists`` bool ``[N]`` says so."""
-    repeated = (
+    choice, stretched = (
         np.where(persists.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
-        for old, new in zip(previous, acted, strict=True)
+        for old, new in zip(previous[:2], acted[:2], strict=True)
     )
-    return Acted(*repeated)
+    return acted._replace(choice=choice, stretched=stretched)
 
 
 class _Rows:
@@ -196,13 +206,14 @@ class _Rows:
                 arrays.get("raw"), arrays["observation"], unknown, arrays["time"], unknown, unknown
             ),
             action_mask=None,
-            distribution=None,
+            distribution=arrays.get("distribution"),
             action=arrays["action"],
             reward=arrays.get("learned_reward", arrays["reward"]),
             task_reward=None,
             terminated=arrays["terminated"],
             truncated=arrays["truncated"],
             next_observation=arrays.get("next_observation"),
+            value=arrays.get("value"),
         )
 
 
