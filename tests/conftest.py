@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the cache of whoever runs the tests stays as it is
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # It halves the time to compile, which is most of what tests take; jax 0.11 does not know the flag, and aborts.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
