@@ -44,8 +44,9 @@ def bar_of(ppo: Sequence[Row]) -> Bar:
 def measures(row: Row, bar: Bar) -> dict[str, float | None]:
     """What a run had reached by when, and when it first was at PPO's final return (infinity: never).
 
-    None where it ended with fewer steps, or has no curve. Between the points of a curve it is interpolated. A run
-    that ended before PPO's seconds had passed is as good then as at its end. PPO itself is always taken at its end.
+    None where it ended with fewer steps, or has no curve. Between the points of a curve it is interpolated; before
+    the first it is as good as there, and a run that ended before PPO's seconds had passed is as good as at its end. PPO
+    itself is always taken at its end.
     """
     if not row["curve"]:
         return dict.fromkeys(MEASURES) | dict.fromkeys(TO_TARGET, math.inf)
@@ -115,26 +116,33 @@ def goals(results: Sequence[Row], settings: str) -> list[str]:
             judged.append(env_id)
             best = max(middle(found, bar, "equal_seconds") for found in others if found)
             within += [env_id] * (ours("equal_seconds") >= best - 0.1 * abs(best))
+
+    def aim(text: str) -> str:
+        return f" (goal: {text})" if settings == "defaults" else ""
+
     lines = [f"Of {n} environments, GRPO against SB3's PPO by medians; medians within {LEVEL:.0%} are level:"]
     for name, verdicts in at_equal.items():
         what = "compiling included" if name == "equal_seconds" else "without compiling"
-        counts = {
-            word: [v.split()[1] for v in verdicts if v.startswith(word)]
+        ahead, level, behind = (
+            [verdict.split()[1] for verdict in verdicts if verdict.startswith(word)]
             for word in ("ahead", "level", "behind")
-        }
+        )
         lines.append(
-            f"- At equal CPU seconds, {what}: ahead on {len(counts['ahead'])} (goal: 12 of 16), level on {len(counts['level'])},"
-            f" behind on {names(counts['behind'])} (goal: 0)."
+            f"- At equal CPU seconds, {what}: ahead on {len(ahead)}{aim('12 of 16')}, level on {len(level)},"
+            f" behind on {names(behind)}{aim('0')}."
         )
     lines += [
-        f"- PPO's final return in at most half of the CPU seconds that PPO took to it on {names(half)} (goal: 10);"
+        f"- PPO's final return in at most half of the CPU seconds that PPO took to it on {names(half)}{aim('10')};"
         f" of the CPU seconds that PPO ran for, on {len(half_of_all)}.",
-        f"- PPO's final return in at most a third of the decision steps that PPO took to it on {names(third)}"
-        f" (goal: all {len(branched)} on which clones or twins were used).",
-        f"- `auto` within 10% of the better one of clones and episodes at equal seconds on {names(within)} of {len(judged)}"
-        " (goal: all).",
+        f"- Clones or twins were used on {len(branched)}: PPO's final return in at most a third of the decision steps that PPO"
+        f" took to it on {names(third)}{aim('all of them')}.",
     ]
-    return lines + lander(results, settings)
+    if judged:
+        lines.append(
+            f"- `auto` within 10% of the better one of clones and episodes at equal seconds on {names(within)} of {len(judged)}"
+            f"{aim('all')}."
+        )
+    return lines + (lander(results, settings) if settings == "defaults" else [])
 
 
 def lander(
