@@ -42,12 +42,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 EXTRAS = {
-    "Lunar": ("Box2D", "gymnasium[box2d]"),
-    "Bipedal": ("Box2D", "gymnasium[box2d]"),
-    "InvertedP": ("mujoco", "gymnasium[mujoco]"),
-    "Hopper": ("mujoco", "gymnasium[mujoco]"),
-    "HalfCheetah": ("mujoco", "gymnasium[mujoco]"),
-    "Walker2d": ("mujoco", "gymnasium[mujoco]"),
+    "Lunar": ("Box2D", "'gymnasium[box2d]'"),
+    "Bipedal": ("Box2D", "'gymnasium[box2d]'"),
+    "InvertedP": ("mujoco", "'gymnasium[mujoco]'"),
+    "Hopper": ("mujoco", "'gymnasium[mujoco]'"),
+    "HalfCheetah": ("mujoco", "'gymnasium[mujoco]'"),
+    "Walker2d": ("mujoco", "'gymnasium[mujoco]'"),
     "ALE/": ("ale_py", "ale-py opencv-python-headless"),
 }
 """Module and package that environments need, by the beginning of their ids."""
@@ -58,6 +58,8 @@ NAMES = {"ppo": "SB3 PPO", "sbx": "SBX PPO", "grpo": "GRPO", "grpo-clone": "GRPO
 NAMES["grpo-episodes"] = "GRPO, candidates='episodes'"
 
 N_ENVS_A_PICTURE = 4
+
+
 # Running
 
 
@@ -92,7 +94,7 @@ def check_packages(ids: Iterable[str]) -> None:
     for env_id in ids:
         for start, (module, package) in EXTRAS.items():
             if env_id.startswith(start) and importlib.util.find_spec(module) is None:
-                raise SystemExit(f"{env_id} needs {module}: pip install {package!r}, or choose other --ids")
+                raise SystemExit(f"{env_id} needs {module}: pip install {package}, or choose other --ids")
 
 
 # Reporting
