@@ -13,6 +13,7 @@ from gymnasium import wrappers
 from gymnasium.utils import EzPickle, RecordConstructorArgs
 from stable_baselines3.common.monitor import Monitor
 
+from sb3_bridge.clones import box2d
 from sb3_bridge.clones.copying import Memo, copy_value
 
 Functions = tuple[Callable[[gymnasium.Env], Any], Callable[[gymnasium.Env, Any], None]]
@@ -75,10 +76,14 @@ class Core:
 
     name = "attributes"  # for the log
     hidden: frozenset[str] = frozenset()  # attributes that are not saved as such
+    tolerance = 0.0  # of observations and rewards; 0: bit for bit
     by_itself = False  # whether a replica's innermost environment may be the original's own deep copy
 
     def blank(self, env: Any, twin: Any) -> None:
         """Gives a new replica what is not saved."""
+
+    def begin(self, env: Any, memo: Memo) -> None:
+        """What must be known before attributes are saved."""
 
     def save(self, env: Any, memo: Memo) -> Any:
         """The state beyond the attributes."""
@@ -145,6 +150,19 @@ class ByMuJoCo(Core):
             start += len(view)
 
 
+class ByBox2D(Core):
+    """The worlds of Box2D among the attributes, and the attributes."""
+
+    name = "Box2D worlds"
+    tolerance = 1e-4
+
+    def __init__(self) -> None:
+        self._known: dict[int, Any] = {}
+
+    def begin(self, env: Any, memo: Memo) -> None:
+        box2d.begin(env, memo, self._known)
+
+
 # These lag one substep behind the positions, so a forward pass would not give them back.
 _MUJOCO_DERIVED = """
     xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat
@@ -184,5 +202,5 @@ def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
         *pair("get_state", "set_state", lambda env: env.get_state()),
         *([ByMuJoCo(core)] if _is_mujoco(core) else []),
         *pair("clone_state", "restore_state", _ale_save),
-        Core(),
+        ByBox2D() if box2d.worlds_of(core) else Core(),
     ]

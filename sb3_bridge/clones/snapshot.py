@@ -158,6 +158,7 @@ class Cloner:
             self._adopt()
         memo, saved = dict(self._memo), []
         core = self.layers[-1]
+        self._core.begin(core, memo)
         for layer, hidden, left_out in zip(self.layers, self._hidden, self._constants, strict=True):
             if layer is core and self.copies_itself:
                 left_out = left_out | self._own
@@ -209,7 +210,8 @@ class Cloner:
         if "render_mode" in self._hidden[-1]:
             twins[-1].render_mode = None
         self._core.blank(core, twins[-1])
-        replica = Replica(twins, spaces, twin_of | dict(zip(map(id, self._marks), twins, strict=True)))
+        marks = dict(zip(map(id, self._marks), twins, strict=True))
+        replica = Replica(twins, spaces, {**twin_of, **marks, "kept": {}})
         self.restore(replica, snapshot, words)
         return replica
 
