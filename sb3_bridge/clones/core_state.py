@@ -76,7 +76,6 @@ class Core:
 
     name = "attributes"  # for the log
     hidden: frozenset[str] = frozenset()  # attributes that are not saved as such
-    tolerance = 0.0  # of observations and rewards; 0: bit for bit
     by_itself = False  # whether a replica's innermost environment may be the original's own deep copy
 
     def blank(self, env: Any, twin: Any) -> None:
@@ -154,7 +153,6 @@ class ByBox2D(Core):
     """The worlds of Box2D among the attributes, and the attributes."""
 
     name = "Box2D worlds"
-    tolerance = 1e-4
 
     def __init__(self) -> None:
         self._known: dict[int, Any] = {}
@@ -190,6 +188,7 @@ def _ale_save(env: Any) -> Any:
 
 def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
     """The ways that an innermost environment may be saved by, cheapest first; a user's pair leaves no other."""
+    box2d.register()
     if functions is not None:
         return [ByFunctions("snapshot functions", *functions)]
 
