@@ -19,12 +19,15 @@ from sb3_bridge.clones.box2d_memory import (
     MASS,
     MOTION,
     PARTS,
+    HEADER,
+    NODE,
     SETTINGS,
     Body,
     Place,
     World,
     address,
     as_proxy,
+    integer,
     make_shape,
     pointer,
     read,
@@ -81,49 +84,39 @@ class _Live:
         self._rebuild(wanted)
         manager, content = self.world.contactManager, self.content
         start, pairs = address(manager), list(zip(content.bodies, wanted.bodies, strict=True))
-        for number, (body, want) in enumerate(pairs):
-            if want.made[0] or body.motion != want.motion:
-                x, y, angle = struct.unpack("2f36xf", want.motion[12:60])
-                self.proxy(("body", number)).transform = (x, y), angle
-        nodes, tree = [node for body in content.bodies if body.made[0] for node in body.nodes], pointer(start + 8)
-        for node, box in zip(nodes, wanted.boxes, strict=True):
-            if read(tree + 40 * node, 16) != box:
-                self._move(node, (1e9, 1e9, 1e9, 1e9))  # a box that holds another one would stay as it is
-                self._move(node, struct.unpack("4f", box))
-                write(tree + 40 * node, box, 16)
         for contact in self.world.contacts:
             manager.Destroy(contact)
-        for number, (body, want) in enumerate(pairs):
-            for i in range(len(body.fixtures) if want.made[0] else 0):  # what was made since the last step is looked for
-                self.proxy(("fixture", number, i)).Refilter()
         for (one, child, two, other), flags, manifold in wanted.contacts:
             sides = [content.bodies[number].fixtures[i] for _, number, i in (one, two)]
             manager.AddPair(as_proxy(sides[0], child), as_proxy(sides[1], other))
             at = pointer(start + 88)
             if not at or struct.unpack("QQii", read(at + 96, 24)) != (*sides, child, other):
                 raise Unclonable("a contact cannot be made anew in a copy of its world")
-            write(at + FLAGS.start, flags, len(flags))
-            write(at + MANIFOLD.start, manifold, len(manifold))
+            write(at + FLAGS.start, flags)
+            write(at + MANIFOLD.start, manifold)
         for body, want in pairs:
             if want.made[0] or body.motion != want.motion or body.mass != want.mass:
-                write(body.at + MOTION.start, want.motion, len(want.motion))
-                write(body.at + MASS.start, want.mass, len(want.mass))
-        for mine, theirs in zip(content.joints, wanted.joints, strict=True):
-            write(mine.at + JOINT, theirs.state, len(theirs.state))
+                write(body.at + MOTION.start, want.motion)
+                write(body.at + MASS.start, want.mass)
+            if want.leaves != body.leaves:
+                for at, mine, theirs in zip(body.proxies, body.leaves, want.leaves, strict=True):
+                    write(at, theirs[:16] + mine[16:28] + theirs[28:])
+        self._restore_tree(wanted)
+        for joint, want_joint in zip(content.joints, wanted.joints, strict=True):
+            write(joint.at + JOINT, want_joint.state)
         for part, setting in zip(SETTINGS, wanted.settings, strict=True):
-            write(start + part.start, setting, len(setting))
+            write(start + part.start, setting)
 
     def _rebuild(self, wanted: World) -> None:
         """Makes bodies, fixtures and joints as they are wanted; the oldest ones are kept where they are alike."""
         mine = self.content = read_world(self.world, self._known)
         n_bodies, n_joints = _n_alike(mine.bodies, wanted.bodies), _n_alike(mine.joints, wanted.joints)
-        sizes = (len(wanted.bodies), len(wanted.joints), wanted.is_filtered)
-        if (n_bodies, n_joints) == (len(mine.bodies), len(mine.joints)) == sizes[:2] and mine.is_filtered <= sizes[2]:
-            return
-        # A new world numbers what it gets as the original did when that was new; and has the filter of all worlds.
-        if 2 * n_bodies < len(wanted.bodies) or mine.is_filtered > wanted.is_filtered:
+        sizes = (len(wanted.bodies), len(wanted.joints))
+        if mine.is_filtered > wanted.is_filtered:  # it cannot have the filter back that all worlds begin with
             self._start()
             mine, n_bodies, n_joints = self.content, 0, 0
+        elif (n_bodies, n_joints) == (len(mine.bodies), len(mine.joints)) == sizes:
+            return
         lost = [number for number, joint in enumerate(mine.joints) if max(joint.made[1:3]) >= n_bodies]
         n_joints = min([n_joints, *lost])
         for number in reversed(range(n_joints, len(mine.joints))):
@@ -138,27 +131,46 @@ class _Live:
         self._proxies.clear()
         self.content = read_world(self.world, self._known)
 
-    def _make_bodies(self, wanted: list[Body]) -> None:
-        fixtures = []
+    def _make_bodies(self, wanted: list[Body]) -> list[Any]:
+        bodies = []
         for want in wanted:
             x, y, angle = struct.unpack("2f36xf", want.motion[12:60])
-            is_active, nodes, latest = bool(want.made[1]), iter(want.nodes), 0
-            body = self.world.CreateBody(type=want.made[0], active=is_active, position=(x, y), angle=angle)
-            for made in want.made[2]:
-                latest = max(latest, next(nodes, 0))
-                fixtures.append((latest, len(fixtures), body, made))
-        # Contacts that begin together are sorted by the numbers of nodes, which follow this order.
-        for _, _, body, (*parts, made) in sorted(fixtures, key=lambda one: one[:2]):
-            shape: Any = make_shape(made)
-            at = address(body.CreateFixture(sys.modules["Box2D"].b2FixtureDef(shape=shape)))
-            shape.thisown = True  # the fixture has a copy; pybox2d would never free this one
-            for part, content in zip(PARTS, parts, strict=True):
-                write(at + part.start, content, len(content))
+            kind, is_active, fixtures = want.made
+            body = self.world.CreateBody(type=kind, active=bool(is_active), position=(x, y), angle=angle)
+            for *parts, made in fixtures:
+                shape: Any = make_shape(made)
+                at = address(body.CreateFixture(sys.modules["Box2D"].b2FixtureDef(shape=shape)))
+                shape.thisown = True  # the fixture has a copy; pybox2d would never free this one
+                for part, content in zip(PARTS, parts, strict=True):
+                    write(at + part.start, content)
+            bodies.append(body)
+        return bodies
 
-    def _move(self, node: int, box: tuple[float, ...]) -> None:
-        left, low, right, high = box  # Box2D adds a tenth on each side
-        ends = {"lowerBound": (left + 0.1, low + 0.1), "upperBound": (right - 0.1, high - 0.1)}
-        self.world.contactManager.broadPhase.MoveProxy(node, sys.modules["Box2D"].b2AABB(**ends), (0, 0))
+    def _restore_tree(self, wanted: World) -> None:
+        start, nodes, header = address(self.world.contactManager), bytearray(wanted.tree.nodes), wanted.tree.header
+        for body, want in zip(self.content.bodies, wanted.bodies, strict=True):
+            for at, leaf in zip(body.proxies, want.leaves, strict=True):
+                struct.pack_into("Q", nodes, NODE * int.from_bytes(leaf[28:], "little") + 16, at)
+        n_nodes, n_moved, spare = len(nodes) // NODE, len(wanted.tree.moved) // 4, []
+        while integer(start + 20) < n_nodes or integer(start + 56) < n_moved:  # there is no room yet
+            spare += self._make_bodies([next(body for body in wanted.bodies if body.proxies)])
+        for body in spare:
+            self.world.DestroyBody(body)
+        if integer(start + 20) > n_nodes:  # what Box2D would add where no node is free any more, in the same order
+            more = range(n_nodes + 1, integer(start + 20) + 1)
+            nodes += b"".join(struct.pack("24x4i", i if i < more.stop - 1 else -1, -1, -1, -1) for i in more)
+            last, (free,) = -1, struct.unpack_from("i", header[2])
+            while free >= 0:
+                last, (free,) = free, struct.unpack_from("i", nodes, NODE * free + 24)
+            if last < 0:
+                header = [*header[:2], struct.pack("i", n_nodes) + header[2][4:]]
+            else:
+                struct.pack_into("i", nodes, NODE * last + 24, n_nodes)
+        write(pointer(start + 8), bytes(nodes))
+        for part, content in zip(HEADER, header, strict=True):
+            write(start + part.start, content)
+        write(pointer(start + 48), wanted.tree.moved)
+        write(start + 60, struct.pack("i", n_moved))
 
 
 def _n_alike(mine: list[Any], wanted: list[Any]) -> int:
@@ -166,32 +178,21 @@ def _n_alike(mine: list[Any], wanted: list[Any]) -> int:
     return next((i for i, (one, two) in enumerate(pairs) if one.made != two.made), min(len(mine), len(wanted)))
 
 
-def worlds_of(env: Any) -> list[Any]:
-    """The worlds among an environment's attributes, and among those of its attributes."""
-    box2d: Any = sys.modules.get("Box2D")  # loaded by whoever made one
-    if box2d is None:
-        return []
-    held = list(vars(env).values())
-    held += [value for one in held if hasattr(one, "__dict__") and not isinstance(one, type) for value in vars(one).values()]
-    return list({address(one): one for one in held if isinstance(one, box2d.b2World)}.values())
-
-
-def begin(env: Any, memo: Memo, known: dict[int, Any]) -> None:
-    """Tells the copiers of this module what stands where in an environment's worlds.
-
-    Raises:
-      Unclonable: a world that cannot be rebuilt.
-    """
+def _find_worlds(memo: Memo) -> None:
+    """Notes what stands where in the worlds among an environment's attributes, and among those of its attributes."""
     verify()
-    states = {}
-    for number, world in enumerate(worlds_of(env)):
-        states[address(world)] = state = _State(number, read_world(world, known)), ()
-        states |= {at: (state[0], place) for at, place in state[0].content.places.items()}
-    memo["box2d"] = states
-    for state, place in list(states.values()):
-        if not place:
-            data = [(where, ctypes.cast(at, ctypes.py_object).value) for where, at in state.content.data() if at]
-            state.data = {where: copy_value(value, memo) for where, value in data}
+    box2d: Any = sys.modules["Box2D"]
+    held = list(vars(memo["env"]).values())
+    within = [one for one in held if hasattr(one, "__dict__") and not isinstance(one, type)]
+    held += [value for one in within for value in vars(one).values()]
+    worlds = {address(one): one for one in held if isinstance(one, box2d.b2World)}
+    found = memo["box2d"] = {}
+    states = [_State(n, read_world(one, memo["kept"])) for n, one in enumerate(worlds.values())]
+    for at, state in zip(worlds, states, strict=True):
+        found |= {at: (state, ()), **{part: (state, place) for part, place in state.content.places.items()}}
+    for state in states:
+        data = [(place, ctypes.cast(at, ctypes.py_object).value) for place, at in state.content.data() if at]
+        state.data = {place: copy_value(value, memo) for place, value in data}
 
 
 class _Part:
@@ -205,9 +206,13 @@ class _Part:
 
 
 def _part(value: Any, memo: Memo) -> Any:
+    if "box2d" not in memo:
+        _find_worlds(memo)
+    if id(value) in memo:  # a world refers to it
+        return memo[id(value)]
     # What is in no world was destroyed: its copy stands for nothing, and cannot be used by mistake.
-    state, place = memo["box2d"].get(address(value), (None, ())) if "box2d" in memo else (None, ())
-    if state is None and ("box2d" not in memo or isinstance(value, sys.modules["Box2D"].b2World)):
+    state, place = memo["box2d"].get(address(value), (None, ()))
+    if state is None and isinstance(value, sys.modules["Box2D"].b2World):
         raise Unclonable("its b2World is neither an attribute of the environment nor of one of its attributes")
     return _with_attributes(_Part(type(value), state, place), value, memo)
 

@@ -8,7 +8,6 @@ solver starts from, for how long a body has rested. Offsets are those of Box2D 2
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 from sb3_bridge.clones.copying import Unclonable
 
-read, write = ctypes.string_at, ctypes.memmove
 Place = tuple[Any, ...]
 """What stands where in a world: ``("body", number)``, ``("fixture", body, number)``, ``("joint", number)``, ``()`` itself."""
 CHAIN = 3  # a type of shape: it owns its vertices, the others are all in one piece
@@ -24,6 +22,7 @@ MOTION, MASS = slice(0, 88), slice(144, 176)  # of a body: type to torque, mass 
 PARTS = (slice(0, 4), slice(32, 40), slice(52, 59))  # of a fixture: density; friction, restitution; filter, sensor
 JOINT = 128  # where that begins which joints of one type have alone
 FLAGS, MANIFOLD = slice(8, 12), slice(120, 204)  # of a contact; manifold to tangent speed
+NODE, HEADER = 40, (slice(0, 4), slice(16, 20), slice(24, 40))  # of the tree: the contact manager begins with it
 SETTINGS = (slice(-8, -4), slice(152, 161), slice(184, 192))  # of a world, from its contact manager on
 
 
@@ -35,7 +34,8 @@ class Body(NamedTuple):
     motion: bytes
     mass: bytes
     fixtures: list[int]  # their addresses
-    nodes: list[int]  # the numbers that the broad phase gave them
+    proxies: list[int]  # addresses of what the broad phase knows of them, one for each part of a shape
+    leaves: list[bytes]  # what is there: a box, and the number of a leaf of the tree
     data: list[int]  # addresses of the user's objects: the body's, its fixtures'
 
 
@@ -56,6 +56,14 @@ class Contact(NamedTuple):
     manifold: bytes
 
 
+class Tree(NamedTuple):
+    """The broad phase's tree of boxes: where two of them meet, there is a contact."""
+
+    header: list[bytes]  # its root, how many nodes it has, the first one that is free, and what balances it
+    nodes: bytes
+    moved: bytes  # leaves for which new contacts are still to be looked for
+
+
 class World(NamedTuple):
     """All that a world holds, oldest first; ``places`` are those of addresses."""
 
@@ -64,7 +72,7 @@ class World(NamedTuple):
     bodies: list[Body]
     joints: list[Joint]
     contacts: list[Contact]
-    boxes: list[bytes]  # around what can move, with some room: where two of them meet, there is a contact
+    tree: Tree
     places: dict[int, Place]
 
     def data(self) -> Iterator[tuple[Place, int]]:
@@ -75,6 +83,16 @@ class World(NamedTuple):
         yield from ((("joint", number), joint.data) for number, joint in enumerate(self.joints))
 
 
+def read(at: int, size: int) -> bytes:
+    """What is at an address."""
+    return ctypes.string_at(at, size)
+
+
+def write(at: int, content: bytes) -> None:
+    """Writes to an address."""
+    ctypes.memmove(at, content, len(content))
+
+
 def address(proxy: Any) -> int:
     """Of what an object of pybox2d stands for."""
     return int(proxy.this)
@@ -83,6 +101,11 @@ def address(proxy: Any) -> int:
 def pointer(at: int) -> int:
     """The address that is kept at an address."""
     return ctypes.c_uint64.from_address(at).value
+
+
+def integer(at: int) -> int:
+    """The int that is kept at an address."""
+    return ctypes.c_int32.from_address(at).value
 
 
 def _chain(at: int, size: int, following: int) -> list[tuple[int, bytes]]:
@@ -115,16 +138,20 @@ def make_shape(made: Any) -> Any:
     shape = kinds[made[0]]()
     if made[0] == CHAIN:
         shape.vertices_chain = list(struct.iter_unpack("2f", made[2]))
-    write(address(shape) + (28 if made[0] == CHAIN else 12), made[1], len(made[1]))
+    write(address(shape) + (28 if made[0] == CHAIN else 12), made[1])
     return shape
 
 
 JOINTS = dict(enumerate("Revolute Prismatic Distance Pulley Mouse Gear Wheel Weld Friction Rope Motor".split(), 1))
 
 
-@functools.cache
+_SIZES: dict[int, int] = {}
+
+
 def _joint_size(kind: int) -> int:
     """Bytes of Box2D's block for a joint: the distance of two that are made one after the other."""
+    if kind in _SIZES:
+        return _SIZES[kind]
     box2d: Any = sys.modules["Box2D"]
     name = f"b2{JOINTS.get(kind, 'Unknown')}Joint"
     if kind not in JOINTS or name == "b2GearJoint":  # it refers to other joints, and to their bodies
@@ -132,7 +159,8 @@ def _joint_size(kind: int) -> int:
     world = box2d.b2World()
     ends = {"bodyA": world.CreateDynamicBody(), "bodyB": world.CreateDynamicBody()}
     joints = [world.CreateJoint(getattr(box2d, f"{name}Def")(**ends)) for _ in range(2)]
-    return abs(address(joints[1]) - address(joints[0]))
+    _SIZES[kind] = abs(address(joints[1]) - address(joints[0]))
+    return _SIZES[kind]
 
 
 def read_world(world: Any, known: dict[int, Any]) -> World:
@@ -160,11 +188,12 @@ def read_world(world: Any, known: dict[int, Any]) -> World:
     for _, raw in _chain(pointer(manager + 88), MANIFOLD.stop, 24):
         one, two, child, other = struct.unpack_from("QQii", raw, 96)
         contacts.append(Contact((places[one], child, places[two], other), raw[FLAGS], raw[MANIFOLD]))
-    tree = pointer(manager + 8)
-    boxes = [read(tree + 40 * node, 16) for body in bodies if body.made[0] for node in body.nodes]
+    moved = read(pointer(manager + 48), 4 * integer(manager + 60))
+    nodes = read(pointer(manager + 8), NODE * integer(manager + 20))
+    header = [read(manager + part.start, part.stop - part.start) for part in HEADER]
     settings = [read(manager + part.start, part.stop - part.start) for part in SETTINGS]
     is_filtered = "contactfilter" in vars(world)["_b2World__data"]
-    return World(is_filtered, settings, bodies, joints, contacts, boxes, places)
+    return World(is_filtered, settings, bodies, joints, contacts, Tree(header, nodes, moved), places)
 
 
 def _read_body(at: int, raw: bytes) -> tuple[Body, list[tuple[int, bytes]]]:
@@ -173,13 +202,13 @@ def _read_body(at: int, raw: bytes) -> tuple[Body, list[tuple[int, bytes]]]:
     made = [
         (*(one[part] for part in PARTS), shape) for (_, one), (shape, _) in zip(fixtures, shapes, strict=True)
     ]
-    leaves = [struct.unpack_from("QI", one, 40) for _, one in fixtures]
-    proxies = [(first, read(first, 32 * count)) for first, count in leaves]
-    nodes = [node for _, content in proxies for (node,) in struct.iter_unpack("28xI", content)]
+    proxies = [(pointer(fixture + 40), 32 * integer(fixture + 48)) for fixture, _ in fixtures]
+    parts = [first + i for first, size in proxies for i in range(0, size, 32)]
+    leaves = [read(part, 32) for part in parts]
     data = [pointer(at + 176), *(pointer(fixture + 64) for fixture, _ in fixtures)]
     places = [fixture for fixture, _ in fixtures]
-    body = Body(at, (raw[0], raw[4] & 32, made), raw[MOTION], raw[MASS], places, nodes, data)
-    return body, [*fixtures, *proxies, *(part for _, memory in shapes for part in memory)]
+    body = Body(at, (raw[0], raw[4] & 32, made), raw[MOTION], raw[MASS], places, parts, leaves, data)
+    return body, [*fixtures, *zip(parts, leaves, strict=True), *(part for _, memory in shapes for part in memory)]
 
 
 def as_proxy(fixture: int, child: int) -> complex:
@@ -187,7 +216,9 @@ def as_proxy(fixture: int, child: int) -> complex:
     return complex(*struct.unpack("2d", struct.pack("Qii", fixture, child, 0)))
 
 
-@functools.cache
+_VERIFIED: list[str] = []
+
+
 def verify() -> None:
     """Compares what is read in memory with what pybox2d says, in a world of its own.
 
@@ -195,6 +226,8 @@ def verify() -> None:
       Unclonable: this build of Box2D keeps its worlds in another way.
     """
     box2d: Any = sys.modules["Box2D"]
+    if box2d.__version__ in _VERIFIED:
+        return
     world = box2d.b2World(gravity=(0.5, -3.0))
     box, chain = box2d.b2PolygonShape(box=(4, 1)), box2d.b2ChainShape(vertices_chain=[(5, 0), (6, 1), (7, 0)])
     ground = world.CreateStaticBody(shapes=[box, chain, box2d.b2EdgeShape(vertices=[(8, 0), (9, 1)])])
@@ -207,6 +240,7 @@ def verify() -> None:
     for _ in range(3):
         world.Step(1 / 64, 4, 4)
     (contact,) = world.contacts
+    contact.enabled = False
     manager, fixture = address(world.contactManager), ball.fixtures[0]
     links = {manager + 88: contact, manager + 128: resting, manager + 136: joint, address(ball) + 88: world}
     links |= {address(resting) + 104: arm, address(ball) + 112: fixture, address(fixture) + 24: fixture.shape}
@@ -215,7 +249,8 @@ def verify() -> None:
         found = read_world(world, {})
         _, body, _, other = found.bodies
         state, manifold, point = found.joints[0].state, found.contacts[0].manifold, contact.manifold.points[0]
-        fat, pair = world.contactManager.broadPhase.GetFatAABB(body.nodes[0]), as_proxy(address(fixture), 3)
+        leaf = integer(body.proxies[0] + 28)
+        fat, pair = world.contactManager.broadPhase.GetFatAABB(leaf), as_proxy(address(fixture), 3)
         shapes = [make_shape(made[-1]).vertices for made in found.bodies[0].made[2]]
         is_known = (
             struct.unpack("12x2f36xf4x3f12x", body.motion)
@@ -225,15 +260,18 @@ def verify() -> None:
             and (body.data, found.contacts[0].between) == ([id(marker), 0], (("fixture", 0, 0), 0, ("fixture", 1, 0), 0))
             and struct.unpack_from("2f", manifold, 8) == (point.normalImpulse, point.tangentImpulse)
             and struct.unpack_from("2f", manifold, 72) == (contact.friction, contact.restitution)
-            and (found.contacts[0].flags[0] & 6, body.made[2][0][1]) == (6, struct.pack("2f", fixture.friction, 0.25))
+            and (found.contacts[0].flags[0] & 6, body.made[2][0][1]) == (2, struct.pack("2f", fixture.friction, 0.25))
             and all(
                 struct.pack("f", part) in state
                 for part in (*joint.GetReactionForce(1.0), joint.GetMotorTorque(1.0), joint.motorSpeed)
             )
             and struct.unpack("2fx", found.settings[1]) + struct.unpack("f4x", found.settings[2]) == (0.5, -3.0, 64.0)
-            and struct.unpack("4f", found.boxes[0]) == (*fat.lowerBound, *fat.upperBound)
+            and struct.unpack_from("4f", found.tree.nodes, NODE * leaf) == (*fat.lowerBound, *fat.upperBound)
+            and pointer(pointer(manager + 8) + NODE * leaf + 16) == body.proxies[0]
+            and integer(manager + 16) == 2 * world.proxyCount - 1
             and shapes == [one.shape.vertices for one in ground.fixtures]
             and read(id(pair) + 16, 16) == struct.pack("Qii", address(fixture), 3, 0)
         )
     if not is_known:
         raise Unclonable(f"Box2D {box2d.__version__} keeps its worlds in memory in a way that is not known here")
+    _VERIFIED.append(box2d.__version__)

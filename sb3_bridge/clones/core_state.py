@@ -81,9 +81,6 @@ class Core:
     def blank(self, env: Any, twin: Any) -> None:
         """Gives a new replica what is not saved."""
 
-    def begin(self, env: Any, memo: Memo) -> None:
-        """What must be known before attributes are saved."""
-
     def save(self, env: Any, memo: Memo) -> Any:
         """The state beyond the attributes."""
 
@@ -149,18 +146,6 @@ class ByMuJoCo(Core):
             start += len(view)
 
 
-class ByBox2D(Core):
-    """The worlds of Box2D among the attributes, and the attributes."""
-
-    name = "Box2D worlds"
-
-    def __init__(self) -> None:
-        self._known: dict[int, Any] = {}
-
-    def begin(self, env: Any, memo: Memo) -> None:
-        box2d.begin(env, memo, self._known)
-
-
 # These lag one substep behind the positions, so a forward pass would not give them back.
 _MUJOCO_DERIVED = """
     xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat
@@ -201,5 +186,5 @@ def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
         *pair("get_state", "set_state", lambda env: env.get_state()),
         *([ByMuJoCo(core)] if _is_mujoco(core) else []),
         *pair("clone_state", "restore_state", _ale_save),
-        ByBox2D() if box2d.worlds_of(core) else Core(),
+        Core(),
     ]

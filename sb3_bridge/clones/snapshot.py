@@ -135,7 +135,8 @@ class Cloner:
         self._own = {name: value for name, value in vars(core).items() if name not in always}
         self._marks = [_Layer() for _ in self.layers]
         marks = dict(zip(map(id, self.layers), self._marks, strict=True))
-        self._memo: Memo = {id(space): space for space in self._spaces}
+        # What copiers of a library's objects find: the environment, and what they keep from one time to the next.
+        self._memo: Memo = {"env": core, "kept": {}} | {id(space): space for space in self._spaces}
         mark: Any = None
         for layer in reversed(self._chain):  # a wrapper that is left out is what it wraps
             self._memo[id(layer)] = mark = marks.get(id(layer), mark)
@@ -158,7 +159,6 @@ class Cloner:
             self._adopt()
         memo, saved = dict(self._memo), []
         core = self.layers[-1]
-        self._core.begin(core, memo)
         for layer, hidden, left_out in zip(self.layers, self._hidden, self._constants, strict=True):
             if layer is core and self.copies_itself:
                 left_out = left_out | self._own
