@@ -12,17 +12,19 @@ import sys
 from typing import Any, NamedTuple
 
 from sb3_bridge.clones.box2d_memory import (
+    COLLIDE,
+    DESTRUCTION,
+    FILTER,
     FLAGS,
+    HEADER,
     JOINT,
     JOINTS,
     MANIFOLD,
     MASS,
     MOTION,
-    PARTS,
-    HEADER,
     NODE,
+    PARTS,
     SETTINGS,
-    Body,
     Place,
     World,
     address,
@@ -53,11 +55,9 @@ class _Live:
     def __init__(self) -> None:
         self._known: dict[int, Any] = {}
         self._proxies: dict[tuple[Any, int], Any] = {}  # what pybox2d has, by kind and address
-        self._start()
-
-    def _start(self) -> None:
         self.world: Any = sys.modules["Box2D"].b2World()
         self.content = read_world(self.world, self._known)
+        self._callbacks = read(address(self.world.contactManager) + FILTER.start, FILTER.stop - FILTER.start)
 
     def proxy(self, place: Place) -> Any:
         """What pybox2d has for a place, as the world is now."""
@@ -78,17 +78,21 @@ class _Live:
 
     def restore(self, wanted: World) -> None:
         """Brings the world to a state, but for the user's objects."""
-        for name in ("contactListener", "contactFilter", "destructionListener"):
-            if getattr(self.world, name) is not None:  # they are restored beside; nothing of this is their business
-                setattr(self.world, name, None)
+        start = address(self.world.contactManager)
+        for part in (
+            FILTER,
+            DESTRUCTION,
+        ):  # what they note is restored beside: nothing of this is their business
+            write(start + part.start, bytes(part.stop - part.start))
         self._rebuild(wanted)
-        manager, content = self.world.contactManager, self.content
-        start, pairs = address(manager), list(zip(content.bodies, wanted.bodies, strict=True))
+        content, pairs = self.content, list(zip(self.content.bodies, wanted.bodies, strict=True))
         for contact in self.world.contacts:
-            manager.Destroy(contact)
+            self.world.contactManager.Destroy(contact)
+        for joint in content.joints:  # a contact may be older than a joint that forbids it
+            write(joint.at + COLLIDE.start, b"\1")
         for (one, child, two, other), flags, manifold in wanted.contacts:
             sides = [content.bodies[number].fixtures[i] for _, number, i in (one, two)]
-            manager.AddPair(as_proxy(sides[0], child), as_proxy(sides[1], other))
+            self.world.contactManager.AddPair(as_proxy(sides[0], child), as_proxy(sides[1], other))
             at = pointer(start + 88)
             if not at or struct.unpack("QQii", read(at + 96, 24)) != (*sides, child, other):
                 raise Unclonable("a contact cannot be made anew in a copy of its world")
@@ -103,7 +107,9 @@ class _Live:
                     write(at, theirs[:16] + mine[16:28] + theirs[28:])
         self._restore_tree(wanted)
         for joint, want_joint in zip(content.joints, wanted.joints, strict=True):
+            write(joint.at + COLLIDE.start, want_joint.made[3])
             write(joint.at + JOINT, want_joint.state)
+        write(start + FILTER.start, self._callbacks)
         for part, setting in zip(SETTINGS, wanted.settings, strict=True):
             write(start + part.start, setting)
 
@@ -111,11 +117,11 @@ class _Live:
         """Makes bodies, fixtures and joints as they are wanted; the oldest ones are kept where they are alike."""
         mine = self.content = read_world(self.world, self._known)
         n_bodies, n_joints = _n_alike(mine.bodies, wanted.bodies), _n_alike(mine.joints, wanted.joints)
-        sizes = (len(wanted.bodies), len(wanted.joints))
-        if mine.is_filtered > wanted.is_filtered:  # it cannot have the filter back that all worlds begin with
-            self._start()
-            mine, n_bodies, n_joints = self.content, 0, 0
-        elif (n_bodies, n_joints) == (len(mine.bodies), len(mine.joints)) == sizes:
+        if (
+            (n_bodies, n_joints)
+            == (len(mine.bodies), len(mine.joints))
+            == (len(wanted.bodies), len(wanted.joints))
+        ):
             return
         lost = [number for number, joint in enumerate(mine.joints) if max(joint.made[1:3]) >= n_bodies]
         n_joints = min([n_joints, *lost])
@@ -123,40 +129,40 @@ class _Live:
             self.world.DestroyJoint(self.proxy(("joint", number)))
         for number in reversed(range(n_bodies, len(mine.bodies))):
             self.world.DestroyBody(self.proxy(("body", number)))
-        self._make_bodies(wanted.bodies[n_bodies:])
+        for want in wanted.bodies[n_bodies:]:
+            kind, is_active, fixtures = want.made
+            body = self.world.CreateBody(type=kind, active=bool(is_active))
+            for *parts, made in fixtures:
+                at = _add_fixture(body, make_shape(made))
+                for part, content in zip(PARTS, parts, strict=True):
+                    write(at + part.start, content)
         box2d, bodies = sys.modules["Box2D"], self.world.bodies
         for kind, one, two, collide in [joint.made for joint in wanted.joints[n_joints:]]:
             make = getattr(box2d, f"b2{JOINTS[kind]}JointDef")
-            self.world.CreateJoint(make(bodyA=bodies[one], bodyB=bodies[two], collideConnected=collide))
+            self.world.CreateJoint(
+                make(bodyA=bodies[one], bodyB=bodies[two], collideConnected=collide != b"\0")
+            )
         self._proxies.clear()
         self.content = read_world(self.world, self._known)
 
-    def _make_bodies(self, wanted: list[Body]) -> list[Any]:
-        bodies = []
-        for want in wanted:
-            x, y, angle = struct.unpack("2f36xf", want.motion[12:60])
-            kind, is_active, fixtures = want.made
-            body = self.world.CreateBody(type=kind, active=bool(is_active), position=(x, y), angle=angle)
-            for *parts, made in fixtures:
-                shape: Any = make_shape(made)
-                at = address(body.CreateFixture(sys.modules["Box2D"].b2FixtureDef(shape=shape)))
-                shape.thisown = True  # the fixture has a copy; pybox2d would never free this one
-                for part, content in zip(PARTS, parts, strict=True):
-                    write(at + part.start, content)
-            bodies.append(body)
-        return bodies
-
     def _restore_tree(self, wanted: World) -> None:
-        start, nodes, header = address(self.world.contactManager), bytearray(wanted.tree.nodes), wanted.tree.header
+        start, nodes, header = (
+            address(self.world.contactManager),
+            bytearray(wanted.tree.nodes),
+            wanted.tree.header,
+        )
         for body, want in zip(self.content.bodies, wanted.bodies, strict=True):
             for at, leaf in zip(body.proxies, want.leaves, strict=True):
                 struct.pack_into("Q", nodes, NODE * int.from_bytes(leaf[28:], "little") + 16, at)
-        n_nodes, n_moved, spare = len(nodes) // NODE, len(wanted.tree.moved) // 4, []
-        while integer(start + 20) < n_nodes or integer(start + 56) < n_moved:  # there is no room yet
-            spare += self._make_bodies([next(body for body in wanted.bodies if body.proxies)])
-        for body in spare:
-            self.world.DestroyBody(body)
-        if integer(start + 20) > n_nodes:  # what Box2D would add where no node is free any more, in the same order
+        n_nodes, n_moved = len(nodes) // NODE, len(wanted.tree.moved) // 4
+        if integer(start + 20) < n_nodes or integer(start + 56) < n_moved:  # there is no room yet
+            spare = self.world.CreateStaticBody()
+            while integer(start + 20) < n_nodes or integer(start + 56) < n_moved:
+                _add_fixture(spare, sys.modules["Box2D"].b2CircleShape())
+            self.world.DestroyBody(spare)
+        if (
+            integer(start + 20) > n_nodes
+        ):  # what Box2D would add where no node is free any more, in the same order
             more = range(n_nodes + 1, integer(start + 20) + 1)
             nodes += b"".join(struct.pack("24x4i", i if i < more.stop - 1 else -1, -1, -1, -1) for i in more)
             last, (free,) = -1, struct.unpack_from("i", header[2])
@@ -173,9 +179,18 @@ class _Live:
         write(start + 60, struct.pack("i", n_moved))
 
 
+def _add_fixture(body: Any, shape: Any) -> int:
+    """A fixture's address; it has a copy of the shape, which pybox2d would never free."""
+    fixture = body.CreateFixture(sys.modules["Box2D"].b2FixtureDef(shape=shape))
+    shape.thisown = True
+    return address(fixture)
+
+
 def _n_alike(mine: list[Any], wanted: list[Any]) -> int:
     pairs = zip(mine, wanted, strict=False)
-    return next((i for i, (one, two) in enumerate(pairs) if one.made != two.made), min(len(mine), len(wanted)))
+    return next(
+        (i for i, (one, two) in enumerate(pairs) if one.made != two.made), min(len(mine), len(wanted))
+    )
 
 
 def _find_worlds(memo: Memo) -> None:
@@ -213,7 +228,9 @@ def _part(value: Any, memo: Memo) -> Any:
     # What is in no world was destroyed: its copy stands for nothing, and cannot be used by mistake.
     state, place = memo["box2d"].get(address(value), (None, ()))
     if state is None and isinstance(value, sys.modules["Box2D"].b2World):
-        raise Unclonable("its b2World is neither an attribute of the environment nor of one of its attributes")
+        raise Unclonable(
+            "its b2World is neither an attribute of the environment nor of one of its attributes"
+        )
     return _with_attributes(_Part(type(value), state, place), value, memo)
 
 
@@ -223,24 +240,30 @@ def _callback(value: Any, memo: Memo) -> Any:
 
 def _with_attributes(part: _Part, value: Any, memo: Memo) -> _Part:
     memo[id(value)] = part
-    part.attributes.update({name: copy_value(one, memo) for name, one in vars(value).items() if name != "this"})
+    part.attributes.update(
+        {name: copy_value(one, memo) for name, one in vars(value).items() if name != "this"}
+    )
     return part
 
 
 def _restored_part(part: _Part, memo: Memo) -> Any:
-    kind, state, place = part.kind, part.state, part.place
+    kind: Any = part.kind
+    state, place = part.state, part.place
     live = None if state is None else memo.get(id(state)) or _restored_world(state, memo)
     if id(part) in memo:  # the user's objects in a world may refer to it
         return memo[id(part)]
     result: Any = kind.__new__(kind) if live is None or place else live.world
     memo[id(part)] = result
     if place == ("callback",):
-        next(base for base in kind.__mro__ if base.__module__.startswith("Box2D")).__init__(result)  # type: ignore[misc]
+        next(base for base in kind.__mro__ if base.__module__.startswith("Box2D")).__init__(result)
     elif live is not None and place:
         result.this = live.proxy(place).this
-    vars(result).update({name: copy_value(value, memo) for name, value in part.attributes.items()})
-    if live is not None and not place:
-        for name, callback in list(vars(result)["_b2World__data"].items()):
+    values = {name: copy_value(value, memo) for name, value in part.attributes.items()}
+    if live is None or place:
+        vars(result).update(values)
+    else:
+        result.__class__, result.__dict__ = kind, {"this": result.this, **values}
+        for name, callback in list(values["_b2World__data"].items()):
             setattr(result, _CALLBACKS[name], callback)
     return result
 
@@ -273,12 +296,23 @@ class _Definition(NamedTuple):
     values: dict[str, Any]
 
 
-_VALUES = ("friction", "restitution", "density", "isSensor", "categoryBits", "maskBits", "groupIndex", "userData")
+_VALUES = (
+    "friction",
+    "restitution",
+    "density",
+    "isSensor",
+    "categoryBits",
+    "maskBits",
+    "groupIndex",
+    "userData",
+)
 
 
 def _definition(value: Any, memo: Memo) -> Any:
     shape = None if value.shape is None else read_shape(address(value.shape))[0]
-    return _Definition(address(value), shape, {name: copy_value(getattr(value, name), memo) for name in _VALUES})
+    return _Definition(
+        address(value), shape, {name: copy_value(getattr(value, name), memo) for name in _VALUES}
+    )
 
 
 def _restored_definition(part: _Definition, memo: Memo) -> Any:
@@ -287,7 +321,9 @@ def _restored_definition(part: _Definition, memo: Memo) -> Any:
     if part.at not in kept:
         kept[part.at] = sys.modules["Box2D"].b2FixtureDef()
     result = kept[part.at]
-    if part.shape is not None and (result.shape is None or read_shape(address(result.shape))[0] != part.shape):
+    if part.shape is not None and (
+        result.shape is None or read_shape(address(result.shape))[0] != part.shape
+    ):
         if result.shape is not None:
             result.shape.thisown = True
         result.shape = make_shape(part.shape)
@@ -305,7 +341,9 @@ def register() -> None:
     box2d: Any = sys.modules.get("Box2D")
     if box2d is None or _Part in BASES:
         return
-    copiers: dict[Any, Any] = dict.fromkeys((box2d.b2World, box2d.b2Body, box2d.b2Fixture, box2d.b2Joint), _part)
+    copiers: dict[Any, Any] = dict.fromkeys(
+        (box2d.b2World, box2d.b2Body, box2d.b2Fixture, box2d.b2Joint), _part
+    )
     copiers |= {kind: _callback for kind in vars(box2d).values() if hasattr(kind, "__disown__")}
     copiers |= {box2d.b2Draw: lambda value, memo: None, box2d.b2FixtureDef: _definition}
     copiers |= dict.fromkeys((box2d.b2Vec2, box2d.b2Vec3), lambda value, memo: value.copy())

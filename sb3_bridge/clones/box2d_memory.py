@@ -19,10 +19,22 @@ Place = tuple[Any, ...]
 """What stands where in a world: ``("body", number)``, ``("fixture", body, number)``, ``("joint", number)``, ``()`` itself."""
 CHAIN = 3  # a type of shape: it owns its vertices, the others are all in one piece
 MOTION, MASS = slice(0, 88), slice(144, 176)  # of a body: type to torque, mass to sleep time
-PARTS = (slice(0, 4), slice(32, 40), slice(52, 59))  # of a fixture: density; friction, restitution; filter, sensor
+PARTS = (
+    slice(0, 4),
+    slice(32, 40),
+    slice(52, 59),
+)  # of a fixture: density; friction, restitution; filter, sensor
 JOINT = 128  # where that begins which joints of one type have alone
 FLAGS, MANIFOLD = slice(8, 12), slice(120, 204)  # of a contact; manifold to tangent speed
-NODE, HEADER = 40, (slice(0, 4), slice(16, 20), slice(24, 40))  # of the tree: the contact manager begins with it
+NODE, HEADER = (
+    40,
+    (slice(0, 4), slice(16, 20), slice(24, 40)),
+)  # of the tree: the contact manager begins with it
+FILTER, DESTRUCTION = (
+    slice(104, 120),
+    slice(168, 176),
+)  # callbacks: filter and listener of contacts; of destruction
+COLLIDE = slice(117, 118)  # of a joint: whether its bodies do
 SETTINGS = (slice(-8, -4), slice(152, 161), slice(184, 192))  # of a world, from its contact manager on
 
 
@@ -67,7 +79,6 @@ class Tree(NamedTuple):
 class World(NamedTuple):
     """All that a world holds, oldest first; ``places`` are those of addresses."""
 
-    is_filtered: bool  # by a contact filter of the user's
     settings: list[bytes]
     bodies: list[Body]
     joints: list[Joint]
@@ -142,7 +153,24 @@ def make_shape(made: Any) -> Any:
     return shape
 
 
-JOINTS = dict(enumerate("Revolute Prismatic Distance Pulley Mouse Gear Wheel Weld Friction Rope Motor".split(), 1))
+JOINTS = dict(
+    enumerate(
+        [
+            "Revolute",
+            "Prismatic",
+            "Distance",
+            "Pulley",
+            "Mouse",
+            "Gear",
+            "Wheel",
+            "Weld",
+            "Friction",
+            "Rope",
+            "Motor",
+        ],
+        1,
+    )
+)
 
 
 _SIZES: dict[int, int] = {}
@@ -174,8 +202,10 @@ def read_world(world: Any, known: dict[int, Any]) -> World:
         # What is held by something comes later in ``memory`` than what holds it: an address in it is good when it is read.
         if key != before or any(read(part, len(content)) != content for part, content in memory):
             body, memory = _read_body(at, raw)
-        elif body.motion != motion or body.mass != mass:
-            body = body._replace(motion=motion, mass=mass)
+        elif (leaves := [read(part, 32) for part in body.proxies]) != body.leaves or body.motion != motion:
+            body = body._replace(motion=motion, mass=mass, leaves=leaves)
+        elif body.mass != mass:
+            body = body._replace(mass=mass)
         known[at] = key, memory, body
         bodies.append(body)
         places[at] = ("body", number)
@@ -183,7 +213,7 @@ def read_world(world: Any, known: dict[int, Any]) -> World:
             places[fixture] = ("fixture", number, i)
     for number, (at, raw) in enumerate(_chain(pointer(manager + 136), JOINT, 24)):
         places[at] = ("joint", number)
-        made = (raw[8], *(places[body][1] for body in struct.unpack_from("2Q", raw, 96)), bool(raw[117]))
+        made = (raw[8], *(places[body][1] for body in struct.unpack_from("2Q", raw, 96)), raw[COLLIDE])
         joints.append(Joint(at, made, read(at + JOINT, _joint_size(raw[8]) - JOINT), pointer(at + 120)))
     for _, raw in _chain(pointer(manager + 88), MANIFOLD.stop, 24):
         one, two, child, other = struct.unpack_from("QQii", raw, 96)
@@ -192,8 +222,7 @@ def read_world(world: Any, known: dict[int, Any]) -> World:
     nodes = read(pointer(manager + 8), NODE * integer(manager + 20))
     header = [read(manager + part.start, part.stop - part.start) for part in HEADER]
     settings = [read(manager + part.start, part.stop - part.start) for part in SETTINGS]
-    is_filtered = "contactfilter" in vars(world)["_b2World__data"]
-    return World(is_filtered, settings, bodies, joints, contacts, Tree(header, nodes, moved), places)
+    return World(settings, bodies, joints, contacts, Tree(header, nodes, moved), places)
 
 
 def _read_body(at: int, raw: bytes) -> tuple[Body, list[tuple[int, bytes]]]:
@@ -208,7 +237,11 @@ def _read_body(at: int, raw: bytes) -> tuple[Body, list[tuple[int, bytes]]]:
     data = [pointer(at + 176), *(pointer(fixture + 64) for fixture, _ in fixtures)]
     places = [fixture for fixture, _ in fixtures]
     body = Body(at, (raw[0], raw[4] & 32, made), raw[MOTION], raw[MASS], places, parts, leaves, data)
-    return body, [*fixtures, *zip(parts, leaves, strict=True), *(part for _, memory in shapes for part in memory)]
+    return body, [
+        *fixtures,
+        *zip(parts, leaves, strict=True),
+        *(part for _, memory in shapes for part in memory),
+    ]
 
 
 def as_proxy(fixture: int, child: int) -> complex:
@@ -232,8 +265,13 @@ def verify() -> None:
     box, chain = box2d.b2PolygonShape(box=(4, 1)), box2d.b2ChainShape(vertices_chain=[(5, 0), (6, 1), (7, 0)])
     ground = world.CreateStaticBody(shapes=[box, chain, box2d.b2EdgeShape(vertices=[(8, 0), (9, 1)])])
     definition = box2d.b2FixtureDef(shape=box2d.b2CircleShape(radius=0.5), density=2, restitution=0.25)
-    ball = world.CreateDynamicBody(position=(0, 1.45), fixtures=definition, linearDamping=0.375, angularDamping=0.625)
-    arm, resting = world.CreateDynamicBody(position=(0, 3)), world.CreateDynamicBody(position=(20, 0), gravityScale=0)
+    ball = world.CreateDynamicBody(
+        position=(0, 1.45), fixtures=definition, linearDamping=0.375, angularDamping=0.625
+    )
+    arm, resting = (
+        world.CreateDynamicBody(position=(0, 3)),
+        world.CreateDynamicBody(position=(20, 0), gravityScale=0),
+    )
     motor = {"enableMotor": True, "maxMotorTorque": 9, "motorSpeed": 1.75}
     joint = world.CreateRevoluteJoint(bodyA=ball, bodyB=arm, anchor=(0, 2.5), **motor)
     ball.userData = marker = object()
@@ -242,8 +280,15 @@ def verify() -> None:
     (contact,) = world.contacts
     contact.enabled = False
     manager, fixture = address(world.contactManager), ball.fixtures[0]
+    world.contactFilter, world.contactListener = box2d.b2ContactFilter(), box2d.b2ContactListener()
+    world.destructionListener = type("Unnoticed", (box2d.b2DestructionListener,), {})()
     links = {manager + 88: contact, manager + 128: resting, manager + 136: joint, address(ball) + 88: world}
     links |= {address(resting) + 104: arm, address(ball) + 112: fixture, address(fixture) + 24: fixture.shape}
+    links |= {
+        manager + FILTER.start: world.contactFilter,
+        manager + DESTRUCTION.start: world.destructionListener,
+    }
+    links |= {manager + FILTER.start + 8: world.contactListener}
     is_known = struct.calcsize("P") == 8 and all(pointer(at) == address(one) for at, one in links.items())
     if is_known:  # else there is nothing to follow
         found = read_world(world, {})
@@ -257,15 +302,18 @@ def verify() -> None:
             == (*ball.position, ball.angle, *ball.linearVelocity, ball.angularVelocity)
             and struct.unpack("f12x3f4x", body.mass) == (ball.mass, 0.375, 0.625, 1.0)
             and struct.unpack("24x2f", other.mass) == (0.0, 3 / 64)  # how long it has rested
-            and (body.data, found.contacts[0].between) == ([id(marker), 0], (("fixture", 0, 0), 0, ("fixture", 1, 0), 0))
+            and (body.data, found.contacts[0].between)
+            == ([id(marker), 0], (("fixture", 0, 0), 0, ("fixture", 1, 0), 0))
             and struct.unpack_from("2f", manifold, 8) == (point.normalImpulse, point.tangentImpulse)
             and struct.unpack_from("2f", manifold, 72) == (contact.friction, contact.restitution)
-            and (found.contacts[0].flags[0] & 6, body.made[2][0][1]) == (2, struct.pack("2f", fixture.friction, 0.25))
+            and (found.contacts[0].flags[0] & 6, body.made[2][0][1])
+            == (2, struct.pack("2f", fixture.friction, 0.25))
             and all(
                 struct.pack("f", part) in state
                 for part in (*joint.GetReactionForce(1.0), joint.GetMotorTorque(1.0), joint.motorSpeed)
             )
-            and struct.unpack("2fx", found.settings[1]) + struct.unpack("f4x", found.settings[2]) == (0.5, -3.0, 64.0)
+            and struct.unpack("2fx", found.settings[1]) + struct.unpack("f4x", found.settings[2])
+            == (0.5, -3.0, 64.0)
             and struct.unpack_from("4f", found.tree.nodes, NODE * leaf) == (*fat.lowerBound, *fat.upperBound)
             and pointer(pointer(manager + 8) + NODE * leaf + 16) == body.proxies[0]
             and integer(manager + 16) == 2 * world.proxyCount - 1
@@ -273,5 +321,7 @@ def verify() -> None:
             and read(id(pair) + 16, 16) == struct.pack("Qii", address(fixture), 3, 0)
         )
     if not is_known:
-        raise Unclonable(f"Box2D {box2d.__version__} keeps its worlds in memory in a way that is not known here")
+        raise Unclonable(
+            f"Box2D {box2d.__version__} keeps its worlds in memory in a way that is not known here"
+        )
     _VERIFIED.append(box2d.__version__)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 import gymnasium as gym
@@ -39,7 +37,7 @@ class Touches(box2d.b2ContactListener):
                 self.env.wheel.touching = True
 
     def EndContact(self, contact: Any) -> None:
-        self.env.touched = self.env.touched[-3:] + [contact.fixtureA.friction]
+        self.env.touched = [*self.env.touched[-3:], contact.fixtureA.friction]
         if self.env.wheel in (contact.fixtureA.body, contact.fixtureB.body):
             self.env.wheel.touching = False
 
@@ -59,6 +57,13 @@ class Ray(box2d.b2RayCastCallback):
         return fraction
 
 
+class Field(box2d.b2World):
+    """A world with a method of its own."""
+
+    def advance(self) -> None:
+        self.Step(1 / 50, 8, 4)
+
+
 class Yard(gym.Env):
     """A cart on one wheel, a lift, and balls that are made and destroyed in mid-episode."""
 
@@ -66,7 +71,7 @@ class Yard(gym.Env):
     action_space = spaces.Discrete(3)
 
     def __init__(self, is_filtered: bool = True, settle: bool = False):
-        self.world = box2d.b2World(gravity=(0, -10))
+        self.world = Field(gravity=(0, -10))
         self.is_filtered, self.settle = is_filtered, settle
         self.ball_form = box2d.b2FixtureDef(shape=box2d.b2CircleShape(radius=0.2), density=1, restitution=0.5)
         self.ray = Ray()
@@ -87,7 +92,9 @@ class Yard(gym.Env):
         for side in (-6, 5):
             ends = [(side, -1), (side, 0), (side, 5), (side, 6)]
             self.floor.CreateEdgeFixture(vertices=ends, friction=0.3 + 0.01 * side)
-        self.lift = self.world.CreateKinematicBody(position=(3, 1), shapes=box2d.b2PolygonShape(box=(0.7, 0.1)))
+        self.lift = self.world.CreateKinematicBody(
+            position=(3, 1), shapes=box2d.b2PolygonShape(box=(0.7, 0.1))
+        )
         self.lift.linearVelocity = (0, 0.5)
         sides = [(-0.5, 0), (0.5, 0), (0.4, 0.4), (-0.3, 0.5)]
         self.cart = self.world.CreateDynamicBody(
@@ -99,7 +106,12 @@ class Yard(gym.Env):
         self.wheel = self.world.CreateDynamicBody(position=(0, 0.8), fixtures=self.ball_form)
         self.wheel.touching = False
         self.cart.joint = self.world.CreateWheelJoint(
-            bodyA=self.cart, bodyB=self.wheel, anchor=(0, 0.8), axis=(0, 1), enableMotor=True, maxMotorTorque=5
+            bodyA=self.cart,
+            bodyB=self.wheel,
+            anchor=(0, 0.8),
+            axis=(0, 1),
+            enableMotor=True,
+            maxMotorTorque=5,
         )
         self.cart.fixtures[1].sensor = True
         return self._seen(), {}
@@ -110,7 +122,9 @@ class Yard(gym.Env):
         hits = sum(ball.userData["hits"] for ball in self.balls)
         cart = (*self.cart.position, self.cart.angle, *self.cart.linearVelocity, self.cart.angularVelocity)
         rest = (self.wheel.angularVelocity, self.wheel.touching, hits, len(self.balls), self.touched[-1])
-        return np.array([*cart, *rest, self.world.listener.count, self.ray.fraction, *self.ray.point], np.float64)
+        return np.array(
+            [*cart, *rest, self.world.listener.count, self.ray.fraction, *self.ray.point], np.float64
+        )
 
     def step(self, action: Any) -> Any:
         self.time += 1
@@ -124,7 +138,14 @@ class Yard(gym.Env):
             self.balls.append(ball)
         if abs(self.lift.position.y - 1) > 0.4:
             self.lift.linearVelocity = -self.lift.linearVelocity
-        self.world.Step(1 / 50, 8, 4)
+        self.world.advance()
+        if self.time == 50:  # while they touch: from the next step on they do not collide
+            ends = {"bodyA": self.floor, "bodyB": self.wheel}
+            self.hook = self.world.CreateRopeJoint(**ends, localAnchorA=(0, 1), maxLength=2)
+        elif self.time == 70:
+            self.world.DestroyJoint(self.hook)
+        elif self.time == 90:
+            self.world.contactFilter = None if self.is_filtered else OnlyFloor()
         for ball in [ball for ball in self.balls if ball.userData["hits"] > 2]:
             self.balls.remove(ball)
             self.world.DestroyBody(ball)
@@ -149,7 +170,9 @@ def driver(name: str, env: Any, seed: int) -> Any:
         from gymnasium.envs.box2d.bipedal_walker import BipedalWalkerHeuristics
 
         walker = BipedalWalkerHeuristics()
-        return lambda observation: (walker.step_heuristic(observation) + rng.normal(0, 0.1, 4)).astype(np.float32)
+        return lambda observation: (walker.step_heuristic(observation) + rng.normal(0, 0.1, 4)).astype(
+            np.float32
+        )
     return lambda observation: env.action_space.sample()
 
 
@@ -223,7 +246,9 @@ def test_a_replica_refers_to_its_own_world_and_a_destroyed_body_to_nothing():
     assert twin.cart.joint.bodyA == twin.cart and twin.cart != env.cart
     assert twin.world.listener.env is twin and twin.world.contactListener is twin.world.listener
     assert [ball.userData for ball in twin.balls] == [ball.userData for ball in env.balls]
-    assert all(mine.userData is not theirs.userData for mine, theirs in zip(twin.balls, env.balls, strict=True))
+    assert all(
+        mine.userData is not theirs.userData for mine, theirs in zip(twin.balls, env.balls, strict=True)
+    )
     assert [body.mass for body in twin.world.bodies] == [body.mass for body in env.world.bodies]
     assert twin.last.userData is None if hasattr(twin.last, "this") else True
     with pytest.raises(AttributeError):
@@ -263,9 +288,21 @@ class Pair(gym.Env):
 
 JOINTS: dict[str, dict[str, Any]] = {
     "Revolute": {"anchor": (1, 1), "enableLimit": True, "lowerAngle": -0.3, "upperAngle": 0.2},
-    "Prismatic": {"anchor": (1, 1), "axis": (1, 0.2), "enableMotor": True, "maxMotorForce": 3, "motorSpeed": 1},
+    "Prismatic": {
+        "anchor": (1, 1),
+        "axis": (1, 0.2),
+        "enableMotor": True,
+        "maxMotorForce": 3,
+        "motorSpeed": 1,
+    },
     "Distance": {"anchorA": (0, 1), "anchorB": (2, 1), "frequencyHz": 4, "dampingRatio": 0.5},
-    "Pulley": {"groundAnchorA": (0, 5), "groundAnchorB": (2, 5), "anchorA": (0, 1), "anchorB": (2, 1), "ratio": 1.5},
+    "Pulley": {
+        "groundAnchorA": (0, 5),
+        "groundAnchorB": (2, 5),
+        "anchorA": (0, 1),
+        "anchorB": (2, 1),
+        "ratio": 1.5,
+    },
     "Mouse": {"target": (2, 1), "maxForce": 20},
     "Wheel": {"anchor": (1, 1), "axis": (0, 1), "enableMotor": True, "maxMotorTorque": 2, "motorSpeed": 5},
     "Weld": {"anchor": (1, 1), "frequencyHz": 3},
@@ -293,7 +330,9 @@ def gear(env: Any) -> Any:
     ground = env.world.CreateStaticBody()
     ends = [{"bodyA": ground, "bodyB": body, "anchor": body.position} for body in env.bodies]
     joints = [env.world.CreateRevoluteJoint(**one) for one in ends]
-    return env.world.CreateGearJoint(joint1=joints[0], joint2=joints[1], bodyA=env.bodies[0], bodyB=env.bodies[1])
+    return env.world.CreateGearJoint(
+        joint1=joints[0], joint2=joints[1], bodyA=env.bodies[0], bodyB=env.bodies[1]
+    )
 
 
 def contact(env: Any) -> Any:
@@ -356,7 +395,9 @@ def test_branches_follow_a_vec_env_for_whole_episodes(kind):
         handle, actions = brancher.take(), rng.integers(0, 4, 2)
         observations, rewards, dones, infos = env.step(actions)
         seen, its_rewards, terminated, truncated = brancher.replay(handle, actions)
-        reached = [info.get("terminal_observation", one) for one, info in zip(observations, infos, strict=True)]
+        reached = [
+            info.get("terminal_observation", one) for one, info in zip(observations, infos, strict=True)
+        ]
         np.testing.assert_array_equal(seen, reached)
         np.testing.assert_array_equal(its_rewards.astype(rewards.dtype), rewards)
         np.testing.assert_array_equal(terminated | truncated, dones)
