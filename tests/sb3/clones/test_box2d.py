@@ -22,8 +22,6 @@ IDS = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3", "Bipeda
 
 
 class Touches(box2d.b2ContactListener):
-    """Marks balls that hit the floor, and whether the cart's wheel touches something."""
-
     def __init__(self, env: Any):
         super().__init__()
         self.env, self.count = env, 0
@@ -43,23 +41,17 @@ class Touches(box2d.b2ContactListener):
 
 
 class OnlyFloor(box2d.b2ContactFilter):
-    """Balls do not meet each other."""
-
     def ShouldCollide(self, one: Any, other: Any) -> bool:
         return not (one.body.userData and other.body.userData)
 
 
 class Ray(box2d.b2RayCastCallback):
-    """Keeps the nearest hit."""
-
     def ReportFixture(self, fixture: Any, point: Any, normal: Any, fraction: float) -> float:
         self.point, self.fraction = box2d.b2Vec2(*point), fraction
         return fraction
 
 
 class Field(box2d.b2World):
-    """A world with a method of its own."""
-
     def advance(self) -> None:
         self.Step(1 / 50, 8, 4)
 
@@ -70,11 +62,11 @@ class Yard(gym.Env):
     observation_space = spaces.Box(-np.inf, np.inf, (15,), np.float64)
     action_space = spaces.Discrete(3)
 
-    def __init__(self, is_filtered: bool = True, settle: bool = False):
+    def __init__(self, is_filtered: bool = True):
         self.world = Field(gravity=(0, -10))
-        self.is_filtered, self.settle = is_filtered, settle
+        self.is_filtered = is_filtered
         self.ball_form = box2d.b2FixtureDef(shape=box2d.b2CircleShape(radius=0.2), density=1, restitution=0.5)
-        self.ray = Ray()
+        self.ray, self.form = Ray(), box2d.b2PolygonShape(box=(0.7, 0.1))
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -130,7 +122,7 @@ class Yard(gym.Env):
         self.time += 1
         self.cart.joint.motorSpeed = 12.0 * (int(action) - 1)
         self.floor.fixtures[0].friction = 0.2 + 0.05 * int(action)
-        if action == 2 and len(self.balls) < 5 and not self.settle:
+        if action == 2 and len(self.balls) < 5:
             self.ball_form.shape.radius = float(self.np_random.uniform(0.1, 0.25))
             place = (float(self.np_random.uniform(-4, 4)), 3.0)
             ball = self.world.CreateDynamicBody(position=place, fixtures=self.ball_form)
@@ -227,9 +219,8 @@ def test_an_action_that_differs_leads_elsewhere_and_two_replicas_agree():
     cloner = Cloner(env, check(env))
     env.reset(seed=3)
     play(env, [2] * 40)
-    snapshot, one, other = cloner.save(), cloner.replica(), cloner.replica()
-    cloner.restore(one, snapshot)
-    cloner.restore(other, snapshot)
+    snapshot = cloner.save()
+    one, other = cloner.replica(snapshot), cloner.replica(snapshot)
     assert play(one.layers[0], [0, 1, 2] * 20) == play(other.layers[0], [0, 1, 2] * 20)
     cloner.restore(one, snapshot)
     assert play(one.layers[0], [0] * 30) != play(env, [2] * 30)
@@ -250,7 +241,7 @@ def test_a_replica_refers_to_its_own_world_and_a_destroyed_body_to_nothing():
         mine.userData is not theirs.userData for mine, theirs in zip(twin.balls, env.balls, strict=True)
     )
     assert [body.mass for body in twin.world.bodies] == [body.mass for body in env.world.bodies]
-    assert twin.last.userData is None if hasattr(twin.last, "this") else True
+    assert twin.form.vertices == env.form.vertices and twin.form is not env.form
     with pytest.raises(AttributeError):
         _ = twin.last.this
 
@@ -322,7 +313,6 @@ def test_joints_of_all_kinds_go_on_as_they_were(kind):
     play(env, [1, 0, 1] * 6)
     snapshot, actions = cloner.save(), [0, 1, 1, 0] * 20
     replica = cloner.replica(snapshot)
-    assert replica.layers[-1].joint.type == env.joint.type
     assert play(replica.layers[0], actions) == play(env, actions)
 
 
@@ -351,6 +341,10 @@ def hidden(env: Any) -> Any:
         (gear, "a b2GearJoint cannot be made anew"),
         (contact, r"Pair\.kept cannot be copied: a b2Contact of Box2D cannot be copied"),
         (hidden, r"Pair\.kept cannot be copied: its b2World is neither an attribute of the environment nor"),
+        (
+            lambda env: env.bodies[0].fixtures[0].shape,
+            "a b2PolygonShape that belongs to a fixture cannot be copied",
+        ),
         (lambda env: env.bodies[0].transform, "a b2Transform of Box2D cannot be copied"),
     ],
 )
