@@ -38,6 +38,10 @@ COLLIDE = slice(117, 118)  # of a joint: whether its bodies do
 SETTINGS = (slice(-8, -4), slice(152, 161), slice(184, 192))  # of a world, from its contact manager on
 
 
+read = ctypes.string_at
+"""``read(at, size)``: the bytes at an address."""
+
+
 class Body(NamedTuple):
     """A body; equal ``made`` are equal but for motion and mass."""
 
@@ -92,11 +96,6 @@ class World(NamedTuple):
             yield ("body", number), body.data[0]
             yield from ((("fixture", number, i), at) for i, at in enumerate(body.data[1:]))
         yield from ((("joint", number), joint.data) for number, joint in enumerate(self.joints))
-
-
-def read(at: int, size: int) -> bytes:
-    """What is at an address."""
-    return ctypes.string_at(at, size)
 
 
 def write(at: int, content: bytes) -> None:
