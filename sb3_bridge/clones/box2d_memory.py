@@ -236,11 +236,7 @@ def _read_body(at: int, raw: bytes) -> tuple[Body, list[tuple[int, bytes]]]:
     data = [pointer(at + 176), *(pointer(fixture + 64) for fixture, _ in fixtures)]
     places = [fixture for fixture, _ in fixtures]
     body = Body(at, (raw[0], raw[4] & 32, made), raw[MOTION], raw[MASS], places, parts, leaves, data)
-    return body, [
-        *fixtures,
-        *zip(parts, leaves, strict=True),
-        *(part for _, memory in shapes for part in memory),
-    ]
+    return body, [*fixtures, *(part for _, memory in shapes for part in memory)]
 
 
 def as_proxy(fixture: int, child: int) -> complex:
@@ -267,10 +263,8 @@ def verify() -> None:
     ball = world.CreateDynamicBody(
         position=(0, 1.45), fixtures=definition, linearDamping=0.375, angularDamping=0.625
     )
-    arm, resting = (
-        world.CreateDynamicBody(position=(0, 3)),
-        world.CreateDynamicBody(position=(20, 0), gravityScale=0),
-    )
+    arm = world.CreateDynamicBody(position=(0, 3))
+    resting = world.CreateDynamicBody(position=(20, 0), gravityScale=0)
     motor = {"enableMotor": True, "maxMotorTorque": 9, "motorSpeed": 1.75}
     joint = world.CreateRevoluteJoint(bodyA=ball, bodyB=arm, anchor=(0, 2.5), **motor)
     ball.userData = marker = object()
@@ -283,11 +277,9 @@ def verify() -> None:
     world.destructionListener = type("Unnoticed", (box2d.b2DestructionListener,), {})()
     links = {manager + 88: contact, manager + 128: resting, manager + 136: joint, address(ball) + 88: world}
     links |= {address(resting) + 104: arm, address(ball) + 112: fixture, address(fixture) + 24: fixture.shape}
-    links |= {
-        manager + FILTER.start: world.contactFilter,
-        manager + DESTRUCTION.start: world.destructionListener,
-    }
-    links |= {manager + FILTER.start + 8: world.contactListener}
+    callbacks = (world.contactFilter, world.contactListener, world.destructionListener)
+    links |= dict(zip((manager + FILTER.start, manager + FILTER.start + 8), callbacks[:2], strict=True))
+    links[manager + DESTRUCTION.start] = callbacks[2]
     is_known = struct.calcsize("P") == 8 and all(pointer(at) == address(one) for at, one in links.items())
     if is_known:  # else there is nothing to follow
         found = read_world(world, {})
