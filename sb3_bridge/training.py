@@ -19,7 +19,7 @@ from grpo_jax.policies.distributions import for_space
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.types import Trajectory
 from sb3_bridge import regime
-from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
+from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned, Twins
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 from sb3_bridge.policies.policy import GRPOPolicy
@@ -204,6 +204,8 @@ class Training(OnPolicyAlgorithm):
             normalizer = self.get_vec_normalize_env()
             clones.sees_last = normalizer is None or not normalizer.norm_obs
             self._alternatives = clones
+        elif choice.twin is not None:
+            self._alternatives = Twins(choice.twin, self._reward, is_demanded=self.dynamics != "auto")
         elif choice.kind == "learned":
             regime.check_learnable(self.env, self.observation_space)
             self._compares_episodes()  # refuses now what it would refuse then
@@ -283,12 +285,12 @@ class Training(OnPolicyAlgorithm):
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
-                clones = self._alternatives if isinstance(self._alternatives, Clones) else None
-                if clones is not None and config.candidates != "episodes":
-                    clones.start(config, self._n_iterations)
+                watcher = self._alternatives if isinstance(self._alternatives, Clones | Twins) else None
+                if watcher is not None and config.candidates != "episodes":
+                    watcher.start(config, self._n_iterations)
                 else:
-                    clones = None
-                self._trajectory = collect_on_host(self, config, env, self._reward, callback, clones)
+                    watcher = None
+                self._trajectory = collect_on_host(self, config, env, self._reward, callback, watcher)
         if self._trajectory is None:
             self.key_words = np.asarray(next_key(self.key_words))  # what was drawn is used up
             return False
@@ -317,7 +319,7 @@ class Training(OnPolicyAlgorithm):
                 if followed.world is None and followed.branches is None:
                     config = config.replace(**regime.OF_EPISODES)
             if simulator is None:  # what the reward function saw is of no more use
-                environments = trajectory.environments.replace(state=None)
+                environments = trajectory.environments.replace(state=followed.states)
                 trajectory = trajectory.replace(environments=environments)
             state, metrics = improve.of(*followed.owners)(
                 config,
@@ -355,16 +357,20 @@ class Training(OnPolicyAlgorithm):
             self._frac_below_floor.append(float(metrics["frac_below_floor"]))
             if self._n_iterations == SPREAD_ITERATIONS:
                 self._judge_spread()
-        if isinstance(self._alternatives, Clones) and self._alternatives.failure:
-            self._leave_clones(self._alternatives.failure)
+        if isinstance(self._alternatives, Clones | Twins) and self._alternatives.failure:
+            self._leave(self._alternatives.failure)
 
-    def _leave_clones(self, why: str) -> None:
-        """Goes on without clones, which proved not to do what the environments do."""
+    def _leave(self, why: str) -> None:
+        """Goes on without the clones, or the twin, that proved not to do what the environments do."""
         assert self.env is not None
-        self.logger.warn(f"GRPO follows candidates in clones no longer: {why}")
-        self._set_alternatives(
-            regime.choose_without_clones(why, self.env, self.observation_space, self._compares_episodes)
-        )
+        is_twin = isinstance(self._alternatives, Twins)
+        self.logger.warn(f"GRPO follows candidates in {'a twin' if is_twin else 'clones'} no longer: {why}")
+        asked = self.env, self.observation_space
+        if is_twin:
+            choice = regime.choose("auto", *asked, self._milliseconds, self._compares_episodes, why)
+        else:
+            choice = regime.choose_without_clones(why, *asked, self._compares_episodes)
+        self._set_alternatives(choice)
 
     def _judge_spread(self) -> None:
         """Says once that the first groups had nothing to tell, if that is so."""
@@ -384,7 +390,7 @@ class Training(OnPolicyAlgorithm):
         record(self.logger, config, metrics, self.policy, world)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("grpo/simulator_steps", self.simulator_steps)
-        is_environment = self.chosen_dynamics in ("simulator", "clone")
+        is_environment = self.chosen_dynamics in ("simulator", "twin", "clone")
         if is_environment and config.candidates not in ("episodes", "trajectory"):
             self.logger.record("grpo/world_error", 0.0)
 
