@@ -317,7 +317,7 @@ class Training(OnPolicyAlgorithm):
             elif self._alternatives is not None and config.candidates != "episodes":
                 followed = self._alternatives.follow(config, self.policy, trajectory, self.key_words)
                 if followed.world is None and followed.branches is None:
-                    config = config.replace(**regime.OF_EPISODES)
+                    config = config.replace(**regime.as_episodes({"baseline": config.baseline}))
             if simulator is None:  # what the reward function saw is of no more use
                 environments = trajectory.environments.replace(state=followed.states)
                 trajectory = trajectory.replace(environments=environments)

@@ -30,7 +30,8 @@ def first_difference(
       world: with states as they were taken.
       states: leaves ``[n, ...]``.
       actions: ``[n, *A]``, in the world's units.
-      real: ``observation`` ``[n, *shape]`` (or a dict of such), ``reward``, ``terminated`` and ``truncated`` ``[n]``.
+      real: ``observation`` ``[n, *shape]`` (or a dict of such), ``reward``, ``terminated``
+        and ``truncated`` (and not terminated) ``[n]``.
 
     Returns:
       Its index and what differs; None where nothing does.
@@ -63,7 +64,12 @@ def first_difference(
 @jax.jit
 def _step(world: World, states: Any, actions: jax.Array) -> dict[str, Any]:
     reached = jax.vmap(world.step, (None, 0, 0))(as_key(jax.random.key(0)), states, actions)
-    return {name: getattr(reached, name) for name in ("observation", "reward", "terminated", "truncated")}
+    return {
+        "observation": reached.observation,
+        "reward": reached.reward,
+        "terminated": reached.terminated,
+        "truncated": reached.truncated & ~reached.terminated,
+    }
 
 
 def _around(leaf: np.ndarray, signs: np.random.Generator) -> np.ndarray:

@@ -87,7 +87,7 @@ class Reader:
         """Random play, episodes' ends and resets included; the environment itself stays as it is.
 
         Returns:
-          ``(state and steps left, action, observation, reward, terminated, truncated)`` of each step.
+          ``(state and steps left, action, observation, reward, terminated, truncated alone)`` of each step.
         """
         layers = layers_of(self.env)
         forks = CAN_FORK and not SharedState([type(layer) for layer in layers]).uses_jax
@@ -112,7 +112,14 @@ class Reader:
             state = copy.deepcopy(self.take(env))
             observation, reward, terminated, truncated, _ = env.step(np.array(action)[()])
             rows.append(
-                (state, action, copy.deepcopy(observation), float(reward), bool(terminated), bool(truncated))
+                (
+                    state,
+                    action,
+                    copy.deepcopy(observation),
+                    float(reward),
+                    bool(terminated),
+                    bool(truncated and not terminated),
+                )
             )
             if terminated or truncated:
                 env.reset()
