@@ -140,7 +140,7 @@ def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
         every = max(k for k in range(1, most + 1) if n_steps % k == 0)
     if bootstrap is None:
         compares_episodes = kind == "episodes" or given["candidates"] == "episodes"
-        bootstrap = compares_episodes or (on_host and not has_reward)
+        bootstrap = compares_episodes or ((on_host or kind == "twin") and not has_reward)
     return dict(zip(names, (n_steps, horizon, every, bootstrap), strict=True))
 
 

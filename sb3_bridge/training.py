@@ -28,6 +28,7 @@ from sb3_bridge.rollout.callbacks import RolloutView
 from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
 from sb3_bridge.rollout.host import collect_on_host
 from sb3_bridge.settings import as_schedule, config_of, jax_device
+from sb3_bridge.twins import pace
 from sb3_bridge.update import improve, next_key, record
 
 _NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
@@ -73,6 +74,8 @@ class Training(OnPolicyAlgorithm):
         self.chosen_dynamics: regime.Kind = "episodes"
         self._n_iterations = 0
         self._n_optimizer_steps = 0
+        self._pace = pace.start()
+        self._critic_if_silent = False
         self._frac_zero_std: list[float] = []
         self._frac_below_floor: list[float] = []
         self._spread_was_judged = False
@@ -96,8 +99,11 @@ class Training(OnPolicyAlgorithm):
         regime.check_dynamics(self.dynamics)
         choice = self._choose()
         self.chosen_dynamics = choice.kind
+        is_open = self.bootstrap is None
         for name, value in regime.defaults(choice.kind, vars(self)).items():
             setattr(self, name, value)
+        if is_open:
+            self._critic_if_silent = choice.kind == "twin" and self.bootstrap
         self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
@@ -263,6 +269,13 @@ class Training(OnPolicyAlgorithm):
 
     # The two halves of an iteration ---
 
+    def _config(self) -> GRPOConfig:
+        """The settings of this iteration."""
+        config = config_of(self)
+        if not isinstance(self._alternatives, Twins) or config.candidates == "episodes":
+            return config
+        return pace.paced(config, self._pace, critic_if_silent=self._critic_if_silent)
+
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond total_timesteps: no schedule is asked for progress below 0.
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
@@ -280,7 +293,7 @@ class Training(OnPolicyAlgorithm):
         if (self.rollout_buffer.buffer_size, self.rollout_buffer.n_envs) != (self.n_steps, self.n_envs):
             self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         callback.on_rollout_start()
-        config, simulator = config_of(self), self._find_simulator()
+        config, simulator = self._config(), self._find_simulator()
         with original_errors():  # of the user's reward function
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
@@ -302,7 +315,7 @@ class Training(OnPolicyAlgorithm):
         assert self._trajectory is not None, "train() comes after collect_rollouts()"
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)  # type: ignore[arg-type]
-        config, simulator, trajectory = config_of(self), self._find_simulator(), self._trajectory
+        config, simulator, trajectory = self._config(), self._find_simulator(), self._trajectory
         learner = Learner(
             policy=self.policy.state,
             optimizer=self.policy.optimizer.state,
@@ -336,6 +349,7 @@ class Training(OnPolicyAlgorithm):
             )
         self._trajectory = None
         check_finite(metrics)
+        self._pace = pace.noted(config, self._pace, metrics)
         self.policy.state = state.learner.policy
         self.policy.optimizer.state = state.learner.optimizer
         self._reference = state.learner.reference

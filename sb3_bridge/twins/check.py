@@ -11,8 +11,8 @@ from grpo_jax.noise import as_key
 from grpo_jax.worlds.base import World
 
 ROUNDING = 5e-6
-"""How far, as a share of each number, a state may be from the one that was taken: some fifty roundings of float32."""
-_NEAR = 8  # states around the one that was taken
+"""How far, as a share of each number, a state may be at most from the one that was taken: some fifty roundings of float32."""
+_NEAR = 16  # states around the one that was taken
 _MARGIN = 4.0  # of the differences among what they lead to
 _CHUNK = 512  # transitions in a call, so that one program does for all
 
@@ -23,7 +23,7 @@ def first_difference(
     """The first transition in which the world does not do what really happened.
 
     The world is stepped from the states that were taken, and from others around them that differ from these by
-    ``ROUNDING``. What really happened may differ from what the world does by four times as much as these differ from
+    up to ``ROUNDING``. What really happened may differ from what the world does by four times as much as these differ from
     one another, and by ``ROUNDING`` of itself; an episode may end only where it ends for one of them.
 
     Args:
@@ -36,10 +36,10 @@ def first_difference(
     Returns:
       Its index and what differs; None where nothing does.
     """
-    n, signs = len(actions), np.random.default_rng(0)
+    n, drawn = len(actions), np.random.default_rng(0)
     for start in range(0, n, _CHUNK):
         rows = np.minimum(np.arange(start, start + _CHUNK), n - 1)
-        around = jax.tree.map(lambda leaf, rows=rows: _around(leaf[rows], signs), states)
+        around = jax.tree.map(lambda leaf, rows=rows: _around(leaf[rows], drawn), states)
         reached = jax.device_get(
             _step(world, around, np.tile(actions[rows], (1 + _NEAR,) + (1,) * (actions.ndim - 1)))
         )
@@ -72,11 +72,11 @@ def _step(world: World, states: Any, actions: jax.Array) -> dict[str, Any]:
     }
 
 
-def _around(leaf: np.ndarray, signs: np.random.Generator) -> np.ndarray:
+def _around(leaf: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
     """The states themselves, then those around them: ``[n, ...]`` to ``[(1 + _NEAR) * n, ...]``."""
     near = np.broadcast_to(leaf, (1 + _NEAR, *leaf.shape)).copy()
     if leaf.dtype.kind == "f":
-        near[1:] *= 1 + ROUNDING * signs.choice([-1.0, 1.0], near[1:].shape)
+        near[1:] *= 1 + ROUNDING * drawn.uniform(-1.0, 1.0, near[1:].shape)
     return near.reshape(-1, *leaf.shape[1:])
 
 
