@@ -183,7 +183,9 @@ def without_meaning(config: GRPOConfig, distribution: Distribution) -> list[str]
     return names
 
 
-def describe(config: GRPOConfig, distribution: Distribution, where: str, reason: str) -> str:
+def describe(
+    config: GRPOConfig, distribution: Distribution, where: str, reason: str, has_critic: bool
+) -> str:
     """What is compared, in one line: in ``where``, and the reason of ``dynamics="auto"`` if there is one."""
     if config.candidates in ("episodes", "trajectory"):
         groups = "the episodes of a rollout are compared, nothing is branched"
@@ -193,7 +195,9 @@ def describe(config: GRPOConfig, distribution: Distribution, where: str, reason:
         actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
         states = "every state" if config.branch_every == 1 else f"one state in {config.branch_every}"
         groups = f"{actions} of {states} are followed for {config.horizon} steps in {where}"
-    critic = "with a critic" if config.bootstrap else "without a critic"
+    critic = "with a critic" if has_critic else "without a critic"
+    if has_critic > config.bootstrap:  # see ``twins/pace.py``
+        critic += " where they do not differ"
     return f"GRPO: {groups}; {critic}" + (f" (dynamics='auto': {reason})" if reason else "")
 
 

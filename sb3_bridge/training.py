@@ -75,7 +75,6 @@ class Training(OnPolicyAlgorithm):
         self._n_iterations = 0
         self._n_optimizer_steps = 0
         self._pace = pace.start()
-        self._critic_if_silent = False
         self._frac_zero_std: list[float] = []
         self._frac_below_floor: list[float] = []
         self._spread_was_judged = False
@@ -99,11 +98,10 @@ class Training(OnPolicyAlgorithm):
         regime.check_dynamics(self.dynamics)
         choice = self._choose()
         self.chosen_dynamics = choice.kind
-        is_open = self.bootstrap is None
+        is_open = choice.kind == "twin" and self.bootstrap is None
         for name, value in regime.defaults(choice.kind, vars(self)).items():
             setattr(self, name, value)
-        if is_open:
-            self._critic_if_silent = choice.kind == "twin" and self.bootstrap
+        self._pace["critic_if_silent"] |= is_open and self.bootstrap
         self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
@@ -191,9 +189,7 @@ class Training(OnPolicyAlgorithm):
     def _milliseconds(self, brancher: Brancher) -> float:
         """What the branches of clones will take for a decision step."""
         sets = GRPOConfig(
-            candidates=self.candidates,
-            group_size=self.group_size,
-            max_enumerated=self.max_enumerated,
+            candidates=self.candidates, group_size=self.group_size, max_enumerated=self.max_enumerated
         )
         n_candidates = candidate_sets.n_candidates(sets, for_space(to_action_space(self.action_space)))
         settings = regime.defaults("clone", vars(self))
@@ -221,7 +217,7 @@ class Training(OnPolicyAlgorithm):
             self._alternatives = Function(self.dynamics, self.policy, self._reward)
         where = "the simulator" if self._alternatives is None else self._alternatives.description
         distribution = self.policy.structure.distribution
-        self._say(regime.describe(config_of(self), distribution, where, choice.reason))
+        self._say(regime.describe(config_of(self), distribution, where, choice.reason, self.bootstrap))
         if choice.brancher is not None and (ms := self._milliseconds(choice.brancher)) > regime.BUDGET_MS:
             warnings.warn(
                 f"dynamics={self.dynamics!r}: branches will take about {regime.digits(ms)} ms for a decision step, most"
@@ -241,7 +237,7 @@ class Training(OnPolicyAlgorithm):
 
     def _warn_of_arguments(self, given: dict[str, Any], defaults: dict[str, Any]) -> None:
         """Warns once of what was ``given``, is not the default, and has no meaning here."""
-        config = config_of(self)
+        config = config_of(self).replace(bootstrap=self.bootstrap)
         meaningless = regime.without_meaning(config, self.policy.structure.distribution)
         ignored = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
         if ignored:
@@ -269,13 +265,6 @@ class Training(OnPolicyAlgorithm):
 
     # The two halves of an iteration ---
 
-    def _config(self) -> GRPOConfig:
-        """The settings of this iteration."""
-        config = config_of(self)
-        if not isinstance(self._alternatives, Twins) or config.candidates == "episodes":
-            return config
-        return pace.paced(config, self._pace, critic_if_silent=self._critic_if_silent)
-
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may go beyond total_timesteps: no schedule is asked for progress below 0.
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
@@ -293,16 +282,14 @@ class Training(OnPolicyAlgorithm):
         if (self.rollout_buffer.buffer_size, self.rollout_buffer.n_envs) != (self.n_steps, self.n_envs):
             self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         callback.on_rollout_start()
-        config, simulator = self._config(), self._find_simulator()
+        config, simulator = config_of(self), self._find_simulator()
         with original_errors():  # of the user's reward function
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
-                watcher = self._alternatives if isinstance(self._alternatives, Clones | Twins) else None
-                if watcher is not None and config.candidates != "episodes":
-                    watcher.start(config, self._n_iterations)
-                else:
-                    watcher = None
+                watcher = None
+                if isinstance(self._alternatives, Clones | Twins) and config.candidates != "episodes":
+                    (watcher := self._alternatives).start(config, self._n_iterations)
                 self._trajectory = collect_on_host(self, config, env, self._reward, callback, watcher)
         if self._trajectory is None:
             self.key_words = np.asarray(next_key(self.key_words))  # what was drawn is used up
@@ -315,7 +302,7 @@ class Training(OnPolicyAlgorithm):
         assert self._trajectory is not None, "train() comes after collect_rollouts()"
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)  # type: ignore[arg-type]
-        config, simulator, trajectory = self._config(), self._find_simulator(), self._trajectory
+        config, simulator, trajectory = config_of(self), self._find_simulator(), self._trajectory
         learner = Learner(
             policy=self.policy.state,
             optimizer=self.policy.optimizer.state,
@@ -366,7 +353,7 @@ class Training(OnPolicyAlgorithm):
                 f"Early stopping after {taken} of {config.n_updates} optimizer steps: KL(pi_old || pi) exceeded"
                 f" 1.5 * target_kl = {1.5 * self.target_kl:.3g}"
             )
-        if self._n_iterations <= SPREAD_ITERATIONS:
+        if self._n_iterations <= SPREAD_ITERATIONS and not self._pace["is_silent"]:
             self._frac_zero_std.append(float(metrics["frac_zero_std"]))
             self._frac_below_floor.append(float(metrics["frac_below_floor"]))
             if self._n_iterations == SPREAD_ITERATIONS:
@@ -377,13 +364,13 @@ class Training(OnPolicyAlgorithm):
     def _leave(self, why: str) -> None:
         """Goes on without the clones, or the twin, that proved not to do what the environments do."""
         assert self.env is not None
-        is_twin = isinstance(self._alternatives, Twins)
-        self.logger.warn(f"GRPO follows candidates in {'a twin' if is_twin else 'clones'} no longer: {why}")
+        where = "a twin" if isinstance(self._alternatives, Twins) else "clones"
+        self.logger.warn(f"GRPO follows candidates in {where} no longer: {why}")
         asked = self.env, self.observation_space
-        if is_twin:
-            choice = regime.choose("auto", *asked, self._milliseconds, self._compares_episodes, why)
-        else:
+        if where == "clones":
             choice = regime.choose_without_clones(why, *asked, self._compares_episodes)
+        else:
+            choice = regime.choose("auto", *asked, self._milliseconds, self._compares_episodes, why)
         self._set_alternatives(choice)
 
     def _judge_spread(self) -> None:

@@ -15,30 +15,33 @@ STEEPNESS = 30.0
 FEW = 0.1
 """Share of the groups that differ below which a critic is asked as well, until there once were more."""
 
-Pace = dict[str, float]
-"""``spread``, that of the last iteration's groups; ``largest`` of all; ``is_silent``, ``has_spoken``: see ``FEW``; 0 or 1."""
+Pace = dict[str, Any]
+"""``spread``, that of the last iteration's groups, and ``largest`` of all; whether a critic is used only where groups do
+not differ (``critic_if_silent``), whether the last ones did not (``is_silent``), and whether any did (``has_spoken``)."""
 
 
 def start() -> Pace:
     """That of a run in which nothing was compared yet."""
-    return {"spread": 0.0, "largest": 0.0, "is_silent": 0.0, "has_spoken": 0.0}
+    flags = dict.fromkeys(("critic_if_silent", "is_silent", "has_spoken"), False)
+    return {"spread": 0.0, "largest": 0.0, **flags}
 
 
-def paced(config: GRPOConfig, pace: Pace, *, critic_if_silent: bool) -> GRPOConfig:
-    """The settings of the next iteration; ``critic_if_silent``: a critic is used only where groups do not differ."""
+def paced(config: GRPOConfig, pace: Pace) -> GRPOConfig:
+    """The settings of the next iteration."""
     if pace["largest"] > 0:
         share = min(1.0, STEEPNESS * pace["spread"] / pace["largest"])
         config = config.replace(learning_rate=float(config.learning_rate) * share)  # type: ignore[arg-type]
-    if critic_if_silent:
-        config = config.replace(bootstrap=pace["is_silent"] > pace["has_spoken"])
+    if pace["critic_if_silent"]:
+        config = config.replace(bootstrap=pace["is_silent"] and not pace["has_spoken"])
     return config
 
 
 def noted(config: GRPOConfig, pace: Pace, metrics: Any) -> Pace:
     """The pace after an update with ``config``, by its ``metrics``."""
-    differ = 1.0 - float(metrics["frac_zero_std"])
-    spread = float(metrics["group_spread"])
-    has_spoken = pace["has_spoken"] or float(not config.bootstrap and differ >= FEW)
-    is_silent = float(not config.bootstrap and differ < FEW)
-    largest = max(pace["largest"], spread)
-    return {"spread": spread, "largest": largest, "is_silent": is_silent, "has_spoken": has_spoken}
+    spread, few = float(metrics["group_spread"]), float(metrics["frac_zero_std"]) > 1.0 - FEW
+    return pace | {
+        "spread": spread,
+        "largest": max(pace["largest"], spread),
+        "is_silent": pace["critic_if_silent"] and few and not config.bootstrap,
+        "has_spoken": pace["has_spoken"] or not (few or config.bootstrap),
+    }

@@ -17,7 +17,6 @@ from gymnasium.envs.classic_control import (
 
 from grpo_jax.worlds.base import World
 from grpo_jax.worlds.classic import TASKS, classic
-from sb3_bridge.twins import gymnasium_states
 from sb3_bridge.twins.reader import StateOf, name_of
 
 
@@ -65,6 +64,25 @@ def entries() -> dict[str, Entry]:
     return dict(_ENTRIES)
 
 
+_OTHERS: dict[str, Callable[[Any], float | bool]] = {
+    "is_euler": lambda env: env.kinematics_integrator == "euler",
+    "sutton_barto": lambda env: bool(env._sutton_barto_reward),
+    "is_book": lambda env: env.book_or_nips != "nips",
+    **{f"torque_{i}": lambda env, i=i: float(env.AVAIL_TORQUE[i]) for i in range(3)},  # type: ignore[misc]
+}
+"""Parameters that are no attribute."""
+
+
+def _state_of(variables: tuple[str, ...], parameters: tuple[str, ...], env: Any) -> dict[str, float | bool]:
+    """A state of Gymnasium's classic control as ``grpo_jax.worlds.classic`` has it; in workers, without JAX."""
+    if getattr(env, "torque_noise_max", 0.0):
+        raise ValueError(f"torque_noise_max={env.torque_noise_max} is noise, which no twin repeats")
+    state: dict[str, float | bool] = dict(zip(variables, map(float, env.state), strict=True))
+    for name in parameters:
+        state[name] = _OTHERS[name](env) if name in _OTHERS else float(getattr(env, name))
+    return state
+
+
 for _class, _name in (
     (CartPoleEnv, "CartPole"),
     (AcrobotEnv, "Acrobot"),
@@ -72,10 +90,5 @@ for _class, _name in (
     (MountainCarEnv, "MountainCar"),
     (Continuous_MountainCarEnv, "MountainCarContinuous"),
 ):
-    _task = TASKS[_name]
-    _state_of = functools.partial(
-        gymnasium_states.state_of,
-        tuple(name for name, _, _ in _task.start),
-        tuple(name for name, _ in _task.parameters),
-    )
-    register_twin(_class, world=classic(_name), state_of=_state_of)
+    _names = tuple(tuple(one[0] for one in part) for part in TASKS[_name][:2])
+    register_twin(_class, world=classic(_name), state_of=functools.partial(_state_of, *_names))

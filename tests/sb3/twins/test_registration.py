@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from sb3.sleds import Sled, dummy, make
+from sb3.sleds import Sled, dummy, make, told
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from grpo_jax import GRPOConfig
@@ -19,7 +20,8 @@ from grpo_jax.spaces import Box, Discrete
 from grpo_jax.types import Step
 from grpo_jax.worlds.base import World
 from grpo_jax.worlds.classic import classic
-from sb3_bridge import register_twin
+from sb3_bridge import GRPO, register_twin
+from sb3_bridge.settings import config_of
 from sb3_bridge.twins import pace
 from sb3_bridge.twins.check import first_difference
 from sb3_bridge.twins.twin import NoTwin
@@ -144,12 +146,12 @@ def test_equal_is_what_rounding_can_explain():
 
 
 def test_the_pace_of_learning_follows_from_what_groups_have_to_tell():
-    config, now = GRPOConfig(learning_rate=1e-3, bootstrap=False), pace.start()
+    config, now = GRPOConfig(bootstrap=False), pace.start() | {"critic_if_silent": True}
 
     def after(spread: float, silent: float) -> tuple[float, bool]:
         nonlocal now, config
         now = pace.noted(config, now, {"group_spread": spread, "frac_zero_std": silent})
-        config = pace.paced(GRPOConfig(learning_rate=1e-3), now, critic_if_silent=True)
+        config = pace.paced(GRPOConfig(learning_rate=1e-3, bootstrap=True), now)
         return config.learning_rate, config.bootstrap
 
     assert after(0.0, 1.0) == (1e-3, True)  # nothing differs: a critic is asked
@@ -162,4 +164,42 @@ def test_the_pace_of_learning_follows_from_what_groups_have_to_tell():
     assert rate == pytest.approx(1e-3 * pace.STEEPNESS * 0.01 / 3.0) and not asks
     assert after(0.0, 1.0) == (0.0, False)
     assert after(3.0, 0.2) == (1e-3, False)
-    assert not pace.paced(GRPOConfig(bootstrap=False), now, critic_if_silent=False).bootstrap
+    assert pace.paced(GRPOConfig(bootstrap=True), now | {"critic_if_silent": False}).bootstrap
+
+
+class Flat(Known):
+    """Pays the same for whatever is done, and never ends."""
+
+    def step(self, action: Any) -> Any:
+        observation, _, _, truncated, info = super().step(action)
+        return observation, 1.0, False, truncated, info
+
+
+@struct.dataclass
+class FlatWorld(SledWorld):
+    """What ``Flat`` does."""
+
+    def step(self, key: Any, state: Any, action: Any) -> Step:
+        return super().step(key, state, action).replace(reward=jnp.float32(1), terminated=jnp.bool_(False))
+
+
+def test_a_critic_is_asked_only_until_groups_differ_without_one(capsys):
+    """The first update finds nothing, the second one asks the critic, the third is without one again."""
+    register_twin(Known, world=SledWorld(), state_of=state_of)
+    register_twin(Flat, world=FlatWorld(), state_of=state_of)
+    model = make(dummy(Flat), horizon=2, verbose=1)
+    assert told(capsys).endswith("; with a critic where they do not differ")
+    asked = []
+    for _ in range(3):
+        asked.append(config_of(model).bootstrap)
+        model.learn(8, reset_num_timesteps=False)
+    assert asked == [False, True, False] and model.bootstrap
+    file = io.BytesIO()
+    model.save(file)
+    again = GRPO.load(io.BytesIO(file.getvalue()), env=dummy(Flat))
+    assert config_of(again).bootstrap and again._pace == model._pace
+    again.set_env(dummy(Known))
+    for _ in range(3):
+        again.learn(8, reset_num_timesteps=False)
+    assert again._pace["has_spoken"] and not config_of(again).bootstrap
+    assert config_of(make(dummy(Flat), bootstrap=True)).bootstrap  # who asks for a critic has one
