@@ -25,13 +25,15 @@ Dynamics = Name | Callable[[Any, Any], Any] | Functions
 Kind = Literal["simulator", "twin", "clone", "learned", "function", "episodes"]
 """What ``dynamics`` comes to: ``"episodes"`` is no alternatives at all."""
 
-BUDGET_MS = 5.0
-"""Milliseconds of branches for a decision step, up to which ``"auto"`` clones; PPO takes about 0.5 for all it does."""
+DENSE_MS, BUDGET_MS, WARNED_MS = 1.0, 2.0, 5.0
+"""Milliseconds of branches for a decision step, the first two in classes of a factor of two: up to the first one state in four
+is branched in clones, beyond it fewer, for longer; up to the second ``"auto"`` clones; beyond the third whoever asked for
+clones is warned. PPO takes about 0.5 for all it does."""
 SIMULATOR_HORIZON = 128
-HOST_HORIZON, REWARD_HORIZON = 64, 16
-"""Steps of a branch outside of a simulator: with the environment's reward, and with a reward function, which shows
-earlier what an action is worth."""
-HOST_STEPS = 16
+HOST_HORIZON, SPARSE_HORIZON, REWARD_HORIZON = 64, 256, 16
+"""Steps of a branch outside of a simulator: with the environment's reward, the same where steps are expensive, and with a
+reward function, which shows earlier what an action is worth."""
+HOST_STEPS, SPARSE_STEPS = 16, 8
 """Steps of each candidate for a decision step, on the host: states in between are not branched."""
 N_STEPS, BRANCHED_N_STEPS = 2048, 512
 
@@ -41,6 +43,7 @@ class Choice(NamedTuple):
 
     kind: Kind
     reason: str = ""  # for the log; empty where the user said so
+    is_sparse: bool = False  # whether steps of clones are so expensive that fewer states are branched
     brancher: Brancher | None = None  # of "clone"
     twin: Twin | None = None  # of "twin"
 
@@ -59,22 +62,25 @@ def choose(
     dynamics: Dynamics,
     env: VecEnv,
     observation_space: spaces.Space,
-    cost: Callable[[Brancher], float],
-    compares_episodes: Callable[[], Any],
+    compares_episodes: Callable[[], Any] | None,
+    cost: Callable[[Brancher, bool], float],
+    before: Kind | None = None,
     why_no_twin: str = "",
 ) -> Choice:
     """What ``dynamics`` means in an env that is no simulator; raises Unclonable or NoTwin where what was asked for cannot be.
 
-    ``cost`` tells the milliseconds that the branches of a decision step will take. ``compares_episodes`` raises ValueError
-    where the settings have no meaning for episodes, which are compared until a learned world predicts well. ``why_no_twin``
-    says why none is looked for.
+    ``cost`` tells the milliseconds that the branches of a decision step will take, where few or many are branched.
+    ``compares_episodes`` raises ValueError where the settings have no meaning for episodes, which are compared until a learned
+    world predicts well; None where no world is to be learned. ``before`` is what a model was trained with: it stays with that
+    unless the cost is far beyond the limit. ``why_no_twin`` says why none is looked for.
     """
     if callable(dynamics):
         return Choice("function")
     if dynamics == "learned":
         return Choice("learned")
     if dynamics == "clone" or isinstance(dynamics, tuple):
-        return Choice("clone", brancher=Brancher(env, dynamics if isinstance(dynamics, tuple) else None))
+        brancher = Brancher(env, dynamics if isinstance(dynamics, tuple) else None)
+        return Choice("clone", "", _class_of(cost(brancher, False)) > DENSE_MS, brancher)
     if not why_no_twin:
         try:
             return Choice("twin", twin=Twin(env))
@@ -82,25 +88,35 @@ def choose(
             if dynamics == "twin":
                 raise
             why_no_twin = str(error) if error.is_known else ""
-    before = f"{why_no_twin}; " if why_no_twin else ""
+    first = f"{why_no_twin}; " if why_no_twin else ""
     try:
         brancher = Brancher(env)
     except Unclonable as error:
-        return choose_without_clones(f"{before}{error}", env, observation_space, compares_episodes)
-    ms = digits(milliseconds := cost(brancher))
-    if milliseconds <= BUDGET_MS:
-        return Choice("clone", f"{before}branches take {ms} ms a decision step", brancher)
+        return choose_without_clones(f"{first}{error}", env, observation_space, compares_episodes)
+    is_sparse = _class_of(cost(brancher, False)) > DENSE_MS
+    ms = digits(milliseconds := cost(brancher, is_sparse))
+    if _class_of(milliseconds) <= BUDGET_MS * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0):
+        return Choice("clone", f"{first}branches take {ms} ms a decision step", is_sparse, brancher)
     why = (
-        f"{before}branches of clones would take {ms} ms a decision step, more than {BUDGET_MS:g}; dynamics='clone' takes them all"
-        " the same"
+        f"{first}branches of clones would take {ms} ms a decision step, more than {BUDGET_MS:g}, and not repay them;"
+        " dynamics='clone' takes them all the same"
     )
     return choose_without_clones(why, env, observation_space, compares_episodes)
 
 
+def _class_of(milliseconds: float) -> float:
+    """The nearest power of two: what the clock says of a busy machine decides less often."""
+    return float(2.0 ** np.round(np.log2(milliseconds)))
+
+
 def choose_without_clones(
-    why: str, env: VecEnv, observation_space: spaces.Space, compares_episodes: Callable[[], Any]
+    why: str, env: VecEnv, observation_space: spaces.Space, compares_episodes: Callable[[], Any] | None
 ) -> Choice:
     """What ``"auto"`` means where there are no clones, and ``why`` there are none; see :func:`choose`."""
+    if compares_episodes is None:
+        return Choice(
+            "episodes", f"{why}; a world is learned for a reward_function, or with dynamics='learned'"
+        )
     try:
         check_learnable(env, observation_space)
         compares_episodes()
@@ -124,19 +140,20 @@ def check_unnormalized(env: VecEnv, dynamics: str) -> None:
         )
 
 
-def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
+def defaults(kind: Kind, given: Mapping[str, Any], is_sparse: bool = False) -> dict[str, Any]:
     """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None."""
+    is_sparse = is_sparse and given["reward_function"] is None
     on_host, has_reward = kind not in ("simulator", "twin", "episodes"), given["reward_function"] is not None
     names = ("n_steps", "horizon", "branch_every", "bootstrap")
     n_steps, horizon, every, bootstrap = map(given.__getitem__, names)
     if n_steps is None:
         n_steps = BRANCHED_N_STEPS if kind in ("twin", "clone", "function") else N_STEPS
     if horizon is None:
-        of_host = REWARD_HORIZON if has_reward else HOST_HORIZON
+        of_host = REWARD_HORIZON if has_reward else SPARSE_HORIZON if is_sparse else HOST_HORIZON
         horizon = SIMULATOR_HORIZON if kind in ("simulator", "twin") else of_host
     GRPOConfig(n_steps=n_steps, horizon=horizon)  # refuses them before anything is computed from them
     if every is None:
-        most = max(1, horizon // HOST_STEPS) if on_host else 1
+        most = max(1, horizon // (SPARSE_STEPS if is_sparse else HOST_STEPS)) if on_host else 1
         every = max(k for k in range(1, most + 1) if n_steps % k == 0)
     if bootstrap is None:
         compares_episodes = kind == "episodes" or given["candidates"] == "episodes"
@@ -181,6 +198,23 @@ def without_meaning(config: GRPOConfig, distribution: Distribution) -> list[str]
     if config.candidates == "episodes" or candidate_sets.resolve(config, distribution) == "enumerate":
         names += ["group_size"]
     return names
+
+
+def ignored(
+    config: GRPOConfig, distribution: Distribution, given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> str:
+    """The warning of arguments that were ``given``, are not the default, and change nothing; empty if there are none."""
+    meaningless = without_meaning(config, distribution)
+    names = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
+    if not names:
+        return ""
+    branches = config.candidates not in ("episodes", "trajectory")
+    what = "branches" if branches else "episodes, nothing is branched"
+    critic = "with a critic" if config.bootstrap else "without a critic (bootstrap=False)"
+    return (
+        f"GRPO compares {what}, {critic}: {', '.join(names)} {'have' if len(names) > 1 else 'has'} no meaning here and will be"
+        " ignored"
+    )
 
 
 def describe(

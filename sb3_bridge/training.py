@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
@@ -104,7 +105,7 @@ class Training(OnPolicyAlgorithm):
         choice = self._choose()
         self.chosen_dynamics = choice.kind
         is_open = choice.kind == "twin" and self.bootstrap is None
-        for name, value in regime.defaults(choice.kind, vars(self)).items():
+        for name, value in regime.defaults(choice.kind, vars(self), choice.is_sparse).items():
             setattr(self, name, value)
         self._pace["critic_if_silent"] |= is_open and self.bootstrap
         self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
@@ -182,22 +183,25 @@ class Training(OnPolicyAlgorithm):
             return regime.Choice("simulator")
         if self.candidates in ("episodes", "trajectory"):
             return regime.Choice("episodes")
-        return regime.choose(
-            self.dynamics, self.env, self.observation_space, self._milliseconds, self._compares_episodes
-        )
+        before = self.chosen_dynamics if self._n_iterations else None
+        return regime.choose(self.dynamics, *self._asked(), self._milliseconds, before)
+
+    def _asked(self) -> tuple[VecEnv, spaces.Space, Any]:
+        """What decides whether a world is learned: with ``"auto"`` only for a reward function."""
+        is_learned = self.reward_function is not None or self.dynamics == "learned"
+        return self.env, self.observation_space, self._compares_episodes if is_learned else None
 
     def _compares_episodes(self) -> GRPOConfig:
-        return GRPOConfig(
-            candidates="episodes", baseline=self.baseline, persistence=_number(self.persistence)
-        )
+        persistence = _number(self.persistence)
+        return GRPOConfig(candidates="episodes", baseline=self.baseline, persistence=persistence)
 
-    def _milliseconds(self, brancher: Brancher) -> float:
+    def _milliseconds(self, brancher: Brancher, is_sparse: bool) -> float:
         """What the branches of clones will take for a decision step."""
         sets = GRPOConfig(
             candidates=self.candidates, group_size=self.group_size, max_enumerated=self.max_enumerated
         )
         n_candidates = candidate_sets.n_candidates(sets, for_space(to_action_space(self.action_space)))
-        settings = regime.defaults("clone", vars(self))
+        settings = regime.defaults("clone", vars(self), is_sparse)
         seconds = brancher.seconds(1, n_candidates, settings["horizon"], self.n_rollouts)
         return float(1e3 * seconds / settings["branch_every"])
 
@@ -223,7 +227,8 @@ class Training(OnPolicyAlgorithm):
         where = "the simulator" if self._alternatives is None else self._alternatives.description
         distribution = self.policy.structure.distribution
         self._say(regime.describe(config_of(self), distribution, where, choice.reason, self.bootstrap))
-        if choice.brancher is not None and (ms := self._milliseconds(choice.brancher)) > regime.BUDGET_MS:
+        ms = 0.0 if choice.brancher is None else self._milliseconds(choice.brancher, choice.is_sparse)
+        if ms > regime.WARNED_MS:
             warnings.warn(
                 f"dynamics={self.dynamics!r}: branches will take about {regime.digits(ms)} ms for a decision step, most"
                 f" of the run. Lower horizon={self.horizon} or group_size={self.group_size}, raise branch_every="
@@ -243,18 +248,8 @@ class Training(OnPolicyAlgorithm):
     def _warn_of_arguments(self, given: dict[str, Any], defaults: dict[str, Any]) -> None:
         """Warns once of what was ``given``, is not the default, and has no meaning here."""
         config = config_of(self).replace(bootstrap=self.bootstrap)
-        meaningless = regime.without_meaning(config, self.policy.structure.distribution)
-        ignored = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
-        if ignored:
-            branches = config.candidates not in ("episodes", "trajectory")
-            what = "branches" if branches else "episodes, nothing is branched"
-            critic = "with a critic" if self.bootstrap else "without a critic (bootstrap=False)"
-            warnings.warn(
-                f"GRPO compares {what}, {critic}: {', '.join(ignored)} {'have' if len(ignored) > 1 else 'has'} no"
-                " meaning here and will be ignored",
-                UserWarning,
-                stacklevel=3,
-            )
+        if ignored := regime.ignored(config, self.policy.structure.distribution, given, defaults):
+            warnings.warn(ignored, UserWarning, stacklevel=3)
         n_states = self.n_envs * self.n_steps
         if self.batch_size > n_states or n_states % self.batch_size:
             warnings.warn(
@@ -369,13 +364,12 @@ class Training(OnPolicyAlgorithm):
     def _leave(self, why: str) -> None:
         """Goes on without the clones, or the twin, that proved not to do what the environments do."""
         assert self.env is not None
-        where = "a twin" if isinstance(self._alternatives, Twins) else "clones"
-        self.logger.warn(f"GRPO follows candidates in {where} no longer: {why}")
-        asked = self.env, self.observation_space
-        if where == "clones":
-            choice = regime.choose_without_clones(why, *asked, self._compares_episodes)
+        is_twin, asked = isinstance(self._alternatives, Twins), self._asked()
+        self.logger.warn(f"GRPO follows candidates in {'a twin' if is_twin else 'clones'} no longer: {why}")
+        if is_twin:
+            choice = regime.choose("auto", *asked, self._milliseconds, None, why)
         else:
-            choice = regime.choose("auto", *asked, self._milliseconds, self._compares_episodes, why)
+            choice = regime.choose_without_clones(why, *asked)
         self._set_alternatives(choice)
 
     def _judge_spread(self) -> None:

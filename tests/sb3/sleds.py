@@ -130,9 +130,9 @@ def make(env: Any, policy: str = "MlpPolicy", **settings: Any) -> GRPO:
     return GRPO(policy, env, **{**SMALL, "seed": 0, **settings})
 
 
-def filmed(make_env: Any) -> GRPO:
+def filmed(make_env: Any, **settings: Any) -> GRPO:
     small = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}
-    return make(dummy(lambda: Camera(make_env())), "CnnPolicy", policy_kwargs=small, verbose=1)
+    return make(dummy(lambda: Camera(make_env())), "CnnPolicy", policy_kwargs=small, verbose=1, **settings)
 
 
 def parameters(model: GRPO) -> np.ndarray:

@@ -25,9 +25,14 @@ from sb3.sleds import (
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+WHOLE = {"n_steps": 32, "batch_size": 32}
+"""A rollout long enough for the fewest branches."""
 
 
 def test_a_gymnax_env_is_its_own_simulator(capsys):
@@ -48,13 +53,19 @@ def test_an_env_by_its_id_is_followed_in_its_twin_or_in_clones(capsys):
 
 
 @pytest.mark.parametrize(("toy", "reason"), [(Tidal, "TIDE, a global of"), (Uncopyable, "generator")])
-def test_without_clones_a_world_is_learned_of_vectors_and_of_pictures_none(toy, reason, capsys):
+def test_without_clones_a_world_is_learned_for_a_reward_function_but_not_of_pictures(toy, reason, capsys):
     model = make(dummy(toy), verbose=1)
+    line = told(capsys)
+    assert model.chosen_dynamics == "episodes"
+    assert reason in line and "the episodes of a rollout are compared" in line, line
+    assert "with dynamics='learned'" in line
+
+    model = make(dummy(toy), verbose=1, reward_function=fares)
     line = told(capsys)
     assert model.chosen_dynamics == "learned"
     assert reason in line and "in a world that is learned" in line, line
 
-    model = filmed(toy)
+    model = filmed(toy, reward_function=lambda state, action, next_state: 1.0)
     line = told(capsys)
     assert model.chosen_dynamics == "episodes"
     assert "the episodes of a rollout are compared" in line
@@ -67,21 +78,63 @@ def test_pictures_are_cloned_where_that_is_possible(capsys):
 
 
 def test_slow_environments_are_not_cloned_and_the_cost_is_named(capsys):
-    model = make(dummy(Slow), verbose=1)
-    assert model.chosen_dynamics == "learned"
+    model = make(dummy(Slow), verbose=1, **WHOLE)
+    assert model.chosen_dynamics == "episodes"
     line = told(capsys)
-    # Three actions, 64 steps of 2 ms each, of every fourth state.
+    # Three actions, 256 steps of 2 ms each, of one state in 32.
     cost = float(line.split("branches of clones would take ")[1].split(" ms a decision step")[0])
-    assert 3 * 64 * 2 / 4 <= cost < 3 * 3 * 64 * 2 / 4
+    assert 3 * 256 * 2 / 32 <= cost < 3 * 3 * 256 * 2 / 32
     assert "dynamics='clone'" in line
 
 
+@pytest.mark.parametrize(
+    ("ms", "kind", "horizon", "every"),
+    [
+        (0.1, "clone", 64, 4),
+        (1.4, "clone", 64, 4),
+        (1.5, "clone", 256, 32),
+        (5.5, "clone", 256, 32),
+        (6, "episodes", 64, 1),
+    ],
+)
+def test_the_more_branches_cost_the_fewer_there_are_until_there_are_none(
+    ms, kind, horizon, every, monkeypatch
+):
+    """Milliseconds of 16 steps of each candidate, of which the few take half."""
+    monkeypatch.setattr(
+        Brancher, "seconds", lambda brancher, n, k, horizon, rollouts: ms * 1e-3 * horizon / 16
+    )
+    model = make(dummy(Sled), **WHOLE)
+    assert (model.chosen_dynamics, model.horizon, model.branch_every) == (kind, horizon, every)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the cost
+        model = make(dummy(Sled), dynamics="clone", **WHOLE)
+    assert (model.horizon, model.branch_every) == ((64, 4) if ms < 1.42 else (256, 32))
+
+
+@pytest.mark.parametrize("kind", ["clone", "episodes"])
+def test_what_was_trained_so_far_goes_on_on_a_machine_that_is_somewhat_slower_or_quicker(kind, monkeypatch):
+    ms = {"clone": 3.0, "episodes": 12.0}[kind]
+    monkeypatch.setattr(
+        Brancher, "seconds", lambda brancher, n, k, horizon, rollouts: ms * 1e-3 * horizon / 16
+    )
+    model = make(dummy(Sled), **WHOLE)
+    assert model.chosen_dynamics == kind
+    other = {"clone": 9.0, "episodes": 5.0}[kind]
+    model.learn(32)
+    ms = other
+    model.set_env(dummy(Sled))
+    assert model.chosen_dynamics == kind
+    assert make(dummy(Sled), **WHOLE).chosen_dynamics != kind, "as anew"
+
+
 def test_no_world_is_learned_of_observations_whose_scale_changes(capsys):
-    model = make(VecNormalize(dummy(Uncopyable)), verbose=1)
+    model = make(VecNormalize(dummy(Uncopyable)), verbose=1, reward_function=fares)
     assert model.chosen_dynamics == "episodes"
     line = told(capsys)
     assert "generator" in line and "VecNormalize(norm_obs=False)" in line
-    assert make(VecNormalize(dummy(Uncopyable), norm_obs=False)).chosen_dynamics == "learned"
+    unscaled = VecNormalize(dummy(Uncopyable), norm_obs=False)
+    assert make(unscaled, reward_function=fares).chosen_dynamics == "learned"
     assert make(VecNormalize(dummy(Sled))).chosen_dynamics == "clone"
 
 
@@ -89,7 +142,7 @@ def test_another_env_is_another_choice(capsys):
     model = make(dummy(Sled), verbose=1)
     told(capsys)
     model.set_env(dummy(Uncopyable))
-    assert model.chosen_dynamics == "learned" and "generator" in told(capsys)
+    assert model.chosen_dynamics == "episodes" and "generator" in told(capsys)
     model.set_env(dummy(Sled))
     assert model.chosen_dynamics == "clone" and "in exact clones" in told(capsys)
 
@@ -101,8 +154,8 @@ DEFAULTS = {
     "twin": (lambda: dummy(CartPoleEnv), {}, (512, 128, 1, True)),
     "simulator": (SIMULATED, {}, (2048, 128, 1, False)),
     "clone": (lambda: dummy(Sled), {}, (512, 64, 4, True)),
-    "learned": (lambda: dummy(Uncopyable), {}, (2048, 64, 4, True)),
-    "episodes": (lambda: dummy(Sled), {"candidates": "episodes"}, (2048, 64, 1, True)),
+    "learned": (lambda: dummy(Uncopyable), {"dynamics": "learned"}, (2048, 64, 4, True)),
+    "episodes": (lambda: dummy(Uncopyable), {}, (2048, 64, 1, True)),
 }
 
 
@@ -156,8 +209,9 @@ def test_what_is_given_is_kept(kind):
         (6, 200, 6),
     ],
 )
-def test_clones_are_branched_as_often_as_divides_the_rollout(n_steps, horizon, branch_every):
+def test_clones_are_branched_as_often_as_divides_the_rollout(n_steps, horizon, branch_every, monkeypatch):
     """The most that costs no more than 16 steps of each candidate for a decision step."""
+    monkeypatch.setattr(Brancher, "seconds", lambda *_: 1e-6)
     model = make(dummy(Sled), n_steps=n_steps, horizon=horizon, batch_size=n_steps)
     assert (model.chosen_dynamics, model.branch_every) == ("clone", branch_every)
     assert n_steps % model.branch_every == 0
@@ -206,7 +260,7 @@ def test_clones_that_cost_much_are_made_all_the_same_with_a_warning():
     assert model.chosen_dynamics == "clone"
     (warning,) = caught
     text = str(warning.message)
-    for name in ("horizon=64", "group_size=", "branch_every=4", "SubprocVecEnv", "dynamics='learned'"):
+    for name in ("horizon=256", "group_size=", "branch_every=8", "SubprocVecEnv", "dynamics='learned'"):
         assert name in text
     assert warning.filename == make.__code__.co_filename  # which calls GRPO
     assert (
