@@ -24,7 +24,7 @@ from sb3_bridge.files.model_zip import File, load_zip, save_zip
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
-from sb3_bridge.policies import twin
+from sb3_bridge.policies import torch_policy
 from sb3_bridge.policies.compiled import check_process
 from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy, to_policy_class
 from sb3_bridge.settings import jax_device
@@ -48,8 +48,8 @@ class GRPO(Training):
       policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class derived from ``sb3_bridge``'s.
       env: Gymnasium id, ``"gymnax/<id>"``, Gymnasium env or SB3 VecEnv.
       learning_rate: a number, or a function of the remaining progress (1 to 0).
-      n_steps: steps of each environment in a rollout; None: 512 where candidates are followed in clones or in a function
-        of yours, else 2048.
+      n_steps: steps of each environment in a rollout; None: 512 where candidates are followed in a twin, in clones or in a
+        function of yours, else 2048.
       batch_size: decision states in a minibatch.
       n_epochs: passes over a rollout.
       gamma: discount factor.
@@ -75,20 +75,21 @@ class GRPO(Training):
         Episode statistics go on counting the environment's own.
       dynamics: where alternatives come from. ``"simulator"``: the gymnax world. ``"twin"``: a JAX world with the
         environments' own dynamics (Gymnasium's classic control, or see :func:`sb3_bridge.register_twin`), branched on the
-        device. ``"clone"``: exact copies of the environments, stepped on the host; a pair ``(get_state, set_state)``: the same by functions of yours,
-        ``get_state(env.unwrapped) -> state`` and ``set_state(env.unwrapped, state)``. ``"learned"``: a world that is
-        learned from all real transitions (vector observations; until it predicts well, episodes are compared). A
-        function ``f(state, action) -> next_state`` or ``-> (next_state, terminated)``: yours, in JAX, NumPy or torch, for
-        one transition or a batch, with a ``reward_function``. ``"auto"``: the simulator where there is one, else a twin, else clones
-        where they repeat the original and branches take at most 5 ms a decision step, else a learned world, else
-        episodes; the choice and its reason are printed at ``verbose=1`` and kept in ``chosen_dynamics``.
+        device. ``"clone"``: exact copies of the environments, stepped on the host; a pair ``(get_state, set_state)``: the
+        same by functions of yours, ``get_state(env.unwrapped) -> state`` and ``set_state(env.unwrapped, state)``.
+        ``"learned"``: a world that is learned from all real transitions (vector observations; until it predicts well,
+        episodes are compared). A function ``f(state, action) -> next_state`` or ``-> (next_state, terminated)``: yours, in
+        JAX, NumPy or torch, for one transition or a batch, with a ``reward_function``. ``"auto"``: the simulator where there
+        is one, else a twin, else clones where they repeat the original and branches take at most 2 ms a decision step, else a
+        learned world where there is a ``reward_function``, else episodes; the choice and its reason are printed at
+        ``verbose=1`` and kept in ``chosen_dynamics``.
       candidates: ``"auto"``, ``"enumerate"``, ``"sample"``, ``"trajectory"`` or ``"episodes"``, see
         :class:`grpo_jax.GRPOConfig`, as for all that follow.
       group_size: candidates of a sampled group.
       max_enumerated: largest action space whose actions are all compared.
       trajectory_form: what a group of trajectories compares: ``"outcome"`` or ``"process"``.
-      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator or a twin, 64 elsewhere, 16
-        there with a ``reward_function``.
+      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator or a twin, 64 elsewhere (256 in clones
+        whose steps are expensive), 16 there with a ``reward_function``.
       branch_every: one decision state in so many is branched, others in every rollout, and a critic learns from all of
         them; None: all in a simulator or a twin, elsewhere as many as cost 16 steps of each candidate for a decision step.
       n_rollouts: branches of each candidate.
@@ -252,11 +253,11 @@ class GRPO(Training):
 
     def to_torch(self) -> ActorCriticPolicy:
         """SB3's policy with equal actions, values and log-probabilities, for export and deployment."""
-        return twin.to_torch(self.policy)
+        return torch_policy.to_torch(self.policy)
 
     def to_sb3(self) -> PPO:
         """A ``PPO`` with the same policy and, where both have them, settings; it predicts, saves, loads and trains."""
-        return twin.to_sb3(self)
+        return torch_policy.to_sb3(self)
 
     @classmethod
     def from_torch(
@@ -275,13 +276,13 @@ class GRPO(Training):
         Raises:
           TypeError, ValueError: a policy that ours cannot equal (gSDE, extractors or activations of one's own), by name.
         """
-        arguments, torch_policy = twin.arguments_from(source)
+        arguments, its_policy = torch_policy.arguments_from(source)
         policy_kwargs = arguments["policy_kwargs"] | (overrides.pop("policy_kwargs", None) or {})
         env = arguments.pop("env", None) if env is None else env
         if env is None:
             raise ValueError("from_torch() needs an environment: pass env")
         model = cls(**{**arguments, "env": env, "policy_kwargs": policy_kwargs, **overrides})
-        twin.load_torch(model.policy, torch_policy)
+        torch_policy.load_torch(model.policy, its_policy)
         model.policy.state = jax.device_put(model.policy.state, model._jax_device)
         return model
 

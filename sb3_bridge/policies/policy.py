@@ -258,9 +258,9 @@ class GRPOPolicy(JaxModel):
         # What is static is shared: a copied jitted function is another function, and its structure another one.
         static = (self.activation_fn, self.features_extractor_kwargs, self.optimizer.given)
         memo.update({id(part): part for part in static})
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # Jitted functions cannot be pickled; torch's classes stand for those of the activations.

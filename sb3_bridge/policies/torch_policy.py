@@ -60,19 +60,19 @@ def to_torch(policy: GRPOPolicy) -> ActorCriticPolicy:
     rate = ConstantSchedule(policy.optimizer.param_groups[0]["lr"])
     with torch.random.fork_rng([]), torch.no_grad():
         # Copies of the spaces: SB3's CNN draws a sample.
-        twin = kind(*copy.deepcopy((policy.observation_space, policy.action_space)), rate, **arguments)
+        equal = kind(*copy.deepcopy((policy.observation_space, policy.action_space)), rate, **arguments)
         arrays = {name: leaf.float().numpy() for name, leaf in policy.state_dict().items()}
-        for layer in _layers(policy.structure, twin):
+        for layer in _layers(policy.structure, equal):
             weight, bias = layer.to_torch(arrays[f"{layer.name}.kernel"], arrays[f"{layer.name}.bias"])
             layer.module.weight.copy_(torch.as_tensor(weight))
             layer.module.bias.copy_(torch.as_tensor(bias))
         if policy.structure.actor.gaussian:
-            twin.log_std.copy_(torch.as_tensor(arrays["actor.log_std"] + _log_half(policy.structure)))
+            equal.log_std.copy_(torch.as_tensor(arrays["actor.log_std"] + _log_half(policy.structure)))
         if not policy.has_critic:
-            twin.value_net.weight.zero_()
-            twin.value_net.bias.zero_()
-    twin.set_training_mode(False)
-    return twin.to(policy.device)
+            equal.value_net.weight.zero_()
+            equal.value_net.bias.zero_()
+    equal.set_training_mode(False)
+    return equal.to(policy.device)
 
 
 def from_torch(policy: ActorCriticPolicy) -> GRPOPolicy:
@@ -251,20 +251,20 @@ class _Layer(NamedTuple):
         return weight.transpose(*range(2, weight.ndim), 1, 0), bias
 
 
-def _layers(structure: Policy, twin: Any) -> Iterator[_Layer]:
+def _layers(structure: Policy, equal: Any) -> Iterator[_Layer]:
     """All layers of a policy, and those of the torch policy that has the same ones."""
     extractor: Any = structure.features_extractor
     has_critic = structure.critic is not None
-    extractors = [("features_extractor", twin.pi_features_extractor)]
+    extractors = [("features_extractor", equal.pi_features_extractor)]
     if has_critic and not structure.share_features_extractor:
-        extractors.append(("critic_features_extractor", twin.vf_features_extractor))
+        extractors.append(("critic_features_extractor", equal.vf_features_extractor))
     for name, module in extractors:
         if isinstance(extractor, CNN):
             yield from _convolutional(name, module)
         for image in getattr(extractor, "images", ()):
             yield from _convolutional(f"{name}.CNN_{image}", module.extractors[image])
-    heads = [("actor", twin.mlp_extractor.policy_net, twin.action_net, _outputs(structure.action_space))]
-    heads += [("critic", twin.mlp_extractor.value_net, twin.value_net, ())] if has_critic else []
+    heads = [("actor", equal.mlp_extractor.policy_net, equal.action_net, _outputs(structure.action_space))]
+    heads += [("critic", equal.mlp_extractor.value_net, equal.value_net, ())] if has_critic else []
     for name, net, output, outputs in heads:
         order = _order(extractor, structure.observation_space)
         for i, module in enumerate(net[::2]):  # activations are between them

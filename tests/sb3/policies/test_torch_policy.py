@@ -17,7 +17,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 
 from grpo_jax.policies.networks import CNN
 from sb3_bridge import GRPO
-from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, twin
+from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.policies import torch_policy as conversion
 from sb3_bridge.policies.layers import TORCH_ACTIVATIONS
 from sb3_bridge.policies.torch_layers import FeatureMapsCNN, FeatureMapsCombined
 
@@ -66,12 +67,12 @@ OWN_CLASSES = {"channels last", "small image", "maps by name", "Dict of maps"}
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request):
-    """A policy with all parameters away from 0, and its twin."""
+    """A policy with all parameters away from 0, and the equal one of torch."""
     space, actions, cls, kwargs = CASES[request.param]
     policy = make(space, actions, cls, **kwargs)
     noise = np.random.default_rng(0).normal(0, 0.1, policy.parameters_to_vector().shape)
     policy.load_from_vector(policy.parameters_to_vector() + noise.astype(np.float32))
-    return policy, twin.to_torch(policy), request.param
+    return policy, conversion.to_torch(policy), request.param
 
 
 def assert_equal_answers(ours, theirs, atol=2e-5):
@@ -102,7 +103,7 @@ def test_the_twin_gives_the_same_answers(pair):
 
 def test_the_way_back(pair):
     policy, torch_policy, name = pair
-    back = twin.from_torch(torch_policy)
+    back = conversion.from_torch(torch_policy)
     assert type(back) is type(policy)
     named, returned = policy.state_dict(), back.state_dict()
     assert named.keys() == {key for key in returned if policy.has_critic or not key.startswith("critic")}
@@ -120,10 +121,10 @@ def test_the_way_back(pair):
 @pytest.mark.parametrize("cls", TORCH_ACTIVATIONS, ids=lambda cls: cls.__name__)
 def test_activations_are_the_same(cls):
     policy = make(activation_fn=cls)
-    torch_policy = twin.to_torch(policy)
+    torch_policy = conversion.to_torch(policy)
     assert torch_policy.activation_fn is cls
     assert_equal_answers(policy, torch_policy)
-    assert twin.from_torch(torch_policy).structure == policy.structure
+    assert conversion.from_torch(torch_policy).structure == policy.structure
 
 
 def test_the_twin_is_a_copy_and_draws_no_random_numbers_of_the_users():
@@ -131,7 +132,7 @@ def test_the_twin_is_a_copy_and_draws_no_random_numbers_of_the_users():
     torch.manual_seed(0)
     before, sample = policy.parameters_to_vector(), torch.rand(1)
     torch.manual_seed(0)
-    torch_policy = twin.to_torch(policy)
+    torch_policy = conversion.to_torch(policy)
     assert torch.equal(torch.rand(1), sample)
     assert policy.observation_space.np_random is not torch_policy.observation_space.np_random
     torch.nn.init.zeros_(torch_policy.action_net.weight)
@@ -154,7 +155,7 @@ class Chosen(torch.nn.Module):
 def test_what_is_exported_knows_other_observations(name):
     space, actions, cls, kwargs = CASES[name]
     policy = make(space, actions, cls, **kwargs)
-    module = Chosen(twin.to_torch(policy))
+    module = Chosen(conversion.to_torch(policy))
     first, other = (policy.obs_to_tensor(batch_of(space, 2))[0] for _ in range(2))
     with torch.no_grad():
         chosen, values = torch.jit.trace(module, (first,))(other)
@@ -190,7 +191,7 @@ class Pictures(gymnasium.Env):
 def test_a_model_becomes_a_ppo(env, policy, tmp_path):
     model = learner(make_vec_env(env, 2), policy, gamma=0.9, ent_coef=lambda progress: 0.01 * progress)
     model.learn(32)
-    ppo = twin.to_sb3(model)
+    ppo = conversion.to_sb3(model)
     assert (ppo.gamma, ppo.n_steps, ppo.n_envs, ppo.num_timesteps, ppo.seed) == (0.9, 16, 2, 32, 0)
     assert ppo.env is model.env
     ppo.save(tmp_path / "ppo")
@@ -207,9 +208,9 @@ def test_a_model_becomes_a_ppo(env, policy, tmp_path):
 
 
 def taken_over(source, **arguments):
-    given, policy = twin.arguments_from(source)
+    given, policy = conversion.arguments_from(source)
     model = GRPO(**{**given, "candidates": "episodes", **arguments})
-    twin.load_torch(model.policy, policy)
+    conversion.load_torch(model.policy, policy)
     return model
 
 
@@ -290,14 +291,14 @@ def longer():
 )
 def test_what_jax_does_not_have_is_named(policy, error, message):
     with pytest.raises(error, match=message):
-        twin.from_torch(policy())
+        conversion.from_torch(policy())
 
 
 def test_other_spaces_are_refused():
     source = sb3.ActorCriticPolicy(VECTOR, TWO, rate, net_arch=[8])
     for target in (make(spaces.Box(-1, 1, (4,))), make(action_space=spaces.Discrete(3))):
         with pytest.raises(ValueError, match="spaces do not match"):
-            twin.load_torch(target, source)
+            conversion.load_torch(target, source)
 
 
 class Normed(nn.Module):
@@ -320,7 +321,7 @@ class Normed(nn.Module):
 )
 def test_what_torch_does_not_have_is_named(kwargs, message):
     with pytest.raises(TypeError, match=message):
-        twin.to_torch(make(**kwargs))
+        conversion.to_torch(make(**kwargs))
 
 
 @pytest.mark.parametrize(
@@ -331,4 +332,4 @@ def test_a_policy_of_sb3s_own_making_comes_over(space, extractor):
     source = cls(space, STRETCHED, rate, share_features_extractor=False, normalize_images=True)
     source.set_training_mode(False)
     assert type(source.features_extractor) is extractor
-    assert_equal_answers(twin.from_torch(source), source)
+    assert_equal_answers(conversion.from_torch(source), source)
