@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-# It halves the time to compile, which is most of what tests take; jax 0.11 does not know the flag, and aborts.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+# Compiling is most of what tests take: their programs, and those of the processes that they start, run for
+# milliseconds. `real_compiles` is for what optimisations could break.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # an XLA that does not know a flag aborts
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import hypothesis
 import jax
@@ -36,26 +43,19 @@ def compiled(request):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_mappings():
-    """Forgets compiled programs before Linux's limit of 65530 memory mappings, at which XLA dies."""
+def small_process():
+    """Forgets compiled programs: each takes a megabyte, which makes forks slow, and XLA dies at 65530 mappings."""
     yield
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_text().count("\n") > 20_000:
+    if mappings.exists() and mappings.read_text().count("\n") > 4_000:
         jax.clear_caches()
         gc.collect()
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Programs here run for milliseconds and take seconds to compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+        with contextlib.suppress(AttributeError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture
-def real_compiles(quick_compiles):
+def real_compiles():
     """For what optimisations could break."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -17,8 +17,6 @@ from grpo_jax.spaces import Discrete
 from grpo_jax.types import Step
 from grpo_jax.worlds.base import World
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RANDOM = tabular.random_mdp(3, n_layers=4, width=2, n_actions=3)
 GAMMA = 0.9
 

@@ -17,8 +17,6 @@ from grpo_jax.noise import as_key, split
 from grpo_jax.training import loop
 from grpo_jax.worlds.learned import MAX_UNCERTAINTY
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = as_key(jax.random.key(0))
 VECTOR = spaces.Box(-np.inf, np.inf, (2,))
 PUSH = spaces.Box(-2, 2, (1,))

@@ -18,8 +18,6 @@ from grpo_jax.policies.policy import PolicyState, make_policy
 from grpo_jax.spaces import Discrete
 from grpo_jax.types import Batch, Environments, Trajectory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 HUGE = 1e6  # a clip range that never clips
 Z = 4.5  # standard errors; some 100 numbers are compared
 

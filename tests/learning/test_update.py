@@ -26,8 +26,6 @@ from grpo_jax.groups import candidates
 from grpo_jax.learning.update import NARROW, loss, make_optimizer, row_taker
 from grpo_jax.noise import as_key, draw_bits
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("max_grad_norm", [1e6, 0.01])
 def test_one_step_is_one_step_of_optax(max_grad_norm):

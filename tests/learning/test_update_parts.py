@@ -9,8 +9,6 @@ from learners import BASE, KEY, OBSERVATION, A, N, assert_close, assert_same, by
 
 from grpo_jax.learning.update import clip_by_part, init_learner, loss, update_reference
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Schedules.
 
 

@@ -36,8 +36,6 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_bridge import GRPO, GymnaxVecEnv
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @on_both
 def test_total_timesteps_is_a_lower_bound_in_whole_rollouts(kind):

@@ -27,8 +27,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_bridge import GRPO
 from sb3_bridge.clones.copying import Unclonable
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LATE, LATER = 200, 300
 ITERATION = 2 * 64  # environments, steps
 SHARED: dict[str, float] = {"tide": 0.0}

@@ -7,8 +7,6 @@ from toys import Line, MaskedLine
 import grpo_jax
 from grpo_jax.spaces import Discrete
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, horizon=3)
 
 

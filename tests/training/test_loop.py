@@ -13,8 +13,6 @@ from grpo_jax.noise import split
 from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from grpo_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=24, learning_rate=1e-2)
 
 

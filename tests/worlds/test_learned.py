@@ -12,8 +12,6 @@ from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
 from grpo_jax.worlds.base import check_world, example_action
 from grpo_jax.worlds.learned import N_MEMBERS, Normaliser, disagreement, untrained
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = as_key(jax.random.key(0))
 VECTOR = spaces.Box(-np.inf, np.inf, (2,))
 ACTIONS = [

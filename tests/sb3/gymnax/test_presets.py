@@ -16,8 +16,6 @@ from sb3_bridge import GRPO, CnnPolicy, GymnaxVecEnv, MlpPolicy
 from sb3_bridge.gymnax import presets
 from sb3_bridge.settings import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RATES = ("learning_rate", "clip_range", "clip_range_high", "ent_coef", "persistence")
 DECAYING = GRPOConfig(
     learning_rate_decay="linear",
