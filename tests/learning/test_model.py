@@ -336,7 +336,7 @@ def test_gymnasiums_pendulum_with_its_own_reward():
     assert float(model.world.max_uncertainty) == MAX_UNCERTAINTY
 
 
-@pytest.mark.parametrize("shape", [(), (1, 2), (2, 2), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(), (2, 1, 3)])
 def test_real_numbers_of_any_shape_are_learned_as_their_vector(shape):
     space, size = spaces.Box(-np.inf, np.inf, shape), math.prod(shape)
     rng = np.random.default_rng(0)
