@@ -85,8 +85,9 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="6 transitions at once are more than capacity=5"):
         learned.remember(learned.init_model(VECTOR, PUSH, KEY, capacity=5).replay, numbered(0, 6))
     config, world = GRPOConfig(n_envs=1, n_steps=2), make("CartPole-v1")
-    state = init(config, world, KEY)
-    _, trajectory = loop.collect(config, world, state, keep_next_observation=False)
+    state = jax.jit(init)(config, world, KEY)
+    collect = jax.jit(functools.partial(loop.collect, keep_next_observation=False))
+    _, trajectory = collect(config, world, state)
     with pytest.raises(ValueError, match="keep_next_observation=True"):
         learned.transitions_of(state.policy, trajectory)
 
@@ -241,7 +242,7 @@ def cartpole():
     """A model of CartPole after 1 024 random steps, a policy, and 512 states it has not seen."""
     config = GRPOConfig(n_envs=1, n_steps=256, batch_size=64, horizon=16)
     world = make("CartPole-v1", reward_function=upright)
-    state = init(config, world, KEY)
+    state = jax.jit(init)(config, world, KEY)
     collect = jax.jit(functools.partial(loop.collect, keep_next_observation=True))
     model = learned.init_model(
         world.observation_space, world.action_space, split(KEY, 2)[1], reward_function=upright, capacity=5000

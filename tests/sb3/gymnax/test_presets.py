@@ -80,7 +80,7 @@ def test_two_iterations_are_those_of_grpo_jax():
     settings = {"n_steps": 8, "n_epochs": 2, "horizon": 8}
     config = grpo_jax.preset("CartPole-v1").replace(learning_rate_decay="none", **settings)
     world, key = grpo_jax.make("CartPole-v1"), jax.random.key(3)
-    start = grpo_jax.init(config, world, key)
+    start = jax.jit(grpo_jax.init)(config, world, key)
     model = GRPO.from_preset("CartPole-v1", learning_rate=config.learning_rate, **settings)
     model._last_obs = model.env.reset()
     model.env.move_to(lambda: start.environments)
