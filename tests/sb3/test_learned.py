@@ -132,7 +132,7 @@ def squares(state: Any, action: Any, next_state: Any) -> Any:
 @pytest.mark.parametrize("before", [None, squares], ids=["learned", "given"])
 def test_a_learned_world_is_loaded_with_another_reward(before):
     model = make(sleds(), reward_function=before, **LEARNED)
-    model.learn(2 * 128)
+    model.learn(128)
     after = {"reward_function": squares if before is None else None}
     with pytest.warns(UserWarning, match="learned anew"):
         loaded = GRPO.load(file_of(model), env=sleds(), custom_objects=after)
