@@ -14,6 +14,9 @@ MIN_SECONDS = 0.5
 def enable_cache(directory: str | os.PathLike[str] | None = None) -> Path:
     """Turns XLA's persistent cache on, for this process; one that the user has set up already stays.
 
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` in the environment leaves every cache unused. The SB3 object and the CLI call this by
+    themselves (``cache=False``, ``--no-cache``: not). Old programs may be deleted at any time.
+
     Args:
       directory: where compiled programs are kept; None: ``grpo-jax/xla`` in the user's cache folder.
 

@@ -73,7 +73,9 @@ class Trajectory(struct.PyTreeNode):
       task_reward: what episode statistics count; None where that is ``reward`` itself.
       terminated: bool.
       truncated: bool.
-      next_observation: of the state that was reached, before any reset; None where no critic asks for it.
+      next_observation: of the state that was reached, before any reset: where no episode ended, the next decision
+        state's. None where no critic asks for it.
+      value: the critic's of the decision states; None where it was not kept, the critic is then asked.
     """
 
     environments: Environments
@@ -85,6 +87,7 @@ class Trajectory(struct.PyTreeNode):
     terminated: jax.Array
     truncated: jax.Array
     next_observation: Observation | None
+    value: jax.Array | None = None
 
     @property
     def state(self) -> PyTree:

@@ -109,6 +109,7 @@ class GRPO(Training):
       reference_interval: iterations between copies of a periodic reference.
       reference_decay: of a moving-average reference.
       spread_floor: spread of a group, as a share of its largest return, that counts as none.
+      cache: keep compiled programs on disk for later processes, see :func:`grpo_jax.enable_cache`.
 
     Raises:
       ValueError, TypeError: what is wrong with which argument, and the fix.
@@ -174,6 +175,7 @@ class GRPO(Training):
         reference_interval: int = 10,
         reference_decay: float = 0.99,
         spread_floor: float = 1e-6,
+        cache: bool = True,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         given["policy"] = to_policy_class(policy)

@@ -12,6 +12,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from grpo_jax import counter
+from grpo_jax.cache import enable_cache
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates as candidate_sets
 from grpo_jax.learning.update import Learner, start_learner
@@ -21,6 +22,7 @@ from grpo_jax.types import Trajectory
 from sb3_bridge import regime
 from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
 from sb3_bridge.clones.brancher import Brancher
+from sb3_bridge.compiling import telling
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 from sb3_bridge.policies.policy import GRPOPolicy
 from sb3_bridge.policies.spaces import to_action_space
@@ -63,6 +65,7 @@ class Training(OnPolicyAlgorithm):
     persistence: Any
     bootstrap: Any
     baseline: Any
+    cache: bool
     _jax_device: Any
 
     def _start_counting(self) -> None:
@@ -90,6 +93,8 @@ class Training(OnPolicyAlgorithm):
             self._setup_lr_schedule()
 
     def _setup_model(self) -> None:
+        if self.cache:
+            enable_cache()
         self._setup_lr_schedule()
         self._reseed(self.seed)
         self.set_random_seed(self.seed)
@@ -279,7 +284,7 @@ class Training(OnPolicyAlgorithm):
             self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         callback.on_rollout_start()
         config, simulator = config_of(self), self._find_simulator()
-        with original_errors():  # of the user's reward function
+        with original_errors(), telling(self._say, "the rollout"):  # errors of the user's reward function
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
@@ -308,7 +313,7 @@ class Training(OnPolicyAlgorithm):
             n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
         )
         followed = Followed()
-        with original_errors():
+        with original_errors(), telling(self._say, "the update"):
             if simulator is not None:
                 world = override(simulator.env.world, self._reward)
                 followed = Followed(world, owners=(simulator.env.program_owner, self._reward))

@@ -43,18 +43,17 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
       ValueError: NaN or inf, or a wrong shape, in an observation or a reward; names environment, step and field.
     """
     observation, rewards, dones, infos = env.step(actions.copy())
-    rewards, dones = np.array(rewards, np.float32), np.array(dones).astype(bool)
-    for name, array in (("rewards", rewards), ("dones", dones)):
-        if array.shape != (env.num_envs,):
-            raise ValueError(
-                f"{type(env).__name__}.step() gave {name} of shape {list(array.shape)}, expected [{env.num_envs}]"
-            )
+    rewards, dones = np.array(rewards, np.float32), np.array(dones, bool)
+    if rewards.shape != (env.num_envs,) or dones.shape != (env.num_envs,):
+        name, array = ("dones", dones) if rewards.shape == (env.num_envs,) else ("rewards", rewards)
+        raise ValueError(
+            f"{type(env).__name__}.step() gave {name} of shape {list(array.shape)}, expected [{env.num_envs}]"
+        )
     where = f"at step {number} of the rollout"
     _check_finite("reward", rewards, where)
     observation = checked_observation(env, observation, where)
-    truncated = np.zeros_like(dones)
-    for index in np.flatnonzero(dones).tolist():
-        truncated[index] = bool(infos[index].get("TimeLimit.truncated", False))
+    pairs = zip(dones.tolist(), infos, strict=True)
+    truncated = np.array([done and bool(info.get("TimeLimit.truncated", False)) for done, info in pairs])
     return VecStep(observation, rewards, dones, truncated, list(infos))
 
 
@@ -74,7 +73,9 @@ def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
 
 def _check_finite(name: str, array: np.ndarray, where: str) -> None:
     # The sum is quicker, and not finite if anything is not; it may overflow all the same.
-    if array.dtype.kind == "f" and not (math.isfinite(array.sum()) or np.isfinite(array).all()):
+    if array.dtype.kind != "f" or math.isfinite(np.add.reduce(array, axis=None)):
+        return
+    if not np.isfinite(array).all():
         index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         entry = f" in its entry {list(index[1:])}" if len(index) > 1 else ""
         raise ValueError(

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the cache of whoever runs the tests stays as it is
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # Compiling is most of what tests take: their programs, and those of the processes that they start, run for
 # milliseconds. `real_compiles` is for what optimisations could break.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from sb3_bridge import GRPO, compiling
+
 PROGRAM = """
 import grpo_jax, jax
 {before}
@@ -34,3 +36,47 @@ def test_cache_is_where_it_was_asked_for(tmp_path, case):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(expected)
+
+
+SB3 = """
+import jax
+{before}
+from sb3_bridge import GRPO
+GRPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8{argument})
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize("case", ["default", "off", "configured"])
+def test_the_sb3_object_keeps_programs_by_itself(tmp_path, case):
+    own = tmp_path / "own"
+    expected = {"default": tmp_path / "grpo-jax" / "xla", "off": None, "configured": own}[case]
+    program = SB3.format(
+        before=f"jax.config.update('jax_compilation_cache_dir', {str(own)!r})"
+        if case == "configured"
+        else "",
+        argument=", cache=False" if case == "off" else "",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(expected)
+
+
+def test_what_compiles_for_long_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "TOLD_SECONDS", 1e-3)
+    settings = {"n_steps": 10, "batch_size": 10, "n_epochs": 1, "candidates": "episodes", "cache": False}
+    model = GRPO("MlpPolicy", "CartPole-v1", verbose=1, **settings)
+    model.learn(10)
+    told = capsys.readouterr().out
+    assert told.count("compiling the update took") == 1
+    model.learn(10)
+    assert "compiling" not in capsys.readouterr().out
+    monkeypatch.setattr(compiling, "TOLD_SECONDS", 1e3)
+    GRPO("MlpPolicy", "CartPole-v1", verbose=1, **settings | {"n_steps": 11, "batch_size": 11}).learn(11)
+    assert "compiling" not in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -177,17 +178,39 @@ def _critic(
     config: GRPOConfig, policy: Policy, policy_state: PolicyState, trajectory: Trajectory
 ) -> tuple[jax.Array, jax.Array]:
     """The critic's values of the decision states, and the lambda-returns it learns; both ``[T, N]``."""
-    values = policy.value(policy_state, trajectory.observation)
+    values = trajectory.value
+    if values is None:
+        values = policy.value(policy_state, trajectory.observation)
     targets = lambda_returns(
         trajectory.reward,
         values,
-        policy.value(policy_state, trajectory.next_observation),
+        _next_values(functools.partial(policy.value, policy_state), trajectory, values),
         trajectory.terminated,
         trajectory.ended,
         config.gamma,
         config.gae_lambda,
     )
     return values, targets
+
+
+def _next_values(value: Callable[[Any], jax.Array], trajectory: Trajectory, values: jax.Array) -> jax.Array:
+    """Values ``[T, N]`` of what was reached: the next decision state's ``values``; the critic is asked only where there
+    is none, N states at a time. Behind a terminal state the number means nothing.
+    """
+    n_envs = values.shape[1]
+    is_last = jnp.zeros_like(trajectory.ended).at[-1].set(True)
+    asked = (trajectory.truncated | is_last) & ~trajectory.terminated
+    order, reached = jnp.argsort(~asked.reshape(-1)), _flat(trajectory.next_observation)
+
+    def ask(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start, known = carry
+        rows = jax.lax.dynamic_slice(order, (start,), (n_envs,))
+        return start + n_envs, known.at[rows].set(value(jax.tree.map(lambda leaf: leaf[rows], reached)))
+
+    known = jnp.roll(values, -1, axis=0).reshape(-1)
+    n_asked = jnp.sum(asked)
+    known = jax.lax.while_loop(lambda carry: carry[0] < n_asked, ask, (jnp.zeros_like(n_asked), known))[1]
+    return known.reshape(values.shape)
 
 
 def _batch(flat: Trajectory, group: Group, advantages: Advantages, alive: jax.Array) -> Batch:

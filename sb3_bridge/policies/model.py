@@ -50,6 +50,8 @@ class JaxModel(BasePolicy):
     @property
     def state(self) -> PolicyState:
         """Parameters, with what was done in place to the tensors that :meth:`parameters` gave."""
+        if not self._tensors:
+            return self._state
         seen, held = self._seen, {name: leaf.detach().cpu() for name, leaf in self._tensors.items()}
         if changed := {name: held[name] for name in held if not torch.equal(held[name], seen[name])}:
             self.state = self._loaded(changed, self._state, strict=False)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import jax
@@ -13,7 +13,6 @@ from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
     ConvertCallback,
-    EventCallback,
     ProgressBarCallback,
 )
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
@@ -57,16 +56,6 @@ def asks_for_every_step(callback: BaseCallback) -> bool:
     return any(type(one) is not ProgressBarCallback for one in _flat(callback))
 
 
-def reads_values(callback: BaseCallback | None) -> bool:
-    """Whether a callback may read ``values`` and ``log_probs``: SB3's own do not, and the policy need not be asked."""
-    return any(
-        type(one) is ConvertCallback
-        or not type(one).__module__.startswith("stable_baselines3.")
-        or (isinstance(one, EventCallback) and reads_values(one.callback))
-        for one in _flat(callback)
-    )
-
-
 def advance_progress_bars(callback: BaseCallback, n_timesteps: int) -> None:
     """Tells progress bars of steps that no callback was called for."""
     for one in _flat(callback):
@@ -74,30 +63,91 @@ def advance_progress_bars(callback: BaseCallback, n_timesteps: int) -> None:
             one.pbar.update(n_timesteps)
 
 
+Thoughts = Callable[[], tuple[Any, Any, Any]]
+"""What the policy thought of a step: the observations ``[N, ...]`` of the decision states, their values (None without a
+critic), and the log-probabilities of the actions in the environment's units."""
+
+
+class StepLocals(MutableMapping[str, Any]):
+    """PPO's local variables of a step; the policy is asked for ``values`` and ``log_probs`` when one is first read.
+
+    It takes the place of the dict that SB3 gives to a callback and to those inside of it, and writes into that dict.
+    """
+
+    _OF_THOUGHTS = ("obs_tensor", "values", "log_probs")
+    _think: Thoughts | None
+
+    def __init__(self, callback: BaseCallback, device: torch.device):
+        before: Any = callback.locals
+        self._known: dict[str, Any] = before._known if isinstance(before, StepLocals) else before
+        self._device, self._think = device, None
+        for one in _tree(callback):
+            one.locals = self  # type: ignore[assignment]
+
+    def think(self, thoughts: Thoughts) -> None:
+        """The next step's thoughts; those of the last one are forgotten."""
+        self._think = thoughts
+        for name in self._OF_THOUGHTS:
+            self._known.pop(name, None)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._OF_THOUGHTS and name not in self._known and self._think is not None:
+            seen, value, log_prob = self._think()
+            self._known["obs_tensor"] = obs_as_tensor(jax.tree.map(np.array, seen), self._device)
+            self._known["values"] = (
+                None if value is None else torch.from_numpy(np.array(value)).reshape(-1, 1)
+            )
+            self._known["log_probs"] = torch.from_numpy(np.array(log_prob))
+        return self._known[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._known[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def update(self, *others: Any, **known: Any) -> None:  # as dict's, which SB3 calls at every step
+        self._known.update(*others, **known)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(
+            self._known if self._think is None else {**self._known, **dict.fromkeys(self._OF_THOUGHTS)}
+        )
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _tree(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback and all that it calls, whatever attributes it keeps them in."""
+    seen, found = {id(callback)}, [callback]
+    for one in found:
+        for value in vars(one).values():
+            for child in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(child, BaseCallback) and id(child) not in seen:
+                    seen.add(id(child))
+                    found.append(child)
+    return iter(found)
+
+
 def show_step(
     model: Model,
     callback: BaseCallback,
     actions: tuple[np.ndarray, np.ndarray],
     returned: Sequence[Any],
-    seen: Any = None,
-    value: Any = None,
-    log_prob: Any = None,
+    thoughts: Thoughts,
 ) -> bool:
-    """Calls a callback with PPO's local variables of a step; returns whether training goes on.
+    """Calls a callback, whose locals are a :class:`StepLocals`, after a step; returns whether training goes on.
 
     ``actions`` are those before and after they were brought within a box's bounds, ``returned`` new observations,
-    rewards, ends and infos. Where the callback reads values: ``seen`` are the observations of the decision states
-    ``[N, ...]``, ``value`` is theirs (None without a critic), ``log_prob`` that of the actions in the environment's units.
+    rewards, ends and infos.
     """
     buffer = model.rollout_buffer
+    callback.locals.think(thoughts)  # type: ignore[attr-defined]
     shown: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
-    shown |= {"n_rollout_steps": buffer.buffer_size, "n_steps": buffer.pos}
-    shown |= zip(("actions", "clipped_actions"), actions, strict=True)
-    shown |= zip(("new_obs", "rewards", "dones", "infos"), returned, strict=True)
-    if seen is not None:
-        shown["obs_tensor"] = obs_as_tensor(jax.tree.map(np.array, seen), model.policy.device)
-        shown["values"] = None if value is None else torch.from_numpy(np.array(value)).reshape(-1, 1)
-        shown["log_probs"] = torch.from_numpy(np.array(log_prob))
+    shown["n_rollout_steps"], shown["n_steps"] = buffer.buffer_size, buffer.pos
+    shown["actions"], shown["clipped_actions"] = actions
+    shown["new_obs"], shown["rewards"], shown["dones"], shown["infos"] = returned
     callback.update_locals(shown)
     return callback.on_step()
 

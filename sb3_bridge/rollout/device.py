@@ -28,9 +28,9 @@ from sb3_bridge.gymnax.spaces import to_numpy
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 from sb3_bridge.rollout.callbacks import (
     Model,
+    StepLocals,
     advance_progress_bars,
     asks_for_every_step,
-    reads_values,
     show_step,
 )
 from sb3_bridge.rollout.host import clip
@@ -101,10 +101,16 @@ def _replay(model: Model, simulator: Simulator, steps: _Steps, callback: BaseCal
     env, buffer, arrays = simulator.env, model.rollout_buffer, steps.arrays
     outermost = simulator.monitors[0] if simulator.monitors else env
     asks = asks_for_every_step(callback)
-    thoughts: tuple[Any, ...] = ()
-    if reads_values(callback):
+    StepLocals(callback, model.policy.device)
+
+    @functools.cache
+    def all_thoughts() -> tuple[Any, Any, Any]:
         values = buffer.values if model.policy.has_critic else None
-        thoughts = (arrays["observation"], values, buffer.log_probs)
+        return arrays["observation"], values, buffer.log_probs
+
+    def thoughts(index: int) -> tuple[Any, Any, Any]:
+        return _at(index, all_thoughts())
+
     for index, returned in enumerate(steps.returned()):
         model.num_timesteps += env.num_envs
         env.move_to(functools.partial(steps.environments_after, index))
@@ -116,7 +122,7 @@ def _replay(model: Model, simulator: Simulator, steps: _Steps, callback: BaseCal
         goes_on = True
         if asks:
             actions = arrays["actions"][index].copy(), arrays["clipped_actions"][index].copy()
-            goes_on = show_step(model, callback, actions, returned, *_at(index, thoughts))
+            goes_on = show_step(model, callback, actions, returned, functools.partial(thoughts, index))
         else:
             advance_progress_bars(callback, env.num_envs)
         model._last_obs, _, model._last_episode_starts, infos = returned

@@ -14,13 +14,14 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.networks import Flatten
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.policies.spaces import stretch_of
-from sb3_bridge.rollout.callbacks import Model, merged, reads_values, show_step
+from sb3_bridge.rollout.callbacks import Model, StepLocals, merged, show_step
 from sb3_bridge.vec_wrappers import Unnormalized, VecStep, checked_observation, reached_observation, step
 
 
@@ -35,12 +36,15 @@ class Watcher(Protocol):
 
 
 class Acted(NamedTuple):
-    """What the policy does in N states; value and log_prob are None where nobody asks."""
+    """What the policy does in N states, and what it computed to that end where that is expensive: else None."""
 
     choice: Any  # actions [N, *A] in the policy's units
     stretched: Any  # the same in the environment's units, not clipped
-    value: Any = None  # [N]
-    log_prob: Any = None  # [N] in the environment's units
+    distribution: Any = None  # parameters [N, P]
+    value: Any = None  # [N]; None also where the critic has features of its own
+
+
+_KEPT = Acted._fields[2:]
 
 
 def collect_on_host(
@@ -60,8 +64,8 @@ def collect_on_host(
       states; None where a callback stopped training.
     """
     policy, space = model.policy, env.action_space
-    shows_values = reads_values(callback)
-    act = acting(policy.structure, shows_values)
+    StepLocals(callback, policy.device)
+    act, think = acting(policy.structure), _thinking(policy.structure)
     n_drawn = policy.structure.distribution.n_uniforms + (config.persistence is not None)
     uniforms = np.asarray(_uniforms(model.key_words, config.n_steps, env.num_envs, n_drawn))
     unnormalized = Unnormalized(env) if reward is not None or watcher is not None else None
@@ -89,10 +93,8 @@ def collect_on_host(
         result = step(env, clipped_actions, index)
         model.num_timesteps += env.num_envs
         returned = result.observation, result.rewards, result.dones, result.infos
-        seen = observation if shows_values else None
-        goes_on = show_step(
-            model, callback, (actions, clipped_actions), returned, seen, acted.value, acted.log_prob
-        )
+        thoughts = functools.partial(think, policy.state, observation, acted.choice)
+        goes_on = show_step(model, callback, (actions, clipped_actions), returned, thoughts)
         time = np.where(starts, 0, model.episode_time).astype(np.int32)
         model.episode_time = time + 1
         model._last_obs, model._last_episode_starts = result.observation, result.dones
@@ -120,6 +122,7 @@ def collect_on_host(
                 watcher.after_step(clipped_actions, reached, original.rewards, result)
             if reward is not None:
                 row |= {"raw": raw, "raw_action": clipped_actions, "raw_next": reached}
+        row |= {name: leaf for name, leaf in zip(_KEPT, acted[2:], strict=True) if leaf is not None}
         rows.add(row)
         model.rollout_buffer.advance(index + 1)
     return rows.trajectory(reward)
@@ -132,23 +135,34 @@ def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 @functools.lru_cache(maxsize=64)
-def acting(policy: Policy, with_values: bool = False) -> Callable[..., Acted]:
+def acting(policy: Policy) -> Callable[..., Acted]:
     """``(policy_state, observation [N, ...], uniforms [N, >= n_uniforms]) -> Acted``; actions are not clipped."""
     n_uniforms = policy.distribution.n_uniforms
-    volume = float(np.log(stretch_of(policy.action_space)[1]).sum())
+    has_features = not isinstance(policy.features_extractor, Flatten)
+    has_value = has_features and policy.critic is not None and policy.share_features_extractor
 
     @jax.jit
     def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> Acted:
         parameters = policy.parameters(state, observation)
         action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
-        acted = Acted(action, policy.stretch(action))
-        if with_values:
-            value = policy.value(state, observation) if "critic" in state.params else None
-            log_prob = policy.distribution.log_prob(parameters, action) - volume
-            acted = acted._replace(value=value, log_prob=log_prob)
-        return acted
+        value = policy.value(state, observation) if has_value else None
+        return Acted(action, policy.stretch(action), parameters if has_features else None, value)
 
     return act
+
+
+@functools.lru_cache(maxsize=64)
+def _thinking(policy: Policy) -> Callable[..., tuple[Any, Any, Any]]:
+    """``(policy_state, observation [N, ...], choice [N, *A]) -> Thoughts``, ``choice`` in the policy's units."""
+    volume = float(np.log(stretch_of(policy.action_space)[1]).sum())
+
+    @jax.jit
+    def think(state: PolicyState, observation: Observation, choice: jax.Array) -> tuple[Any, Any, Any]:
+        value = policy.value(state, observation) if "critic" in state.params else None
+        parameters = policy.parameters(state, observation)
+        return observation, value, policy.distribution.log_prob(parameters, choice) - volume
+
+    return think
 
 
 def _persist(acted: Acted, previous: Acted, persists: np.ndarray) -> Acted:
@@ -192,13 +206,14 @@ class _Rows:
                 arrays.get("raw"), arrays["observation"], unknown, arrays["time"], unknown, unknown
             ),
             action_mask=None,
-            distribution=None,
+            distribution=arrays.get("distribution"),
             action=arrays["action"],
             reward=arrays.get("learned_reward", arrays["reward"]),
             task_reward=None,
             terminated=arrays["terminated"],
             truncated=arrays["truncated"],
             next_observation=arrays.get("next_observation"),
+            value=arrays.get("value"),
         )
 
 

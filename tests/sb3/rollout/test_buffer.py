@@ -1,5 +1,6 @@
 """What callbacks read of a rollout: PPO's locals and buffer, and that nothing can be written into them."""
 
+import collections
 import copy
 import pickle
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from sb3.tracks import Track
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_bridge import GRPO, GymnaxVecEnv
-from sb3_bridge.rollout.callbacks import reads_values
+from sb3_bridge.rollout import callbacks
 
 SMALL = {"n_steps": 8, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
 FIELDS = (
@@ -171,7 +172,55 @@ def test_unknown_fields_and_early_reads_are_told():
     assert pickle.loads(pickle.dumps(model.rollout_buffer)).buffer_size == 8
 
 
-def test_only_callbacks_of_other_peoples_read_values():
-    assert not reads_values(CheckpointCallback(10, "x"))
-    assert reads_values(Reader())
-    assert reads_values(EveryNTimesteps(10, Reader()))
+class Outer(BaseCallback):
+    """Calls others of its own accord, as SB3's EventCallback does not."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = [Nothing(), *inner]
+
+    def _init_callback(self):
+        for one in self.inner:
+            one.init_callback(self.model)
+
+    def _on_step(self):
+        return all(one.on_step() for one in self.inner)
+
+
+class Nothing(BaseCallback):
+    def _on_step(self):
+        return True
+
+
+@pytest.mark.parametrize("env", ["host", "device"])
+def test_the_policy_is_asked_for_values_only_when_they_are_read(env, monkeypatch):
+    count = collections.Counter()
+    thinks = callbacks.StepLocals.think
+
+    def counted(locals_, thoughts):
+        thinks(locals_, lambda: count.update(["thought"]) or thoughts())
+
+    monkeypatch.setattr(callbacks.StepLocals, "think", counted)
+    GRPO("MlpPolicy", ENVS[env](), candidates="episodes", **SMALL).learn(16, callback=Outer())
+    assert count["thought"] == 0
+    GRPO("MlpPolicy", ENVS[env](), candidates="episodes", **SMALL).learn(16, callback=Reader())
+    assert count["thought"] == 8, "once for a step, whatever is read"
+
+
+@pytest.mark.parametrize("env", ["host", "device"])
+def test_callbacks_read_values_wherever_they_are(env):
+    alone, within, listed, function = Reader(), Reader(), Reader(), []
+    for callback in (
+        alone,
+        EveryNTimesteps(2, within),
+        [Nothing(), Outer(listed)],
+        lambda locals_, _: function.append(dict(locals_)) or True,
+    ):
+        model = GRPO("MlpPolicy", ENVS[env](), candidates="episodes", **SMALL)
+        model.learn(16, callback=callback)
+    for step, other, last, mine in zip(alone.steps, within.steps, listed.steps, function, strict=True):
+        for name in ("values", "log_probs", "obs_tensor"):
+            torch.testing.assert_close(step[name], other[name], rtol=0, atol=0)
+            torch.testing.assert_close(step[name], last[name], rtol=0, atol=0)
+            torch.testing.assert_close(step[name], mine[name], rtol=0, atol=0)
+    assert "values" in mine and mine.keys() >= {"self", "infos", "log_probs", "obs_tensor"}
