@@ -30,6 +30,7 @@ from grpo_jax.noise import as_key
 # Compiling makes first examples slow, and a test-suite must say the same thing every time.
 hypothesis.settings.register_profile("grpo", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("grpo")
+gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the thousand, few of them in cycles
 
 
 @pytest.fixture

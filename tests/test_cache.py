@@ -7,6 +7,7 @@ import pytest
 
 from sb3_bridge import GRPO, compiling
 
+QUICK = {"PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PROGRAM = """
 import grpo_jax, jax
 {before}
@@ -29,7 +30,7 @@ def test_cache_is_where_it_was_asked_for(tmp_path, case):
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        env={**QUICK, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -59,7 +60,7 @@ def test_the_sb3_object_keeps_programs_by_itself(tmp_path, case):
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        env={**QUICK, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
