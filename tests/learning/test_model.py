@@ -22,6 +22,10 @@ VECTOR = spaces.Box(-np.inf, np.inf, (2,))
 PUSH = spaces.Box(-2, 2, (1,))
 
 
+reset = jax.jit(lambda world: world.reset(KEY))
+push = jax.jit(lambda world, state: world.step(KEY, state, jnp.ones(1)))
+
+
 def upright(state, action, next_state):
     return 1.0 - jnp.abs(next_state[2]) - 0.1 * jnp.abs(next_state[0])
 
@@ -354,9 +358,9 @@ def test_real_numbers_of_any_shape_are_learned_as_their_vector(shape):
         worlds.append((model.world, before))
     (world, before), (vectors, expected) = worlds
     jax.tree.map(np.testing.assert_array_equal, before, expected)
-    observation, state = world.reset(KEY)
+    observation, state = reset(world)
     assert observation.shape == shape
-    step, same = world.step(KEY, state, jnp.ones(1)), vectors.step(KEY, vectors.reset(KEY)[1], jnp.ones(1))
+    step, same = push(world, state), push(vectors, reset(vectors)[1])
     assert step.observation.shape == shape
     np.testing.assert_array_equal(step.observation.reshape(-1), same.observation)
     assert world.at(jnp.zeros((4, 5, *shape))).observation.shape == (4, 5, size)
@@ -368,7 +372,7 @@ def test_the_reward_function_sees_observations_in_their_shape():
     model = learned.init_model(
         space, PUSH, KEY, reward_function=lambda s, a, n: s[1, 2] + n[0, 0], capacity=8
     )
-    assert model.world.step(KEY, model.world.reset(KEY)[1], jnp.ones(1)).reward.shape == ()
+    assert push(model.world, reset(model.world)[1]).reward.shape == ()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -23,7 +23,6 @@ from learners import (
     setup,
 )
 
-from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.learning.update import NARROW, loss, make_optimizer, row_taker
 from grpo_jax.noise import as_key, draw_bits
@@ -253,9 +252,13 @@ def test_another_optimizer():
 
 @pytest.mark.parametrize("wide", [3, NARROW + 1])
 def test_rows_of_a_batch_are_the_same_out_of_a_table(wide):
-    _, _, batch = setup(GRPOConfig(bootstrap=True, n_envs=2, n_steps=4, batch_size=N))
+    _, _, batch = setup(BASE.replace(bootstrap=True))
     batch = batch.replace(observation={"a": jnp.ones((N, 2, 3), jnp.uint8), "b": RNG.normal(size=(N, wide))})
     batch = jax.tree.map(jnp.asarray, batch)
     rows = jnp.asarray([5, 0, N])  # out of range: the last row, as in indexing
-    expected = jax.tree.map(lambda leaf: leaf[rows], batch)
-    chex.assert_trees_all_equal(row_taker(batch)(rows), expected, strict=True)
+
+    @jax.jit
+    def both(batch, rows):
+        return row_taker(batch)(rows), jax.tree.map(lambda leaf: leaf[rows], batch)
+
+    chex.assert_trees_all_equal(*both(batch, rows), strict=True)
