@@ -590,15 +590,15 @@ def draw_curves(
     figure.savefig(path, dpi=PNG_DPI)
 
 
-def draw_panel(axis: Axes, lines: dict[str, Floats]) -> None:
+def draw_panel(axis: Axes, lines: dict[str, Floats], colours: dict[str, str] = COLOURS) -> None:
     """Curves of one environment, ``[4, n_evaluations]`` by library; log x where the libraries' ranges differ."""
     ends = [line[0, -1] for line in lines.values() if line[0, -1] > 0]
     log = bool(ends) and max(ends) > 4 * min(ends)
     for library, line in lines.items():
         x, middle, low, high = line[:, line[0] > 0] if log else line
         marker = "o" if x.size == 1 else None
-        axis.plot(x, middle, color=COLOURS[library], linewidth=1.5, marker=marker, zorder=3)
-        axis.fill_between(x, low, high, color=COLOURS[library], alpha=0.18, linewidth=0, zorder=2)
+        axis.plot(x, middle, color=colours[library], linewidth=1.5, marker=marker, zorder=3)
+        axis.fill_between(x, low, high, color=colours[library], alpha=0.18, linewidth=0, zorder=2)
     if log:
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())  # else they run into each other within a decade

@@ -4,7 +4,16 @@ from sb3_bridge.grpo import GRPO
 from sb3_bridge.gymnax.registration import register_envs
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_bridge.twins.registry import register_twin
 
-__all__ = ["GRPO", "CnnPolicy", "GymnaxVecEnv", "MlpPolicy", "MultiInputPolicy", "register_envs"]
+__all__ = [
+    "GRPO",
+    "CnnPolicy",
+    "GymnaxVecEnv",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "register_envs",
+    "register_twin",
+]
 
 register_envs()

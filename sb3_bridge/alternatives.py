@@ -1,4 +1,4 @@
-"""Where candidates are followed in environments that are stepped on the host: clones, a learned world, or the user's."""
+"""Where candidates are followed in environments that are stepped on the host: clones, a twin, a learned world, the user's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from grpo_jax.noise import bits_to_keys
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Group, Metrics, PyTree, Trajectory
-from grpo_jax.worlds.base import RewardOverride, World
+from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
 from grpo_jax.worlds.function import FunctionWorld
 from grpo_jax.worlds.learned import LearnedWorld
 from sb3_bridge.clones.brancher import Brancher
@@ -36,6 +36,7 @@ from sb3_bridge.policies.compiled import functions_of
 from sb3_bridge.policies.policy import GRPOPolicy
 from sb3_bridge.rollout.callbacks import merged
 from sb3_bridge.rollout.host import acting
+from sb3_bridge.twins.twin import NoTwin, Twin
 from sb3_bridge.vec_wrappers import VecStep
 
 MEASURED_HORIZON = 16
@@ -50,6 +51,9 @@ class Followed(NamedTuple):
     branches: tuple[Group, Branches] | None = None  # where they were followed already
     n_steps: int = 0  # of environments, that this took
     owners: tuple[Any, ...] = ()  # the user's functions in the world, by whose life its programs are bounded
+    states: PyTree = (
+        None  # of the world, ``[n_steps, n_envs, ...]``; None: the world gives those of the observations
+    )
 
 
 class Clones:
@@ -175,6 +179,57 @@ class Clones:
             return default
 
 
+class Twins:
+    """Branches in a JAX world with the environments' own dynamics, from states that are taken before every step.
+
+    Whatever the environments do is compared with what their twin does; the first difference ends its use: an error where
+    the user asked for it (``is_demanded``), else ``failure`` says why.
+    """
+
+    def __init__(self, twin: Twin, reward: Reward | None, is_demanded: bool):
+        self._twin, self._reward, self._is_demanded = twin, reward, is_demanded
+        self._rows: list[tuple[Any, ...]] = []
+        self.description, self.failure = twin.description, ""
+
+    def start(self, config: GRPOConfig, iteration: int) -> None:
+        """A new rollout begins."""
+        self._rows = []
+        self._try(self._twin.check_wrappers)
+
+    def before_step(self) -> None:
+        """Takes the states that the environments are in."""
+        if not self.failure:
+            self._rows.append((self._try(self._twin.take),))
+
+    def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
+        """Keeps what really happened."""
+        if not self.failure:
+            self._rows[-1] += (actions, reached, rewards, result.dones & ~result.truncated, result.truncated)
+
+    def follow(
+        self, config: GRPOConfig, policy: GRPOPolicy, trajectory: Trajectory, words: np.ndarray
+    ) -> Followed:
+        """The twin, and the states to branch from; ``trajectory.state`` is what the reward function sees of them."""
+        if not self.failure:
+            states = self._try(functools.partial(self._twin.compare, self._rows))
+        if self.failure:
+            return Followed()
+        if self._reward is None:
+            return Followed(self._twin.world, states=states)
+        world = RewardOverride(self._twin.world, self._reward.borrowed)
+        return Followed(world, owners=(self._reward,), states=RewardOverrideState(states, trajectory.state))
+
+    def _try(self, do: Callable[[], Any]) -> Any:
+        try:
+            return do()
+        except NoTwin as error:
+            if self._is_demanded:
+                raise NoTwin(
+                    f"dynamics='twin' cannot be gone on with: {error}. Use dynamics='auto', which goes on without a twin"
+                ) from error
+            self.failure = str(error)
+
+
 class Learned:
     """Branches in a world that is learned from all real transitions; until it is good enough, episodes are compared.
 
@@ -263,7 +318,7 @@ class Function:
         return Followed(self._world, owners=self._owners)
 
 
-Alternatives = Clones | Learned | Function
+Alternatives = Clones | Twins | Learned | Function
 """Somewhere to follow candidates: ``follow`` does, or says where they can be followed."""
 
 

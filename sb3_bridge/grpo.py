@@ -73,12 +73,13 @@ class GRPO(Training):
       reward_function: ``(state, action, next_state) -> reward``, what the groups compare instead of the environment's
         reward; JAX, NumPy or torch, for one transition or a batch, of observations as they are before VecNormalize.
         Episode statistics go on counting the environment's own.
-      dynamics: where alternatives come from. ``"simulator"``: the gymnax world. ``"clone"``: exact copies of the
-        environments, stepped on the host; a pair ``(get_state, set_state)``: the same by functions of yours,
+      dynamics: where alternatives come from. ``"simulator"``: the gymnax world. ``"twin"``: a JAX world with the
+        environments' own dynamics (Gymnasium's classic control, or see :func:`sb3_bridge.register_twin`), branched on the
+        device. ``"clone"``: exact copies of the environments, stepped on the host; a pair ``(get_state, set_state)``: the same by functions of yours,
         ``get_state(env.unwrapped) -> state`` and ``set_state(env.unwrapped, state)``. ``"learned"``: a world that is
         learned from all real transitions (vector observations; until it predicts well, episodes are compared). A
         function ``f(state, action) -> next_state`` or ``-> (next_state, terminated)``: yours, in JAX, NumPy or torch, for
-        one transition or a batch, with a ``reward_function``. ``"auto"``: the simulator where there is one, else clones
+        one transition or a batch, with a ``reward_function``. ``"auto"``: the simulator where there is one, else a twin, else clones
         where they repeat the original and branches take at most 5 ms a decision step, else a learned world, else
         episodes; the choice and its reason are printed at ``verbose=1`` and kept in ``chosen_dynamics``.
       candidates: ``"auto"``, ``"enumerate"``, ``"sample"``, ``"trajectory"`` or ``"episodes"``, see
@@ -86,17 +87,17 @@ class GRPO(Training):
       group_size: candidates of a sampled group.
       max_enumerated: largest action space whose actions are all compared.
       trajectory_form: what a group of trajectories compares: ``"outcome"`` or ``"process"``.
-      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator, 64 elsewhere, 16 there with a
-        ``reward_function``.
+      horizon: steps of a branch, the candidate's own included; None: 128 in a simulator or a twin, 64 elsewhere, 16
+        there with a ``reward_function``.
       branch_every: one decision state in so many is branched, others in every rollout, and a critic learns from all of
-        them; None: all in a simulator, elsewhere as many as cost 16 steps of each candidate for a decision step.
+        them; None: all in a simulator or a twin, elsewhere as many as cost 16 steps of each candidate for a decision step.
       n_rollouts: branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
       persistence: probability that the action before is repeated instead of asking the policy, in rollouts and in
         branches, for rewards that only many equal actions reach; number or function of the remaining progress; None: 0.
       branch_past_truncation: whether branches go on where a time limit would cut the episode.
-      bootstrap: whether a critic values what lies behind a branch or a rollout; None: not in a simulator, and not with
-        a ``reward_function`` where its consequences are followed.
+      bootstrap: whether a critic values what lies behind a branch or a rollout; None: not in a simulator, not with a
+        ``reward_function`` where its consequences are followed, and in a twin only until candidates differ without one.
       common_random_numbers: whether the candidates of a state share their randomness.
       baseline: what a return is compared with.
       advantage_scale: ``"none"``, ``"group"`` or ``"batch"``; None: by ``normalize_advantage``.

@@ -17,11 +17,12 @@ from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.policies.spaces import to_observation_space
+from sb3_bridge.twins.twin import NoTwin, Twin
 from sb3_bridge.vec_wrappers import unwrapped
 
-Name = Literal["auto", "simulator", "clone", "learned"]
+Name = Literal["auto", "simulator", "twin", "clone", "learned"]
 Dynamics = Name | Callable[[Any, Any], Any] | Functions
-Kind = Literal["simulator", "clone", "learned", "function", "episodes"]
+Kind = Literal["simulator", "twin", "clone", "learned", "function", "episodes"]
 """What ``dynamics`` comes to: ``"episodes"`` is no alternatives at all."""
 
 BUDGET_MS = 5.0
@@ -41,6 +42,7 @@ class Choice(NamedTuple):
     kind: Kind
     reason: str = ""  # for the log; empty where the user said so
     brancher: Brancher | None = None  # of "clone"
+    twin: Twin | None = None  # of "twin"
 
 
 def check_dynamics(dynamics: Any) -> None:
@@ -59,11 +61,13 @@ def choose(
     observation_space: spaces.Space,
     cost: Callable[[Brancher], float],
     compares_episodes: Callable[[], Any],
+    why_no_twin: str = "",
 ) -> Choice:
-    """What ``dynamics`` means in an env that is no simulator; raises Unclonable for ``"clone"`` where that cannot be done.
+    """What ``dynamics`` means in an env that is no simulator; raises Unclonable or NoTwin where what was asked for cannot be.
 
     ``cost`` tells the milliseconds that the branches of a decision step will take. ``compares_episodes`` raises ValueError
-    where the settings have no meaning for episodes, which are compared until a learned world predicts well.
+    where the settings have no meaning for episodes, which are compared until a learned world predicts well. ``why_no_twin``
+    says why none is looked for.
     """
     if callable(dynamics):
         return Choice("function")
@@ -71,15 +75,23 @@ def choose(
         return Choice("learned")
     if dynamics == "clone" or isinstance(dynamics, tuple):
         return Choice("clone", brancher=Brancher(env, dynamics if isinstance(dynamics, tuple) else None))
+    if not why_no_twin:
+        try:
+            return Choice("twin", twin=Twin(env))
+        except NoTwin as error:
+            if dynamics == "twin":
+                raise
+            why_no_twin = str(error) if error.is_known else ""
+    before = f"{why_no_twin}; " if why_no_twin else ""
     try:
         brancher = Brancher(env)
     except Unclonable as error:
-        return choose_without_clones(str(error), env, observation_space, compares_episodes)
+        return choose_without_clones(f"{before}{error}", env, observation_space, compares_episodes)
     ms = digits(milliseconds := cost(brancher))
     if milliseconds <= BUDGET_MS:
-        return Choice("clone", f"branches take {ms} ms a decision step", brancher)
+        return Choice("clone", f"{before}branches take {ms} ms a decision step", brancher)
     why = (
-        f"branches of clones would take {ms} ms a decision step, more than {BUDGET_MS:g}; dynamics='clone' takes them all"
+        f"{before}branches of clones would take {ms} ms a decision step, more than {BUDGET_MS:g}; dynamics='clone' takes them all"
         " the same"
     )
     return choose_without_clones(why, env, observation_space, compares_episodes)
@@ -114,21 +126,21 @@ def check_unnormalized(env: VecEnv, dynamics: str) -> None:
 
 def defaults(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
     """Values of ``n_steps``, ``horizon``, ``branch_every`` and ``bootstrap``, by ``kind`` where they are given as None."""
-    on_host, has_reward = kind not in ("simulator", "episodes"), given["reward_function"] is not None
+    on_host, has_reward = kind not in ("simulator", "twin", "episodes"), given["reward_function"] is not None
     names = ("n_steps", "horizon", "branch_every", "bootstrap")
     n_steps, horizon, every, bootstrap = map(given.__getitem__, names)
     if n_steps is None:
-        n_steps = BRANCHED_N_STEPS if kind in ("clone", "function") else N_STEPS
+        n_steps = BRANCHED_N_STEPS if kind in ("twin", "clone", "function") else N_STEPS
     if horizon is None:
         of_host = REWARD_HORIZON if has_reward else HOST_HORIZON
-        horizon = SIMULATOR_HORIZON if kind == "simulator" else of_host
+        horizon = SIMULATOR_HORIZON if kind in ("simulator", "twin") else of_host
     GRPOConfig(n_steps=n_steps, horizon=horizon)  # refuses them before anything is computed from them
     if every is None:
         most = max(1, horizon // HOST_STEPS) if on_host else 1
         every = max(k for k in range(1, most + 1) if n_steps % k == 0)
     if bootstrap is None:
         compares_episodes = kind == "episodes" or given["candidates"] == "episodes"
-        bootstrap = compares_episodes or (on_host and not has_reward)
+        bootstrap = compares_episodes or ((on_host or kind == "twin") and not has_reward)
     return dict(zip(names, (n_steps, horizon, every, bootstrap), strict=True))
 
 
@@ -171,7 +183,9 @@ def without_meaning(config: GRPOConfig, distribution: Distribution) -> list[str]
     return names
 
 
-def describe(config: GRPOConfig, distribution: Distribution, where: str, reason: str) -> str:
+def describe(
+    config: GRPOConfig, distribution: Distribution, where: str, reason: str, has_critic: bool
+) -> str:
     """What is compared, in one line: in ``where``, and the reason of ``dynamics="auto"`` if there is one."""
     if config.candidates in ("episodes", "trajectory"):
         groups = "the episodes of a rollout are compared, nothing is branched"
@@ -181,7 +195,9 @@ def describe(config: GRPOConfig, distribution: Distribution, where: str, reason:
         actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
         states = "every state" if config.branch_every == 1 else f"one state in {config.branch_every}"
         groups = f"{actions} of {states} are followed for {config.horizon} steps in {where}"
-    critic = "with a critic" if config.bootstrap else "without a critic"
+    critic = "with a critic" if has_critic else "without a critic"
+    if has_critic > config.bootstrap:  # see ``twins/pace.py``
+        critic += " where they do not differ"
     return f"GRPO: {groups}; {critic}" + (f" (dynamics='auto': {reason})" if reason else "")
 
 

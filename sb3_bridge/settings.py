@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from grpo_jax.config import GRPOConfig, field_names
 from sb3_bridge.regime import as_episodes, candidates_in
+from sb3_bridge.twins.pace import paced
 
 SCHEDULES = ("clip_range", "clip_range_vf", "clip_range_high")
 """Attributes that are schedules, whatever they are set to; None stays None."""
@@ -58,7 +59,10 @@ def config_of(model: Any) -> GRPOConfig:
         values["advantage_scale"] = "batch" if model.normalize_advantage else "none"
     values["learning_rate"] = now(model.lr_schedule)
     values["optimizer"] = model.policy.optimizer.factory
-    return GRPOConfig(**values)
+    config = GRPOConfig(**values)
+    if model.chosen_dynamics == "twin" and config.candidates != "episodes":
+        return paced(config, model._pace)
+    return config
 
 
 def jax_device(device: torch.device | str) -> Any:

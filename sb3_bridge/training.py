@@ -20,7 +20,7 @@ from grpo_jax.policies.distributions import for_space
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
 from grpo_jax.types import Trajectory
 from sb3_bridge import regime
-from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned
+from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned, Twins
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.compiling import telling
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
@@ -30,6 +30,7 @@ from sb3_bridge.rollout.callbacks import RolloutView
 from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
 from sb3_bridge.rollout.host import collect_on_host
 from sb3_bridge.settings import as_schedule, config_of, jax_device
+from sb3_bridge.twins import pace
 from sb3_bridge.update import improve, next_key, record
 
 _NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
@@ -76,6 +77,7 @@ class Training(OnPolicyAlgorithm):
         self.chosen_dynamics: regime.Kind = "episodes"
         self._n_iterations = 0
         self._n_optimizer_steps = 0
+        self._pace = pace.start()
         self._frac_zero_std: list[float] = []
         self._frac_below_floor: list[float] = []
         self._spread_was_judged = False
@@ -101,8 +103,10 @@ class Training(OnPolicyAlgorithm):
         regime.check_dynamics(self.dynamics)
         choice = self._choose()
         self.chosen_dynamics = choice.kind
+        is_open = choice.kind == "twin" and self.bootstrap is None
         for name, value in regime.defaults(choice.kind, vars(self)).items():
             setattr(self, name, value)
+        self._pace["critic_if_silent"] |= is_open and self.bootstrap
         self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
@@ -190,9 +194,7 @@ class Training(OnPolicyAlgorithm):
     def _milliseconds(self, brancher: Brancher) -> float:
         """What the branches of clones will take for a decision step."""
         sets = GRPOConfig(
-            candidates=self.candidates,
-            group_size=self.group_size,
-            max_enumerated=self.max_enumerated,
+            candidates=self.candidates, group_size=self.group_size, max_enumerated=self.max_enumerated
         )
         n_candidates = candidate_sets.n_candidates(sets, for_space(to_action_space(self.action_space)))
         settings = regime.defaults("clone", vars(self))
@@ -209,6 +211,8 @@ class Training(OnPolicyAlgorithm):
             normalizer = self.get_vec_normalize_env()
             clones.sees_last = normalizer is None or not normalizer.norm_obs
             self._alternatives = clones
+        elif choice.twin is not None:
+            self._alternatives = Twins(choice.twin, self._reward, is_demanded=self.dynamics != "auto")
         elif choice.kind == "learned":
             regime.check_learnable(self.env, self.observation_space)
             self._compares_episodes()  # refuses now what it would refuse then
@@ -218,7 +222,7 @@ class Training(OnPolicyAlgorithm):
             self._alternatives = Function(self.dynamics, self.policy, self._reward)
         where = "the simulator" if self._alternatives is None else self._alternatives.description
         distribution = self.policy.structure.distribution
-        self._say(regime.describe(config_of(self), distribution, where, choice.reason))
+        self._say(regime.describe(config_of(self), distribution, where, choice.reason, self.bootstrap))
         if choice.brancher is not None and (ms := self._milliseconds(choice.brancher)) > regime.BUDGET_MS:
             warnings.warn(
                 f"dynamics={self.dynamics!r}: branches will take about {regime.digits(ms)} ms for a decision step, most"
@@ -238,7 +242,7 @@ class Training(OnPolicyAlgorithm):
 
     def _warn_of_arguments(self, given: dict[str, Any], defaults: dict[str, Any]) -> None:
         """Warns once of what was ``given``, is not the default, and has no meaning here."""
-        config = config_of(self)
+        config = config_of(self).replace(bootstrap=self.bootstrap)
         meaningless = regime.without_meaning(config, self.policy.structure.distribution)
         ignored = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
         if ignored:
@@ -288,12 +292,10 @@ class Training(OnPolicyAlgorithm):
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
-                clones = self._alternatives if isinstance(self._alternatives, Clones) else None
-                if clones is not None and config.candidates != "episodes":
-                    clones.start(config, self._n_iterations)
-                else:
-                    clones = None
-                self._trajectory = collect_on_host(self, config, env, self._reward, callback, clones)
+                watcher = None
+                if isinstance(self._alternatives, Clones | Twins) and config.candidates != "episodes":
+                    (watcher := self._alternatives).start(config, self._n_iterations)
+                self._trajectory = collect_on_host(self, config, env, self._reward, callback, watcher)
         if self._trajectory is None:
             self.key_words = np.asarray(next_key(self.key_words))  # what was drawn is used up
             return False
@@ -320,9 +322,9 @@ class Training(OnPolicyAlgorithm):
             elif self._alternatives is not None and config.candidates != "episodes":
                 followed = self._alternatives.follow(config, self.policy, trajectory, self.key_words)
                 if followed.world is None and followed.branches is None:
-                    config = config.replace(**regime.OF_EPISODES)
+                    config = config.replace(**regime.as_episodes({"baseline": config.baseline}))
             if simulator is None:  # what the reward function saw is of no more use
-                environments = trajectory.environments.replace(state=None)
+                environments = trajectory.environments.replace(state=followed.states)
                 trajectory = trajectory.replace(environments=environments)
             state, metrics = improve.of(*followed.owners)(
                 config,
@@ -339,6 +341,7 @@ class Training(OnPolicyAlgorithm):
             )
         self._trajectory = None
         check_finite(metrics)
+        self._pace = pace.noted(config, self._pace, metrics)
         self.policy.state = state.learner.policy
         self.policy.optimizer.state = state.learner.optimizer
         self._reference = state.learner.reference
@@ -355,21 +358,25 @@ class Training(OnPolicyAlgorithm):
                 f"Early stopping after {taken} of {config.n_updates} optimizer steps: KL(pi_old || pi) exceeded"
                 f" 1.5 * target_kl = {1.5 * self.target_kl:.3g}"
             )
-        if self._n_iterations <= SPREAD_ITERATIONS:
+        if self._n_iterations <= SPREAD_ITERATIONS and not self._pace["is_silent"]:
             self._frac_zero_std.append(float(metrics["frac_zero_std"]))
             self._frac_below_floor.append(float(metrics["frac_below_floor"]))
             if self._n_iterations == SPREAD_ITERATIONS:
                 self._judge_spread()
-        if isinstance(self._alternatives, Clones) and self._alternatives.failure:
-            self._leave_clones(self._alternatives.failure)
+        if isinstance(self._alternatives, Clones | Twins) and self._alternatives.failure:
+            self._leave(self._alternatives.failure)
 
-    def _leave_clones(self, why: str) -> None:
-        """Goes on without clones, which proved not to do what the environments do."""
+    def _leave(self, why: str) -> None:
+        """Goes on without the clones, or the twin, that proved not to do what the environments do."""
         assert self.env is not None
-        self.logger.warn(f"GRPO follows candidates in clones no longer: {why}")
-        self._set_alternatives(
-            regime.choose_without_clones(why, self.env, self.observation_space, self._compares_episodes)
-        )
+        where = "a twin" if isinstance(self._alternatives, Twins) else "clones"
+        self.logger.warn(f"GRPO follows candidates in {where} no longer: {why}")
+        asked = self.env, self.observation_space
+        if where == "clones":
+            choice = regime.choose_without_clones(why, *asked, self._compares_episodes)
+        else:
+            choice = regime.choose("auto", *asked, self._milliseconds, self._compares_episodes, why)
+        self._set_alternatives(choice)
 
     def _judge_spread(self) -> None:
         """Says once that the first groups had nothing to tell, if that is so."""
@@ -389,7 +396,7 @@ class Training(OnPolicyAlgorithm):
         record(self.logger, config, metrics, self.policy, world)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("grpo/simulator_steps", self.simulator_steps)
-        is_environment = self.chosen_dynamics in ("simulator", "clone")
+        is_environment = self.chosen_dynamics in ("simulator", "twin", "clone")
         if is_environment and config.candidates not in ("episodes", "trajectory"):
             self.logger.record("grpo/world_error", 0.0)
 

@@ -164,7 +164,8 @@ def test_numbers_that_json_has_not_are_none():
 def test_settings_of_peers_name_known_environments():
     for name in ("zoo", "rejax"):
         table = tomllib.loads((bench.PEERS / f"{name}.toml").read_text())
-        assert set(table) - {"MinAtar", "defaults"} <= set(bench.environments())
+        if name == "rejax":  # test_gymnasium_table.py looks at the Zoo's
+            assert set(table) - {"MinAtar", "defaults"} <= set(bench.environments())
         assert all(known["total_timesteps"] > 0 for known in table.values())
 
 

@@ -8,6 +8,7 @@ import record
 if __name__ == "__main__":
     JOB, PATH = record.read_job()  # before torch and JAX make their threads
 
+import importlib
 import pathlib
 import tomllib
 import warnings
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 SBX = __name__ == "__main__" and JOB["library"] == "sbx"
 if SBX:
@@ -51,21 +52,34 @@ def schedule(value: Any) -> Any:
     return lambda left: left * initial
 
 
-def make_model(config: dict[str, Any], env_id: str, seed: int) -> Any:
-    """PPO in as many environments as the settings say, their observations and rewards normalised where they say so."""
+def make_env(env_id: str, n_envs: int, seed: int) -> VecEnv:
+    """Monitored environments; Atari games in SB3's wrappers, with a stack of 4 frames."""
+    if not env_id.startswith("ALE/"):
+        return make_vec_env(env_id, n_envs=n_envs, seed=seed)
+    return VecFrameStack(make_atari_env(env_id, n_envs=n_envs, seed=seed), n_stack=4)
+
+
+def make_model(config: dict[str, Any], env_id: str, seed: int, algorithm: Any = PPO, **more: Any) -> Any:
+    """A model in as many environments as the settings say, their observations and rewards normalised where they say so."""
     arguments = {name: schedule(value) for name, value in config.items()}
-    env = make_vec_env(env_id, n_envs=arguments.pop("n_envs"), seed=seed)
+    env = make_env(env_id, arguments.pop("n_envs", 1), seed)
     if arguments.pop("normalize", False):
         env = VecNormalize(env, gamma=arguments["gamma"])
-    return PPO("MlpPolicy", env, seed=seed, device="cpu", **arguments)
+    if arguments.get("policy_kwargs", {}).get("activation_fn") == "relu":
+        relu = importlib.import_module("jax").nn.relu if "sbx" in algorithm.__module__ else torch.nn.ReLU
+        arguments["policy_kwargs"] = arguments["policy_kwargs"] | {"activation_fn": relu}
+    policy = "CnnPolicy" if env_id.startswith("ALE/") else "MlpPolicy"
+    return algorithm(policy, env, seed=seed, device="cpu", **arguments, **more)
 
 
-def returns_of(model: Any, env_id: str, seed: int, n_episodes: int) -> list[float]:
-    """Undiscounted returns of the sampled policy, ``[n_episodes]``: side by side, each until its first end.
+def returns_of(
+    model: Any, env_id: str, seed: int, n_episodes: int, deterministic: bool = False
+) -> list[float]:
+    """Undiscounted returns of a policy, ``[n_episodes]``: side by side, each until its first end.
 
     The exploration matrices of gSDE are drawn anew as often as in training.
     """
-    env = make_vec_env(env_id, n_envs=n_episodes, seed=seed)
+    env = make_env(env_id, n_episodes, seed)
     normalize = model.get_vec_normalize_env()
     observation, returns, plays = env.reset(), np.zeros(n_episodes), np.ones(n_episodes, bool)
     step, every = 0, model.sde_sample_freq
@@ -74,7 +88,7 @@ def returns_of(model: Any, env_id: str, seed: int, n_episodes: int) -> list[floa
             model.policy.reset_noise(n_episodes)
         if normalize is not None:
             observation = normalize.normalize_obs(observation)
-        action, _ = model.predict(observation, deterministic=False)
+        action, _ = model.predict(observation, deterministic=deterministic)
         observation, reward, done, _ = env.step(action)
         returns += reward * plays
         plays &= ~done

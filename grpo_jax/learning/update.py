@@ -104,7 +104,11 @@ def loss(
     + kl_coef KL(pi || pi_ref) + vf_coef value loss, averaged over all that are ``alive``.
     """
     state = state.replace(params=params)
-    parameters = policy.parameters(state, batch.observation, batch.action_mask)
+    seen, value = (state, batch.observation, batch.action_mask), None
+    if batch.value is None:
+        parameters = policy.parameters(*seen)
+    else:
+        parameters, value = policy.parameters_and_value(*seen)
     terms = _terms(config, policy, parameters, batch, clip_low, clip_high)
     average = functools.partial(losses.mean_over, batch.alive)
     average_compared = functools.partial(losses.mean_over, batch.alive & batch.compared)
@@ -125,8 +129,7 @@ def loss(
     if batch.reference is not None and config.kl_coef is not None:
         metrics["kl"] = average(_kl(config, policy, parameters, terms, batch))
         total = total + config.kl_coef * metrics["kl"]
-    if batch.value is not None and batch.value_target is not None:
-        value = policy.value(state, batch.observation)
+    if value is not None and batch.value is not None and batch.value_target is not None:
         metrics["value_loss"] = average(
             losses.value_loss(value, batch.value, batch.value_target, config.clip_range_vf)
         )

@@ -112,18 +112,31 @@ class Policy:
         self, state: PolicyState, observation: Observation, action_mask: jax.Array | None = None
     ) -> jax.Array:
         """Distribution parameters ``[..., P]`` for observations ``[..., *shape]``, forbidden actions masked."""
+        return self._act(state, self._features(state, "features_extractor", observation), action_mask)
+
+    def value(self, state: PolicyState, observation: Observation) -> jax.Array:
+        """State values ``[...]``; only with a critic."""
+        name = "features_extractor" if self.share_features_extractor else "critic_features_extractor"
+        return self._judge(state, self._features(state, name, observation))
+
+    def parameters_and_value(
+        self, state: PolicyState, observation: Observation, action_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both at once: gradients go through features that are shared once, where they would go through them twice."""
+        if not self.share_features_extractor:
+            return self.parameters(state, observation, action_mask), self.value(state, observation)
         features = self._features(state, "features_extractor", observation)
+        return self._act(state, features, action_mask), self._judge(state, features)
+
+    def _act(self, state: PolicyState, features: jax.Array, action_mask: jax.Array | None) -> jax.Array:
         output = self.actor.apply({"params": state.params["actor"]}, features)
         assert isinstance(output, jax.Array)
         if action_mask is not None and isinstance(self.distribution, Categorical):
             return self.distribution.apply_mask(output, action_mask)
         return output
 
-    def value(self, state: PolicyState, observation: Observation) -> jax.Array:
-        """State values ``[...]``; only with a critic."""
+    def _judge(self, state: PolicyState, features: jax.Array) -> jax.Array:
         assert self.critic is not None, "this policy has no critic: bootstrap=False"
-        name = "features_extractor" if self.share_features_extractor else "critic_features_extractor"
-        features = self._features(state, name, observation)
         value = self.critic.apply({"params": state.params["critic"]}, features)
         assert isinstance(value, jax.Array)
         return value

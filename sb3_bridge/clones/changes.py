@@ -18,7 +18,7 @@ from sb3_bridge.clones.copying import PLAIN
 # Libraries that keep nothing of an environment's state in their classes and globals.
 _FOREIGN = """
     gymnasium numpy stable_baselines3 torch jax jaxlib flax scipy pandas cloudpickle pygame mujoco matplotlib
-    grpo_jax sb3_bridge gymnax chex optax
+    grpo_jax sb3_bridge gymnax chex optax Box2D
 """.split()  # noqa: SIM905
 _JAX = {"jax", "jaxlib", "flax", "gymnax", "brax", "jumanji", "pgx", "grpo_jax", "sb3_bridge"}
 _LARGE = 1 << 20  # bytes above which a value is looked at once at the end only

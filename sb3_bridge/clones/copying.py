@@ -121,6 +121,9 @@ def copy_value(value: Any, memo: Memo) -> Any:
 def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
     if kind in _COPIERS:
         return _COPIERS[kind]
+    for base in kind.__mro__:
+        if base in BASES:
+            return BASES[base]
     if any(f"{base.__module__}.".startswith(tuple(_WINDOWS)) for base in kind.__mro__):
         return lambda value, memo: None
     if issubclass(kind, _SHARED) or (
@@ -146,6 +149,8 @@ def _refuse(why: str) -> Callable[[Any, Memo], Any]:
 
 
 def _tuple(value: Any, memo: Memo) -> Any:
+    if PLAIN.issuperset(map(type, value)):
+        return value
     copied = tuple([copy_value(item, memo) for item in value])
     if all(map(operator.is_, copied, value)):
         return value
@@ -153,6 +158,8 @@ def _tuple(value: Any, memo: Memo) -> Any:
 
 
 def _list(value: Any, memo: Memo) -> Any:
+    if PLAIN.issuperset(map(type, value)):
+        return value[:]
     result = memo[id(value)] = []
     result.extend([copy_value(item, memo) for item in value])
     return result
@@ -289,6 +296,9 @@ _COPIERS: dict[type, Callable[[Any, Memo], Any]] = {
     functools._lru_cache_wrapper: _cached,
     Stream: _stream,
 }
+
+BASES: dict[type, Callable[[Any, Memo], Any]] = {}
+"""Copiers for classes of a library, and all that are derived from them."""
 
 _FOUND: dict[type, Callable[[Any, Memo], Any]] = {}
 _QUIET: dict[type, type] = {}

@@ -13,6 +13,7 @@ from gymnasium import wrappers
 from gymnasium.utils import EzPickle, RecordConstructorArgs
 from stable_baselines3.common.monitor import Monitor
 
+from sb3_bridge.clones import box2d
 from sb3_bridge.clones.copying import Memo, copy_value
 
 Functions = tuple[Callable[[gymnasium.Env], Any], Callable[[gymnasium.Env, Any], None]]
@@ -172,6 +173,7 @@ def _ale_save(env: Any) -> Any:
 
 def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
     """The ways that an innermost environment may be saved by, cheapest first; a user's pair leaves no other."""
+    box2d.register()
     if functions is not None:
         return [ByFunctions("snapshot functions", *functions)]
 

@@ -22,7 +22,11 @@ from sb3_bridge.clones.replay_check import check, signature
 from sb3_bridge.clones.sandbox import global_generators_kept, keep_normal, kept_normal
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
 
-_DRAWING = {"step", "replay"}  # methods that run an environment's code, which may draw from global generators
+_DRAWING = {
+    "step",
+    "replay",
+    "play",
+}  # methods that run an environment's code, which may draw from global generators
 _DRAIN_SECONDS = 60.0  # until a worker that was interrupted is given up
 _NUMBERS = itertools.count()
 
@@ -127,10 +131,10 @@ def _guard(method: str) -> Any:
 
 
 class Local:
-    """Servers in this process."""
+    """Servers in this process; ``serve(env, functions)`` makes one."""
 
-    def __init__(self, env: DummyVecEnv, functions: Functions | None):
-        self._env, self._servers = env, [Server(one, functions) for one in env.envs]
+    def __init__(self, env: DummyVecEnv, functions: Any, serve: Callable[..., Any] = Server):
+        self._env, self._servers = env, [serve(one, functions) for one in env.envs]
 
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
         with _guard(method):
@@ -155,14 +159,14 @@ class _Load:
         return self._reduced
 
 
-def _install(functions: Functions | None, name: str) -> str:
+def _install(functions: Any, server: Callable[..., Any], name: str) -> str:
     """In a worker: gives environments the method that SB3's ``env_method`` calls; returns its name."""
-    servers: dict[int, Server] = {}
+    servers: dict[int, Any] = {}
 
     def serve(env: gymnasium.Env, number: int, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
             if id(env) not in servers:
-                servers[id(env)] = Server(env, functions)
+                servers[id(env)] = server(env, functions)
             with _guard(method):
                 return name, number, True, getattr(servers[id(env)], method)(*arguments)
         except Exception as error:  # it would end the worker: the main process raises it
@@ -175,17 +179,18 @@ def _install(functions: Functions | None, name: str) -> str:
 class Workers:
     """Servers in the workers of a SubprocVecEnv, spoken to in SB3's own protocol."""
 
-    def __init__(self, env: SubprocVecEnv, functions: Functions | None):
+    def __init__(self, env: SubprocVecEnv, functions: Any, serve: Callable[..., Any] = Server):
         self._env = env
         # Each group has a method of its own: two models may use one VecEnv.
         self._name, self._number = f"_grpo_branches_{os.getpid()}_{next(_NUMBERS)}", 0
         # By value: a worker needs neither this package nor JAX.
-        modules = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
+        rooms = {f"{one.rpartition('.')[0]}." for one in (__name__, serve.__module__)}
+        modules = [module for name, module in sys.modules.items() if name.startswith(tuple(rooms))]
         forget_classes()
         for module in modules:
             cloudpickle.register_pickle_by_value(module)
         try:
-            parcel = cloudpickle.dumps(_Load(_install, functions, self._name))
+            parcel = cloudpickle.dumps(_Load(_install, functions, serve, self._name))
         finally:
             for module in modules:
                 cloudpickle.unregister_pickle_by_value(module)

@@ -135,7 +135,8 @@ class Cloner:
         self._own = {name: value for name, value in vars(core).items() if name not in always}
         self._marks = [_Layer() for _ in self.layers]
         marks = dict(zip(map(id, self.layers), self._marks, strict=True))
-        self._memo: Memo = {id(space): space for space in self._spaces}
+        # What copiers of a library's objects find: the environment, and what they keep from one time to the next.
+        self._memo: Memo = {"env": core, "kept": {}} | {id(space): space for space in self._spaces}
         mark: Any = None
         for layer in reversed(self._chain):  # a wrapper that is left out is what it wraps
             self._memo[id(layer)] = mark = marks.get(id(layer), mark)
@@ -209,7 +210,8 @@ class Cloner:
         if "render_mode" in self._hidden[-1]:
             twins[-1].render_mode = None
         self._core.blank(core, twins[-1])
-        replica = Replica(twins, spaces, twin_of | dict(zip(map(id, self._marks), twins, strict=True)))
+        marks = dict(zip(map(id, self._marks), twins, strict=True))
+        replica = Replica(twins, spaces, {**twin_of, **marks, "kept": {}})
         self.restore(replica, snapshot, words)
         return replica
 

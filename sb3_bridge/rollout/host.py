@@ -143,9 +143,12 @@ def acting(policy: Policy) -> Callable[..., Acted]:
 
     @jax.jit
     def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> Acted:
-        parameters = policy.parameters(state, observation)
+        value = None
+        if has_value:
+            parameters, value = policy.parameters_and_value(state, observation)
+        else:
+            parameters = policy.parameters(state, observation)
         action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
-        value = policy.value(state, observation) if has_value else None
         return Acted(action, policy.stretch(action), parameters if has_features else None, value)
 
     return act

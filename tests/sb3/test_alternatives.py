@@ -138,7 +138,7 @@ def test_processes_train_as_one_does_to_the_last_bit():
     learned = []
     for kind in (DummyVecEnv, SubprocVecEnv):
         env = kind([lambda: Monitor(gym.make("CartPole-v1"))] * 2)
-        model = make(env, horizon=4, n_steps=8)
+        model = make(env, horizon=4, n_steps=8, dynamics="clone")
         assert model.chosen_dynamics == "clone"
         before = parameters(model)
         model.learn(32)

@@ -7,6 +7,7 @@ import itertools
 import warnings
 
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
 from sb3.sleds import (
     Camera,
     Sled,
@@ -33,11 +34,14 @@ def test_a_gymnax_env_is_its_own_simulator(capsys):
     assert "are followed for 128 steps in the simulator" in told(capsys)
 
 
-def test_an_env_by_its_id_is_cloned(capsys):
+def test_an_env_by_its_id_is_followed_in_its_twin_or_in_clones(capsys):
     model = make("CartPole-v1", verbose=1)
+    assert model.chosen_dynamics == "twin"
+    assert "all 2 actions of every state are followed for 128 steps in a twin of CartPoleEnv" in told(capsys)
+    model = make("FrozenLake-v1", verbose=1)
     assert model.chosen_dynamics == "clone"
     line = told(capsys)
-    assert "all 2 actions of one state in 4 are followed for 64 steps in exact clones" in line
+    assert "all 4 actions of one state in 4 are followed for 64 steps in exact clones" in line
     assert "replay check passed" in line and "ms a decision step" in line
 
 
@@ -92,6 +96,7 @@ SIMULATED = lambda: GymnaxVecEnv("CartPole-v1", 1)
 
 
 DEFAULTS = {
+    "twin": (lambda: dummy(CartPoleEnv), {}, (512, 128, 1, True)),
     "simulator": (SIMULATED, {}, (2048, 128, 1, False)),
     "clone": (lambda: dummy(Sled), {}, (512, 64, 4, True)),
     "learned": (lambda: dummy(Uncopyable), {}, (2048, 64, 4, True)),
@@ -100,6 +105,7 @@ DEFAULTS = {
 
 
 REWARDED = {
+    "twin": (lambda: dummy(CartPoleEnv), {}, (512, 128, 1, False)),
     "simulator": (SIMULATED, {}, (2048, 128, 1, False)),
     "clone": (lambda: dummy(Sled), {}, (512, 16, 1, False)),
     "learned": (lambda: dummy(Uncopyable), {}, (2048, 16, 1, False)),

@@ -129,7 +129,7 @@ def test_a_model_may_change_its_path(trained):
     on_host = GRPO.load(saved(model), env=make_env("host"))  # warns of nothing: the constructor does
     assert_equal_parameters(on_host, model)
     assert on_host.bootstrap is False
-    assert on_host.chosen_dynamics == "clone"
+    assert on_host.chosen_dynamics == "twin"
     on_host.learn(ROLLOUT, reset_num_timesteps=False)
     # Two actions of each state; four steps each, fewer where a branch ends.
     assert 0 < on_host.simulator_steps - model.simulator_steps <= ROLLOUT * 2 * 4

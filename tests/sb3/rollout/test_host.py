@@ -52,8 +52,9 @@ KINDS = {
 }
 
 
-CHOSEN = {"stacked": "learned", "all": "episodes", "gymnax normalized": "episodes"}
-"""Where no clones can be had."""
+CHOSEN = {"normalized": "clone", "gymnax on the host": "clone"}
+CHOSEN |= {"stacked": "learned", "all": "episodes", "gymnax normalized": "episodes"}
+"""Where there is no twin, or no clones can be had either."""
 
 
 class Steps(BaseCallback):
@@ -81,7 +82,7 @@ class Steps(BaseCallback):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_environments_on_the_host(kind):
     models, steps = {}, {}
-    chosen = CHOSEN.get(kind, "clone")
+    chosen = CHOSEN.get(kind, "twin")
     for algorithm in (PPO, GRPO):
         own = {"horizon": 4} if algorithm is GRPO and chosen != "episodes" else {}
         models[algorithm] = algorithm("MlpPolicy", KINDS[kind](), **SMALL, **own, seed=0, device="cpu")
@@ -97,7 +98,7 @@ def test_kinds_of_environments_on_the_host(kind):
     assert steps[GRPO].kinds == steps[PPO].kinds
     assert [sorted(info) for info in grpo.ep_info_buffer][:1] == [sorted(i) for i in ppo.ep_info_buffer][:1]
     assert grpo.chosen_dynamics == chosen
-    if chosen == "clone":  # two actions of every state are followed, fewer steps where they end
+    if chosen in ("twin", "clone"):  # two actions of every state are followed, fewer steps where they end
         assert 0.6 * 64 * 2 * 4 < grpo.simulator_steps <= 64 * 2 * 4
     elif chosen == "episodes":
         assert grpo.simulator_steps == 0
