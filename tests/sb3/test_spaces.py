@@ -56,9 +56,7 @@ ACTIONS = {
 
 # Every observation and every action.
 PAIRS = [
-    ("vector", "multi discrete"),
     ("vector", "box 2-d"),
-    ("vector", "float64"),
     ("image last", "discrete"),
     ("image first", "box"),
     ("discrete", "float64"),
