@@ -45,16 +45,27 @@ def compiled(request):
     return jax.jit if request.param == "jit" else lambda function: function
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_process():
-    """Forgets compiled programs: each takes a megabyte, which makes forks slow, and XLA dies at 65530 mappings."""
-    yield
+def forget_programs(most: int) -> None:
+    """Drops compiled programs, where the process has more memory mappings: a program has some six, and a megabyte."""
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_text().count("\n") > 4_000:
+    if mappings.exists() and mappings.read_text().count("\n") > most:
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(AttributeError):  # not every C library has it
             ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """XLA dies at 65530 mappings, and forks grow slow long before."""
+    yield
+    forget_programs(4_000)
+
+
+@pytest.fixture(scope="module")
+def quick_forks():
+    """For modules that fork again and again: a quarter of a second each where the process is large."""
+    forget_programs(1_000)
 
 
 @pytest.fixture

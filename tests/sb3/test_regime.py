@@ -27,6 +27,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_bridge import GRPO, GymnaxVecEnv
 from sb3_bridge.clones.copying import Unclonable
 
+pytestmark = pytest.mark.usefixtures("quick_forks")
+
 
 def test_a_gymnax_env_is_its_own_simulator(capsys):
     model = make(GymnaxVecEnv("CartPole-v1", 2), verbose=1)
