@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -10,9 +12,14 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the cache of whoever runs the tests stays as it is
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-# It halves the time to compile, which is most of what tests take; jax 0.11 does not know the flag, and aborts.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+# Compiling is most of what tests take: their programs, and those of the processes that they start, run for
+# milliseconds. `real_compiles` is for what optimisations could break.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # an XLA that does not know a flag aborts
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import hypothesis
 import jax
@@ -23,6 +30,7 @@ from grpo_jax.noise import as_key
 # Compiling makes first examples slow, and a test-suite must say the same thing every time.
 hypothesis.settings.register_profile("grpo", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("grpo")
+gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the thousand, few of them in cycles
 
 
 @pytest.fixture
@@ -37,27 +45,31 @@ def compiled(request):
     return jax.jit if request.param == "jit" else lambda function: function
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_mappings():
-    """Forgets compiled programs before Linux's limit of 65530 memory mappings, at which XLA dies."""
-    yield
+def forget_programs(most: int) -> None:
+    """Drops compiled programs, where the process has more memory mappings: a program has some six, and a megabyte."""
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_text().count("\n") > 20_000:
+    if mappings.exists() and mappings.read_text().count("\n") > most:
         jax.clear_caches()
         gc.collect()
+        with contextlib.suppress(AttributeError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """XLA dies at 65530 mappings, and forks grow slow long before."""
+    yield
+    forget_programs(4_000)
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-    """Programs here run for milliseconds and take seconds to compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def quick_forks():
+    """For modules that fork again and again: a quarter of a second each where the process is large."""
+    forget_programs(1_000)
 
 
 @pytest.fixture
-def real_compiles(quick_compiles):
+def real_compiles():
     """For what optimisations could break."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield

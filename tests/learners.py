@@ -8,7 +8,7 @@ import numpy as np
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
-from grpo_jax.learning.update import init_learner, update
+from grpo_jax.learning.update import init_learner, loss, update
 from grpo_jax.policies.policy import make_policy
 from grpo_jax.spaces import Box, Discrete
 from grpo_jax.types import Batch
@@ -23,6 +23,9 @@ ADVANTAGE = RNG.normal(size=(N, A)).astype(np.float32)
 KEY = jax.random.key(3)
 
 run_update = jax.jit(update, static_argnums=1)
+loss_gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
+values = jax.jit(lambda policy, state, observation: policy.value(state, observation), static_argnums=0)
+logits = jax.jit(lambda policy, state, observation: policy.parameters(state, observation), static_argnums=0)
 
 
 def setup(config=BASE, seed=0, **batch):
@@ -40,7 +43,7 @@ def setup(config=BASE, seed=0, **batch):
 
 def make_batch(policy, state, **changes):
     observation = jnp.asarray(changes.pop("observation", OBSERVATION))
-    parameters = policy.parameters(state, observation)
+    parameters = logits(policy, state, observation)
     group = candidates.enumerate_actions(policy.distribution, parameters, jnp.zeros(N, jnp.int32))
     batch = Batch(
         observation=observation,
@@ -72,3 +75,6 @@ def by_hand(params, policy, state, batch, clip_low=0.2, clip_high=0.2):
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     objective = old * jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
     return -jnp.mean(jnp.sum(objective, axis=1))
+
+
+by_hand_gradient = jax.jit(jax.value_and_grad(by_hand), static_argnums=1)

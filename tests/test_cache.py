@@ -7,6 +7,7 @@ import pytest
 
 from sb3_bridge import GRPO, compiling
 
+QUICK = {"PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PROGRAM = """
 import grpo_jax, jax
 {before}
@@ -29,7 +30,7 @@ def test_cache_is_where_it_was_asked_for(tmp_path, case):
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        env={**QUICK, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -59,7 +60,7 @@ def test_the_sb3_object_keeps_programs_by_itself(tmp_path, case):
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+        env={**QUICK, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -68,7 +69,7 @@ def test_the_sb3_object_keeps_programs_by_itself(tmp_path, case):
     assert done.stdout.strip() == str(expected)
 
 
-def test_what_compiles_for_long_is_told_once(monkeypatch, capsys, quick_compiles):
+def test_what_compiles_for_long_is_told_once(monkeypatch, capsys):
     monkeypatch.setattr(compiling, "TOLD_SECONDS", 1e-3)
     settings = {"n_steps": 10, "batch_size": 10, "n_epochs": 1, "candidates": "episodes", "cache": False}
     model = GRPO("MlpPolicy", "CartPole-v1", verbose=1, **settings)

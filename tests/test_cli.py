@@ -60,10 +60,14 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests share their compiled programs, in a cache that is gone afterwards."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_enable_compilation_cache",
+    )
     before = [getattr(jax.config, name) for name in names]
     compilation_cache.reset_cache()
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.5), strict=True):
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.5, True), strict=True):
         jax.config.update(name, value)
     yield
     compilation_cache.reset_cache()

@@ -106,7 +106,7 @@ weight_matrices = st.lists(
 ).map(lambda rows: np.array(rows, float) / np.sum(rows, axis=1, keepdims=True))
 everything = np.ones((N_STATES, N_GROUP), bool)
 first = np.zeros(N_STATES, int)
-quick = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+quick = settings(deadline=None, max_examples=15, derandomize=True, database=None)
 for_all = pytest.mark.parametrize(("baseline", "scale"), [(b, s) for b in BASELINES for s in SCALES])
 
 

@@ -16,8 +16,6 @@ from grpo_jax.spaces import Discrete
 from grpo_jax.types import Step
 from grpo_jax.worlds.base import World, override_reward
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 S, A, END = 5, 3, -1
 NEXT = np.array([[1, 2, 3], [2, 0, 4], [END, 3, 1], [4, END, 0], [0, 1, END]])
 REWARD = np.array(

@@ -17,8 +17,6 @@ from grpo_jax.spaces import Discrete
 from grpo_jax.types import Step
 from grpo_jax.worlds.base import World
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RANDOM = tabular.random_mdp(3, n_layers=4, width=2, n_actions=3)
 GAMMA = 0.9
 
@@ -103,8 +101,8 @@ def test_large_states_run_in_smaller_chunks():
 def states_and_networks(world, config, n_states):
     """First states, and a fresh actor and critic as ``group_returns`` takes them."""
     policy = grpo_jax.make_policy(config, world.observation_space, world.action_space)
-    state = policy.init(jax.random.key(0))
-    _, states = jax.vmap(world.reset)(jax.random.split(jax.random.key(1), n_states))
+    state = jax.jit(policy.init)(jax.random.key(0))
+    _, states = jax.jit(jax.vmap(world.reset))(jax.random.split(jax.random.key(1), n_states))
 
     def act(observation, mask, uniforms):
         return policy.distribution.sample(policy.parameters(state, observation, mask), uniforms)
@@ -137,8 +135,10 @@ def test_chunking_a_network_changes_no_bit():
     np.testing.assert_array_equal(run(10), run(26))
 
 
-@pytest.mark.parametrize("horizon", [1, 3])
-@pytest.mark.parametrize(("env_id", "constrained"), [("Breakout-MinAtar", True), ("CartPole-v1", False)])
+@pytest.mark.parametrize(
+    ("env_id", "constrained", "horizon"),
+    [("Breakout-MinAtar", True, 1), ("Breakout-MinAtar", True, 3), ("CartPole-v1", False, 3)],
+)
 def test_maps_lie_in_rows_where_a_network_reads_them(env_id, constrained, horizon):
     world = grpo_jax.make(env_id)
     states, act, value = states_and_networks(world, grpo_jax.GRPOConfig(bootstrap=True, network="mlp"), 5)
@@ -158,7 +158,6 @@ def test_maps_lie_in_rows_where_a_network_reads_them(env_id, constrained, horizo
     keys = jax.random.split(jax.random.key(2), 2)
     returns = jax.jit(run)(keys[0])
     assert np.ptp(returns) > 0
-    np.testing.assert_allclose(returns, run(keys[0]), rtol=1e-5)
     np.testing.assert_allclose(returns, jax.jit(jax.vmap(run))(keys)[0], rtol=1e-5)
     program = jax.jit(run).lower(keys[0]).as_text()
     assert ("LayoutConstraint" in program) == (constrained and jax.default_backend() == "cpu")
@@ -246,11 +245,11 @@ def test_identical_candidates_share_their_fate():
 
 
 def test_common_random_numbers_cut_the_variance():
-    """Differences between two actions of Asterix: in 16 states, over 64 draws of the future."""
+    """Differences between two actions of Asterix: in 16 states, over 32 draws of the future."""
     world = grpo_jax.make("Asterix-MinAtar")
-    n_actions, n_states, n_draws = world.action_space.n, 16, 64
+    n_actions, n_states, n_draws = world.action_space.n, 16, 32
     keys = jax.random.split(jax.random.key(0), n_states)
-    _, states = jax.vmap(world.reset)(keys)
+    _, states = jax.jit(jax.vmap(world.reset))(keys)
     step = jax.jit(jax.vmap(world.step))
     for i in range(12):  # enemies and gold have entered by then
         keys = jax.random.split(jax.random.key(i), n_states)

@@ -17,11 +17,13 @@ from grpo_jax.noise import as_key, split
 from grpo_jax.training import loop
 from grpo_jax.worlds.learned import MAX_UNCERTAINTY
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = as_key(jax.random.key(0))
 VECTOR = spaces.Box(-np.inf, np.inf, (2,))
 PUSH = spaces.Box(-2, 2, (1,))
+
+
+reset = jax.jit(lambda world: world.reset(KEY))
+push = jax.jit(lambda world, state: world.step(KEY, state, jnp.ones(1)))
 
 
 def upright(state, action, next_state):
@@ -87,8 +89,9 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="6 transitions at once are more than capacity=5"):
         learned.remember(learned.init_model(VECTOR, PUSH, KEY, capacity=5).replay, numbered(0, 6))
     config, world = GRPOConfig(n_envs=1, n_steps=2), make("CartPole-v1")
-    state = init(config, world, KEY)
-    _, trajectory = loop.collect(config, world, state, keep_next_observation=False)
+    state = jax.jit(init)(config, world, KEY)
+    collect = jax.jit(functools.partial(loop.collect, keep_next_observation=False))
+    _, trajectory = collect(config, world, state)
     with pytest.raises(ValueError, match="keep_next_observation=True"):
         learned.transitions_of(state.policy, trajectory)
 
@@ -243,7 +246,7 @@ def cartpole():
     """A model of CartPole after 1 024 random steps, a policy, and 512 states it has not seen."""
     config = GRPOConfig(n_envs=1, n_steps=256, batch_size=64, horizon=16)
     world = make("CartPole-v1", reward_function=upright)
-    state = init(config, world, KEY)
+    state = jax.jit(init)(config, world, KEY)
     collect = jax.jit(functools.partial(loop.collect, keep_next_observation=True))
     model = learned.init_model(
         world.observation_space, world.action_space, split(KEY, 2)[1], reward_function=upright, capacity=5000
@@ -338,7 +341,7 @@ def test_gymnasiums_pendulum_with_its_own_reward():
     assert float(model.world.max_uncertainty) == MAX_UNCERTAINTY
 
 
-@pytest.mark.parametrize("shape", [(), (1, 2), (2, 2), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(), (2, 1, 3)])
 def test_real_numbers_of_any_shape_are_learned_as_their_vector(shape):
     space, size = spaces.Box(-np.inf, np.inf, shape), math.prod(shape)
     rng = np.random.default_rng(0)
@@ -355,9 +358,9 @@ def test_real_numbers_of_any_shape_are_learned_as_their_vector(shape):
         worlds.append((model.world, before))
     (world, before), (vectors, expected) = worlds
     jax.tree.map(np.testing.assert_array_equal, before, expected)
-    observation, state = world.reset(KEY)
+    observation, state = reset(world)
     assert observation.shape == shape
-    step, same = world.step(KEY, state, jnp.ones(1)), vectors.step(KEY, vectors.reset(KEY)[1], jnp.ones(1))
+    step, same = push(world, state), push(vectors, reset(vectors)[1])
     assert step.observation.shape == shape
     np.testing.assert_array_equal(step.observation.reshape(-1), same.observation)
     assert world.at(jnp.zeros((4, 5, *shape))).observation.shape == (4, 5, size)
@@ -369,7 +372,7 @@ def test_the_reward_function_sees_observations_in_their_shape():
     model = learned.init_model(
         space, PUSH, KEY, reward_function=lambda s, a, n: s[1, 2] + n[0, 0], capacity=8
     )
-    assert model.world.step(KEY, model.world.reset(KEY)[1], jnp.ones(1)).reward.shape == ()
+    assert push(model.world, reset(model.world)[1]).reward.shape == ()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

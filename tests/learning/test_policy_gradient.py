@@ -18,8 +18,6 @@ from grpo_jax.policies.policy import PolicyState, make_policy
 from grpo_jax.spaces import Discrete
 from grpo_jax.types import Batch, Environments, Trajectory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 HUGE = 1e6  # a clip range that never clips
 Z = 4.5  # standard errors; some 100 numbers are compared
 
@@ -116,8 +114,7 @@ def test_long_branches_are_the_action_values(seed, gamma):
     assert np.max(np.abs(too_short - expected)) > 1e-3  # the horizon matters
 
 
-@pytest.mark.parametrize("net_arch", [(), (5,)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("seed", "net_arch"), [(0, ()), (1, (5,)), (2, (5,))])
 def test_gradient_is_that_of_the_objective(seed, net_arch):
     """With states weighted by their discounted occupancy: the gradient of J(theta), differentiated end to end."""
     mdp = tabular.random_mdp(seed)
@@ -229,10 +226,8 @@ def sampled_gradients(baseline, n_draws, group_size):
 @pytest.mark.parametrize(
     ("baseline", "group_size", "factor"),
     [
-        ("leave_one_out", 2, 1.0),
         ("leave_one_out", 4, 1.0),
         ("mean", 2, 1 / 2),
-        ("mean", 4, 3 / 4),
         ("policy", 4, 3 / 4),  # equal weights: the mean
         ("executed", 3, 1 / 3),  # unbiased for the executed action, whose weight is 1/K here
     ],

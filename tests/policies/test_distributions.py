@@ -123,7 +123,7 @@ def test_a_hand_written_quantile_table(compiled):
     np.testing.assert_array_equal(compiled(d.sample)(logits, uniforms), [0, 0, 1, 1, 2, 2])
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 33])
+@pytest.mark.parametrize("n", [2, 33])
 def test_masked_actions_are_never_drawn(n, compiled):
     d = Categorical((n,), ())
     rng = np.random.default_rng(n)
@@ -163,21 +163,20 @@ def test_a_mask_of_a_wrong_size_is_refused():
         Categorical((3,), ()).entropy(jnp.zeros(4))
 
 
-@pytest.mark.parametrize(
-    "logits", [[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4], [-1e9, -1e9, 3.0]]
-)
-def test_extreme_logits_give_finite_values_and_gradients(logits, compiled):
+def test_extreme_logits_give_finite_values_and_gradients(compiled):
     d = Categorical((3,), ())
-    logits, other = jnp.array(logits), jnp.array([0.0, 1e4, -1e4])
+    other = jnp.array([0.0, 1e4, -1e4])
 
     def everything(logits, other):
         log_probs = d.log_prob(logits, jnp.arange(3))
         return jnp.sum(jnp.exp(log_probs) * log_probs) + d.entropy(logits) + d.kl(logits, other)
 
-    value, gradients = compiled(jax.value_and_grad(everything, argnums=(0, 1)))(logits, other)
-    assert np.isfinite(value)
-    assert np.all(np.isfinite(gradients))
-    assert 0 <= float(d.entropy(logits)) <= np.log(3) + 1e-6
+    with_gradients = compiled(jax.value_and_grad(everything, argnums=(0, 1)))
+    for logits in ([1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4], [-1e9, -1e9, 3.0]):
+        value, gradients = with_gradients(jnp.array(logits), other)
+        assert np.isfinite(value), logits
+        assert np.all(np.isfinite(gradients)), logits
+        assert 0 <= float(d.entropy(jnp.array(logits))) <= np.log(3) + 1e-6
 
 
 def test_the_gradient_of_log_prob_is_one_hot_minus_probabilities(compiled):
@@ -188,7 +187,7 @@ def test_the_gradient_of_log_prob_is_one_hot_minus_probabilities(compiled):
     np.testing.assert_allclose(gradient, np.eye(4)[2] - p, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2)])
+@pytest.mark.parametrize("shape", [(1,), (2, 2)])
 def test_gaussian_against_scipy(shape, compiled):
     d = Gaussian(shape)
     size = int(np.prod(shape))

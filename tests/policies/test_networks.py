@@ -11,6 +11,7 @@ from grpo_jax.policies import networks
 from grpo_jax.policies.networks import ACTIVATIONS, CNN, Actor, Combined, Critic, Flatten
 
 initialise = jax.jit(networks.initialise, static_argnums=(0, 3, 4))
+apply = jax.jit(lambda module, params, x: module.apply({"params": params}, x), static_argnums=0)
 
 
 def kernels(params, path=()):
@@ -65,7 +66,7 @@ def test_biases_are_zero(network):
 def test_output_shapes_and_rows(network, batch):
     name, module, shape, _, params = network
     x = np.random.default_rng(0).normal(size=(*batch, *shape)).astype(np.float32)
-    output = module.apply({"params": params}, x)
+    output = apply(module, params, x)
     expected = {
         "mlp": (3,),
         "wide": (20,),
@@ -77,9 +78,7 @@ def test_output_shapes_and_rows(network, batch):
     assert output.shape == (*batch, *expected)
     if batch:
         first = (0,) * len(batch)
-        np.testing.assert_allclose(
-            output[first], module.apply({"params": params}, x[first]), rtol=1e-3, atol=1e-5
-        )
+        np.testing.assert_allclose(output[first], apply(module, params, x[first]), rtol=1e-3, atol=1e-5)
 
 
 EXPECTED_SHAPES = {
@@ -133,11 +132,11 @@ def test_log_std_is_learned_and_the_same_in_every_state(log_std_init):
     params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(3), 0.01)
     np.testing.assert_array_equal(params["log_std"], [log_std_init] * 2)
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    output = actor.apply({"params": params}, x)
+    output = apply(actor, params, x)
     assert output.shape == (5, 4)
     np.testing.assert_array_equal(output[:, 2:], np.full((5, 2), log_std_init, np.float32))
     assert np.ptp(output[:, :2], axis=0).min() > 0
-    gradient = jax.grad(lambda params: actor.apply({"params": params}, x)[:, 2:].sum())(params)
+    gradient = jax.jit(jax.grad(lambda params: apply(actor, params, x)[:, 2:].sum()))(params)
     np.testing.assert_array_equal(gradient["log_std"], [5.0, 5.0])
 
 
@@ -157,14 +156,14 @@ def test_activations(activation, expected):
     actor = Actor((1,), activation, 1)
     params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(1), 1.0)
     ones = jax.tree.map(lambda leaf: jnp.ones_like(leaf) if leaf.ndim == 2 else leaf, params)
-    output = actor.apply({"params": ones}, jnp.array([-0.5]))
+    output = apply(actor, ones, jnp.array([-0.5]))
     np.testing.assert_allclose(output[0], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_an_untrained_policy_is_nearly_uniform():
     actor = Actor((64, 64), "tanh", 4)
     params = initialise(actor, as_key(jax.random.key(0)), jnp.zeros(4), 0.01)
-    logits = actor.apply({"params": params}, jax.random.normal(jax.random.key(1), (100, 4)) * 3)
+    logits = apply(actor, params, jax.random.normal(jax.random.key(1), (100, 4)) * 3)
     assert np.abs(logits).max() < 0.2
     assert np.abs(logits).max() > 0
 
@@ -175,7 +174,7 @@ def test_any_function_is_an_activation():
     params = initialise(critic, as_key(jax.random.key(0)), jnp.zeros(2))
     x = np.array([0.5, -1.0])
     hidden, output = params["MLP_0"]["Dense_0"]["kernel"], params["output"]["kernel"]
-    np.testing.assert_allclose(critic.apply({"params": params}, x), (2 * x @ hidden @ output)[0], rtol=1e-5)
+    np.testing.assert_allclose(apply(critic, params, x), (2 * x @ hidden @ output)[0], rtol=1e-5)
     networks.check_activation(twice)
 
 
@@ -205,11 +204,11 @@ def test_combined_features_are_in_order_and_images_are_convolved(batch):
     example = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     params = initialise(COMBINED, as_key(jax.random.key(0)), example)
     assert set(params) == {"CNN_map"}
-    features = COMBINED.apply({"params": params}, observation)
+    features = apply(COMBINED, params, observation)
     assert features.shape == (*batch, 4 + 5 + 2)
     np.testing.assert_array_equal(features[..., :4], observation["b"].reshape(*batch, 4))
     np.testing.assert_array_equal(features[..., 9:], observation["a"])
-    convolved = CNN("relu", 5).apply({"params": params["CNN_map"]}, observation["map"])
+    convolved = apply(CNN("relu", 5), params["CNN_map"], observation["map"])
     np.testing.assert_allclose(features[..., 4:9], convolved, rtol=1e-5, atol=1e-6)
 
 
@@ -223,7 +222,7 @@ def test_without_orthogonal_kernels_flax_decides():
     key = as_key(jax.random.key(0))
     actor = Actor((16,), "tanh", 2, gaussian=True, log_std_init=-1.0)
     params = initialise(actor, key, jnp.zeros(8), 0.01, False)
-    expected = actor.init(key, jnp.zeros(8))["params"]
+    expected = jax.jit(actor.init)(key, jnp.zeros(8))["params"]
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     kernel = np.asarray(params["MLP_0"]["Dense_0"]["kernel"])
     assert not np.allclose(kernel @ kernel.T, 2 * np.eye(8), atol=0.1)

@@ -115,8 +115,7 @@ def test_observations_of_every_space(observation_space, observation, key):
     assert len(np.unique(values)) == n
 
 
-@pytest.mark.parametrize("bootstrap", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("bootstrap", "normalize"), [(False, False), (True, True)])
 def test_a_dict_of_one_vector_is_the_vector_bit_for_bit(bootstrap, normalize, key):
     changes = {"bootstrap": bootstrap, "normalize_observations": normalize}
     flat, named = policy_of(VECTOR, **changes), policy_of(spaces.Dict((("x", VECTOR),)), **changes)

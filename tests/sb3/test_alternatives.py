@@ -33,8 +33,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_bridge import GRPO
 from sb3_bridge.clones.copying import Unclonable
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class Film(BaseCallback):
     """Deep copies of the environments in every decision state, ``[T][N]``."""
@@ -225,7 +223,7 @@ def ending(function: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def followed(quick_compiles):
+def followed():
     """Parameters and simulator steps after two iterations of a policy that needs no random numbers, by dynamics."""
     kinds = {
         "jax": glide_jax,

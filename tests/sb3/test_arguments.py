@@ -16,8 +16,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, NoSpreadWarning
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_arguments_without_a_meaning_are_named_once():
     cases = [

@@ -37,8 +37,6 @@ from stable_baselines3.common.callbacks import (
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def describe(value):
     """Types, dtypes, shapes and keys, without the values."""

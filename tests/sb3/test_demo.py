@@ -20,7 +20,7 @@ EXAMPLE = ROOT / "examples" / "cartpole_sb3.py"
 FILES = ["0.monitor.csv", "cartpole.gif", "curve.png", "model.zip"]
 
 
-def test_demo(tmp_path, capsys):
+def test_demo(tmp_path, capsys, real_compiles):
     out = tmp_path / "demo"
     # A run that is too short, in a process of its own: it fails, and says so, without any other noise.
     command = [sys.executable, "-m", "sb3_bridge.demo", "--out", str(out), "--total-timesteps", "512"]

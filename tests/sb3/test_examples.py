@@ -28,7 +28,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvW
 from sb3_bridge import GRPO
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 both = pytest.mark.parametrize("algorithm", [PPO, GRPO])
 SMALL = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
 ENV = "CartPole-v1"

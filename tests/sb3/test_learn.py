@@ -36,8 +36,6 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_bridge import GRPO, GymnaxVecEnv
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @on_both
 def test_total_timesteps_is_a_lower_bound_in_whole_rollouts(kind):
@@ -136,6 +134,7 @@ def test_identity_is_learned(env, dtype):
         n_steps=256,
         batch_size=64,
         gamma=0.4,
+        horizon=4,
         learning_rate=3e-3,
         policy_kwargs={"net_arch": [32]},
         seed=1,

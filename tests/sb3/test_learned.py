@@ -28,9 +28,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_bridge import GRPO
 from sb3_bridge.files.model_zip import load_zip
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 LEARNED = {"dynamics": "learned", "n_steps": 64, "batch_size": 64, "horizon": 4, "branch_every": 4}
 
 
@@ -39,7 +36,7 @@ def sleds() -> DummyVecEnv:
 
 
 @pytest.fixture(scope="module")
-def learned_run(quick_compiles):
+def learned_run():
     """A trained model, what was logged, and its file and a copy of its environments at half time."""
     model = make(sleds(), **LEARNED)
     rows = updates_of(model, 2 * 128)
@@ -135,7 +132,7 @@ def squares(state: Any, action: Any, next_state: Any) -> Any:
 @pytest.mark.parametrize("before", [None, squares], ids=["learned", "given"])
 def test_a_learned_world_is_loaded_with_another_reward(before):
     model = make(sleds(), reward_function=before, **LEARNED)
-    model.learn(2 * 128)
+    model.learn(128)
     after = {"reward_function": squares if before is None else None}
     with pytest.warns(UserWarning, match="learned anew"):
         loaded = GRPO.load(file_of(model), env=sleds(), custom_objects=after)

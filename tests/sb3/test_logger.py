@@ -25,8 +25,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize(
     ("kind", "world", "candidates"),

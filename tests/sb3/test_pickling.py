@@ -21,7 +21,6 @@ WAYS = {
     "cloudpickle": lambda model: cloudpickle.loads(cloudpickle.dumps(model)),
     "deepcopy": copy.deepcopy,
 }
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def lean(state, action, next_state):

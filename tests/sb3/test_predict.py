@@ -24,8 +24,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class Anything(gymnasium.Env):
     """Observations drawn from any space, an action space of any kind."""

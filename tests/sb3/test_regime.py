@@ -28,7 +28,7 @@ from sb3_bridge import GRPO, GymnaxVecEnv
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_forks")
 
 
 WHOLE = {"n_steps": 32, "batch_size": 32}

@@ -15,8 +15,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONF = Path(__file__).parents[2] / "benchmarks" / "hyperparams" / "grpo.yml"
 POLICY_KWARGS = "dict(net_arch=dict(pi=[64], vf=[64]), activation_fn=nn.ReLU)"
 

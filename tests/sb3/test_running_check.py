@@ -27,8 +27,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_bridge import GRPO
 from sb3_bridge.clones.copying import Unclonable
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LATE, LATER = 200, 300
 ITERATION = 2 * 64  # environments, steps
 SHARED: dict[str, float] = {"tide": 0.0}
@@ -160,9 +158,11 @@ def must_go_on_without_clones(env: Any, message: str, **learn: Any) -> None:
     told = Told()
     model = model_of(env, "auto")
     model.set_logger(Logger(None, [told]))
-    model.learn(7 * ITERATION, **learn)
-    assert model.num_timesteps == 7 * ITERATION
+    while model.chosen_dynamics == "clone" and (found := model.num_timesteps) < 6 * ITERATION:
+        model.learn(ITERATION, reset_num_timesteps=False, **learn)
     assert model.chosen_dynamics in ("learned", "episodes")
+    model.learn(ITERATION, reset_num_timesteps=False)
+    assert model.num_timesteps == found + 2 * ITERATION
     (line,) = [line for line in told.lines if "follows candidates in clones no longer" in line]
     assert re.search(message, line) and re.search(r"at step \d+ of the rollout", line), line
 
@@ -232,7 +232,7 @@ ORDINARY: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", ORDINARY)
 def test_ordinary_environments_are_never_refused(kind):
-    for seed in range(2):
+    for seed in range(2 if kind in ("plain", "random") else 1):
         model = model_of(ORDINARY[kind](), "clone", seed=seed)
         model.learn(4 * ITERATION)
         assert model.chosen_dynamics == "clone" and model.simulator_steps > 4 * ITERATION * 2

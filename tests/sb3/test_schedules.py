@@ -21,8 +21,6 @@ from stable_baselines3.common.utils import (
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @on_both
 def test_schedules_are_asked_as_ppo_asks(kind):

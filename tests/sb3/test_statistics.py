@@ -14,8 +14,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from sb3_bridge import GRPO, GymnaxVecEnv
 from sb3_bridge.gymnax.env import GymnaxEnv
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @on_both
 @pytest.mark.parametrize("callback", [None, Recorder])

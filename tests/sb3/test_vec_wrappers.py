@@ -10,7 +10,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvW
 from sb3_bridge import GRPO
 
 SMALL = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Changed(VecEnvWrapper):

@@ -6,8 +6,6 @@ import pytest
 import grpo_jax
 from grpo_jax.training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, horizon=24)
 
 

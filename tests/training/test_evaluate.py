@@ -7,11 +7,10 @@ from toys import Line, MaskedLine
 import grpo_jax
 from grpo_jax.spaces import Discrete
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, horizon=3)
 
 
+@jax.jit
 def state_of(env):
     return grpo_jax.init(TINY, env, jax.random.key(0))
 
@@ -57,8 +56,8 @@ def test_the_tasks_own_reward_is_counted():
 def test_it_vmaps_over_seeds():
     env = grpo_jax.make("CartPole-v1")
     keys = jax.random.split(jax.random.key(0), 2)
-    states = jax.vmap(lambda key: grpo_jax.init(TINY, env, key))(keys)
-    together = jax.vmap(lambda state, key: grpo_jax.evaluate(state, env, key, 8))(states, keys)
+    states = jax.jit(jax.vmap(lambda key: grpo_jax.init(TINY, env, key)))(keys)
+    together = jax.jit(jax.vmap(lambda state, key: grpo_jax.evaluate(state, env, key, 8)))(states, keys)
     assert together.shape == (2, 8)
     alone = grpo_jax.evaluate(jax.tree.map(lambda leaf: leaf[1], states), env, keys[1], 8)
     np.testing.assert_array_equal(together[1], alone)

@@ -13,8 +13,6 @@ from grpo_jax.noise import split
 from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from grpo_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=24, learning_rate=1e-2)
 
 
@@ -24,6 +22,8 @@ def learn(config, world, state, trajectory, evaluated=None):
 
 
 jitted_learn = jax.jit(learn)
+jitted_init, jitted_iteration = jax.jit(loop.init), jax.jit(loop.iteration)
+jitted_collect = jax.jit(loop.collect, static_argnames="keep_next_observation")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def cartpole():
 
 
 def test_same_key_gives_the_same_numbers_bit_for_bit_and_another_key_others(cartpole):
-    first = grpo_jax.train(TINY, cartpole, jax.random.key(3), 96)
-    second = grpo_jax.train(TINY, cartpole, jax.random.key(3), 96)
-    other = grpo_jax.train(TINY, cartpole, jax.random.key(4), 96)
+    first = grpo_jax.train(TINY, cartpole, jax.random.key(3), 64)
+    second = grpo_jax.train(TINY, cartpole, jax.random.key(3), 64)
+    other = grpo_jax.train(TINY, cartpole, jax.random.key(4), 64)
     chex.assert_trees_all_equal(first.state.params, second.state.params)
     chex.assert_trees_all_equal(first.metrics, second.metrics)
     different = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first.state.params, other.state.params)
@@ -42,30 +42,25 @@ def test_same_key_gives_the_same_numbers_bit_for_bit_and_another_key_others(cart
 
 
 def test_legacy_keys_mean_the_same_run(cartpole):
-    typed = grpo_jax.train(TINY, cartpole, jax.random.key(3), 32)
-    legacy = grpo_jax.train(TINY, cartpole, jax.random.PRNGKey(3), 32)
+    typed = grpo_jax.train(TINY, cartpole, jax.random.key(3), 64)
+    legacy = grpo_jax.train(TINY, cartpole, jax.random.PRNGKey(3), 64)
     chex.assert_trees_all_equal(typed.state.params, legacy.state.params)
 
 
-def test_one_trace_serves_all_keys_and_all_traced_settings(cartpole):
-    chex.clear_trace_counter()
-    counted = chex.assert_max_traces(loop._train, n=1)
-    jitted = jax.jit(counted, static_argnames="n_iterations")
-    keys = [grpo_jax.noise.as_key(jax.random.key(seed)) for seed in range(3)]
-    for key, rate in zip(keys, (1e-3, 2e-3, 3e-3), strict=True):
-        jitted(TINY.replace(learning_rate=rate, gamma=0.9 + rate), cartpole, key, None, n_iterations=2)
-
-
-def test_two_worlds_of_one_id_share_their_trace():
+def test_one_trace_serves_all_keys_all_traced_settings_and_all_worlds_of_one_id(cartpole):
+    grpo_jax.train(TINY, cartpole, jax.random.key(0), 64)
     before = loop._train_jitted._cache_size()
-    for _ in range(2):
-        grpo_jax.train(TINY.replace(horizon=5), grpo_jax.make("CartPole-v1"), jax.random.key(0), 32)
+    for seed, rate in enumerate((1e-3, 2e-3, 3e-3)):
+        config, world = TINY.replace(learning_rate=rate, gamma=0.9 + rate), grpo_jax.make("CartPole-v1")
+        grpo_jax.train(config, world, jax.random.key(seed), 64)
+    assert loop._train_jitted._cache_size() == before
+    grpo_jax.train(TINY.replace(n_epochs=1), cartpole, jax.random.key(0), 32)
     assert loop._train_jitted._cache_size() == before + 1
 
 
 def test_vmap_over_keys_is_a_loop_over_keys(cartpole):
     keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.vmap(lambda key: grpo_jax.train(TINY, cartpole, key, 64))(keys)
+    together = jax.jit(jax.vmap(lambda key: grpo_jax.train(TINY, cartpole, key, 64)))(keys)
     for i, key in enumerate(keys):
         alone = grpo_jax.train(TINY, cartpole, key, 64)
         for name in ("episode_return", "simulator_steps", "entropy"):
@@ -74,9 +69,13 @@ def test_vmap_over_keys_is_a_loop_over_keys(cartpole):
 
 def test_vmap_over_traced_settings_is_a_loop_over_them(cartpole):
     rates = jnp.array([1e-3, 3e-2])
-    together = jax.vmap(
-        lambda rate: grpo_jax.train(TINY.replace(learning_rate=rate), cartpole, jax.random.key(0), 64)
-    )(rates)
+
+    @jax.jit
+    @jax.vmap
+    def train(rate):
+        return grpo_jax.train(TINY.replace(learning_rate=rate), cartpole, jax.random.key(0), 64)
+
+    together = train(rates)
     for i, rate in enumerate(rates):
         alone = grpo_jax.train(TINY.replace(learning_rate=float(rate)), cartpole, jax.random.key(0), 64)
         np.testing.assert_allclose(together.metrics["entropy"][i], alone.metrics["entropy"], rtol=2e-4)
@@ -109,8 +108,11 @@ def test_training_goes_on_from_a_state(cartpole):
 SPACES = [Discrete(2), MultiDiscrete((2, 3)), MultiBinary(3), Box(-np.ones(2), np.ones(2), (2,))]
 
 
-@pytest.mark.parametrize("bootstrap", [False, True])
-@pytest.mark.parametrize("space", SPACES, ids=lambda space: type(space).__name__)
+@pytest.mark.parametrize(
+    ("space", "bootstrap"),
+    list(zip(SPACES, [True, False, True, False], strict=True)),
+    ids=lambda value: str(value) if isinstance(value, bool) else type(value).__name__,
+)
 def test_every_action_space_learns_to_walk(space, bootstrap):
     env = Line(space)
     config = TINY.replace(
@@ -147,8 +149,8 @@ def test_trajectory_groups_learn_without_a_world_to_branch_in(form):
 
 def test_environments_of_a_trajectory_group_start_in_the_same_state(cartpole):
     config = TINY.replace(candidates="trajectory", group_size=2, baseline="mean")
-    state = grpo_jax.init(config, cartpole, jax.random.key(0))
-    restarted = loop._restart_groups(config, cartpole, state.environments, state.key)
+    state = jitted_init(config, cartpole, jax.random.key(0))
+    restarted = jax.jit(loop._restart_groups)(config, cartpole, state.environments, state.key)
     x = np.asarray(restarted.observation)
     np.testing.assert_array_equal(x[0::2], x[1::2])
     assert not np.array_equal(x[0], x[2])
@@ -172,7 +174,9 @@ def test_a_reward_that_becomes_nan_raises_and_leaves_the_parameters_finite(cartp
     env = grpo_jax.make("CartPole-v1", reward_function=sometimes_nan)
     with pytest.raises(FloatingPointError, match="reward_function"):
         grpo_jax.train(TINY.replace(horizon=30), env, jax.random.key(0), 64)
-    pure = jax.jit(lambda key: grpo_jax.train(TINY.replace(horizon=30), env, key, 64))(jax.random.key(0))
+    pure = loop._train_jitted(
+        TINY.replace(horizon=30), env, grpo_jax.noise.as_key(jax.random.key(0)), None, 2, False
+    )
     assert float(pure.metrics["nonfinite_groups"].sum()) > 0
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(pure.state.params))
 
@@ -199,17 +203,12 @@ def test_a_group_whose_candidates_differ_only_later_needs_a_horizon(cartpole):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"surrogate": "cispo"},
-        {"surrogate": "sapo"},
-        {"surrogate": "tpo"},
-        {"dual_clip": 3.0, "clip_range_high": 0.28},
-        {"baseline": "leave_one_out", "candidates": "sample"},
-        {"baseline": "executed"},
-        {"baseline": "shrinkage", "advantage_scale": "group"},
+        {"surrogate": "cispo", "baseline": "leave_one_out", "candidates": "sample"},
+        {"surrogate": "sapo", "n_rollouts": 2, "backup": "max", "common_random_numbers": False},
+        {"surrogate": "tpo", "normalize_observations": True, "target_kl": 0.01, "ent_coef": 0.01},
+        {"dual_clip": 3.0, "clip_range_high": 0.28, "baseline": "shrinkage", "advantage_scale": "group"},
         {"kl_coef": 0.1, "reference": "periodic", "reference_interval": 1, "kl_estimator": "k3"},
-        {"kl_coef": 0.1, "reference": "ema"},
-        {"n_rollouts": 2, "backup": "max", "common_random_numbers": False},
-        {"normalize_observations": True, "target_kl": 0.01, "ent_coef": 0.01},
+        {"kl_coef": 0.1, "reference": "ema", "baseline": "executed"},
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -255,19 +254,19 @@ def test_swapped_arguments_are_named(cartpole):
 
 
 def test_branching_needs_a_world(cartpole):
-    state = grpo_jax.init(TINY, cartpole, jax.random.key(0))
-    _, trajectory = loop.collect(TINY, cartpole, state, keep_next_observation=False)
+    state = jitted_init(TINY, cartpole, jax.random.key(0))
+    _, trajectory = jitted_collect(TINY, cartpole, state, keep_next_observation=False)
     with pytest.raises(ValueError, match="candidates='auto' needs a world to branch in"):
         loop.compare(TINY, None, state, trajectory)
 
 
 def test_an_iteration_collects_compares_and_improves(cartpole):
-    state = loop.init(TINY, cartpole, jax.random.key(0))
-    whole, metrics = jax.jit(loop.iteration)(TINY, cartpole, state, 10)
+    state = jitted_init(TINY, cartpole, jax.random.key(0))
+    whole, metrics = jitted_iteration(TINY, cartpole, state, 10)
 
     @jax.jit
     def in_two(state):
-        collected, trajectory = loop.collect(TINY, cartpole, state, keep_next_observation=True)
+        collected, trajectory = jitted_collect(TINY, cartpole, state, keep_next_observation=True)
         bare = trajectory.replace(distribution=None)  # computed anew, from the same parameters
         return learn(TINY, cartpole, collected, bare)
 
@@ -290,8 +289,8 @@ def test_a_quarter_of_the_states_costs_a_quarter_of_the_simulator_steps():
     """Pendulum never terminates; the critic learns from every state, the actor from those that were branched."""
     world = grpo_jax.make("Pendulum-v1")
     config = TINY.replace(branch_every=4, horizon=6, group_size=3, bootstrap=True, n_epochs=1, batch_size=32)
-    state = loop.init(config, world, jax.random.key(0))
-    state, trajectory = loop.collect(config, world, state, keep_next_observation=True)
+    state = jitted_init(config, world, jax.random.key(0))
+    state, trajectory = jitted_collect(config, world, state, keep_next_observation=True)
     after, metrics = jitted_learn(config, world, state, trajectory)
     assert grpo_jax.count(after.simulator_steps) == config.n_states // 4 * 3 * 6
     assert grpo_jax.count(after.decision_steps) == config.n_states
@@ -320,9 +319,9 @@ EPISODES = TINY.replace(candidates="episodes", n_envs=4, n_steps=64, batch_size=
 def test_episode_groups_need_no_world():
     """Episodes of 4 to 10 steps: only those that end within the rollout are learned from, every step is counted."""
     world = Line(Discrete(2))
-    state = loop.init(EPISODES, world, jax.random.key(0))
-    state, trajectory = loop.collect(EPISODES, world, state, keep_next_observation=False)
-    after, metrics = learn(EPISODES, None, state, trajectory)
+    state = jitted_init(EPISODES, world, jax.random.key(0))
+    state, trajectory = jitted_collect(EPISODES, world, state, keep_next_observation=False)
+    after, metrics = jitted_learn(EPISODES, None, state, trajectory)
     assert grpo_jax.count(after.decision_steps) == EPISODES.n_states
     assert grpo_jax.count(after.simulator_steps) == 0
     assert metrics["frac_zero_std"] < 0.5
@@ -332,8 +331,8 @@ def test_episode_groups_need_no_world():
 
 def test_no_episode_that_ends_leaves_the_policy_as_it_is():
     config = EPISODES.replace(n_steps=3, batch_size=12)
-    _, metrics = loop.iteration(
-        config, Line(Discrete(2)), loop.init(config, Line(Discrete(2)), jax.random.key(0)), 1
+    _, metrics = jitted_iteration(
+        config, Line(Discrete(2)), jitted_init(config, Line(Discrete(2)), jax.random.key(0)), 1
     )
     assert metrics["frac_zero_std"] == 1.0
     assert metrics["grad_norm"] == 0.0
@@ -345,8 +344,8 @@ def test_no_episode_that_ends_leaves_the_policy_as_it_is():
 
 def test_with_a_critic_cut_episodes_teach_too():
     config = EPISODES.replace(n_steps=3, batch_size=12, bootstrap=True)
-    _, metrics = loop.iteration(
-        config, Line(Discrete(2)), loop.init(config, Line(Discrete(2)), jax.random.key(0)), 1
+    _, metrics = jitted_iteration(
+        config, Line(Discrete(2)), jitted_init(config, Line(Discrete(2)), jax.random.key(0)), 1
     )
     assert metrics["frac_zero_std"] < 1e-6
     assert metrics["grad_norm"] > 0.0

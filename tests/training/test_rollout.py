@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from grpo_jax.spaces import Discrete
 from grpo_jax.training.rollout import rollout, start
 
 
+@functools.partial(jax.jit, static_argnames=("n_steps", "n_envs", "keep"))
 def roll(env, n_steps, n_envs=2, keep=True, persistence=None):
     config = grpo_jax.GRPOConfig(n_envs=n_envs, batch_size=n_envs)
     policy = grpo_jax.make_policy(config, env.observation_space, env.action_space)

@@ -7,8 +7,6 @@ import grpo_jax
 from grpo_jax.training import run as run_module
 from grpo_jax.training.run import QUICK, compile_quickly
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = grpo_jax.GRPOConfig(
     n_envs=4,
     n_steps=8,

@@ -21,8 +21,6 @@ from grpo_jax.spaces import from_gymnasium
 from grpo_jax.worlds.base import check_world
 from grpo_jax.worlds.classic import NO_LIMIT, TASKS, TimeLimited, TimeLimitedState, classic
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 N_STEPS = 400
 CLASSES = {
     "CartPole": CartPoleEnv,

@@ -15,8 +15,6 @@ from grpo_jax import GymnaxWorld, env_ids, group_returns, make, spaces
 from grpo_jax.noise import as_key, bits_to_keys, split
 from grpo_jax.worlds.base import RewardOverrideState
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 N_STATES, HORIZON, GAMMA, TIME_LIMIT = 3, 24, 0.9, 15
 
 

@@ -12,8 +12,6 @@ from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
 from grpo_jax.worlds.base import check_world, example_action
 from grpo_jax.worlds.learned import N_MEMBERS, Normaliser, disagreement, untrained
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KEY = as_key(jax.random.key(0))
 VECTOR = spaces.Box(-np.inf, np.inf, (2,))
 ACTIONS = [
@@ -168,7 +166,7 @@ def test_the_state_of_a_visited_observation_knows_no_time():
 
 def test_reset_draws_visited_observations():
     world = scripted()
-    observations, states = jax.vmap(world.reset)(split(KEY, 500))
+    observations, states = jax.jit(jax.vmap(world.reset))(split(KEY, 500))
     np.testing.assert_array_equal(observations, states.observation)
     np.testing.assert_array_equal(observations[:, 0], -observations[:, 1])
     assert len(np.unique(observations[:, 0])) > 150
@@ -178,7 +176,7 @@ def test_reset_draws_visited_observations():
 def test_branches_share_their_noise_and_new_parameters_compile_nothing():
     config = GRPOConfig(n_envs=1)
     policy = make_policy(config, VECTOR, spaces.Discrete(3))
-    parameters = policy.init(KEY)
+    parameters = jax.jit(policy.init)(KEY)
     n_uniforms = policy.distribution.n_uniforms
 
     @jax.jit
@@ -207,23 +205,25 @@ def test_branches_share_their_noise_and_new_parameters_compile_nothing():
 def test_a_branch_ends_where_the_members_disagree():
     # Every step pays 10; the third one passes the threshold and is the last.
     world = scripted(spread=0.5, max_uncertainty=2.0)
-    branches = group_returns(
-        world,
-        lambda observation, mask, uniforms: jnp.zeros(observation.shape[:-1], jnp.int32),
-        KEY,
-        world.at(jnp.zeros((2, 2))),
-        jnp.zeros((2, 3), jnp.int32),
-        horizon=8,
-        gamma=1.0,
-        value=lambda observation: jnp.full(observation.shape[:-1], 1000.0),
-    )
+    branches = jax.jit(
+        lambda states: group_returns(
+            world,
+            lambda observation, mask, uniforms: jnp.zeros(observation.shape[:-1], jnp.int32),
+            KEY,
+            states,
+            jnp.zeros((2, 3), jnp.int32),
+            horizon=8,
+            gamma=1.0,
+            value=lambda observation: jnp.full(observation.shape[:-1], 1000.0),
+        )
+    )(world.at(jnp.zeros((2, 2))))
     np.testing.assert_allclose(branches.returns, np.full((2, 3), 1030.0), rtol=1e-5)
 
 
 def test_actions_of_all_spaces_are_stepped_with_in_the_worlds_units():
     for space in ACTIONS:
         world = untrained(VECTOR, space, KEY)
-        step = world.step(KEY, world.at(jnp.zeros(2)), example_action(space))
+        step = jax.jit(world.step)(KEY, world.at(jnp.zeros(2)), example_action(space))
         uniform = bits_to_uniform(draw_bits(KEY, (world.ensemble.n_targets + 1,)))[-1]
         logits = world.predict(jnp.zeros(2), example_action(space)).end_logit
         assert bool(step.terminated) == bool(uniform < jnp.mean(jax.nn.sigmoid(logits)))

@@ -21,6 +21,8 @@ from sb3_bridge.clones import brancher as branching
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 
+pytestmark = pytest.mark.usefixtures("quick_forks")
+
 
 def both(n_states: int, n_actions: int = 2) -> np.ndarray:
     return np.broadcast_to(np.arange(n_actions), (n_states, n_actions))

@@ -24,6 +24,8 @@ from sb3_bridge.clones.replay_check import check
 from sb3_bridge.clones.snapshot import Cloner
 from sb3_bridge.gymnax.env import GymnaxEnv
 
+pytestmark = pytest.mark.usefixtures("quick_forks")
+
 
 def generators() -> list[Any]:
     state: Any = np.random.get_state()

@@ -19,6 +19,8 @@ from sb3_bridge.clones.core_state import cores_for
 from sb3_bridge.clones.replay_check import check
 from sb3_bridge.clones.snapshot import Cloner, CloneReport
 
+pytestmark = pytest.mark.usefixtures("quick_forks")
+
 IDS = ["CartPole-v1", "MountainCarContinuous-v0", "FrozenLake-v1", "Taxi-v4", "Blackjack-v1"]
 
 

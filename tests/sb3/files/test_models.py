@@ -38,8 +38,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_bridge import GRPO, MlpPolicy
 from sb3_bridge.files.model_zip import load_zip
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", [str, pathlib.Path, io.BytesIO])

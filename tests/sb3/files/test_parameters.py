@@ -28,8 +28,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_bridge import GRPO, MlpPolicy
 from sb3_bridge.files.model_zip import save_zip
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_parameters_are_copies(trained):
     model = trained["host"]

@@ -22,8 +22,6 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_goes_on_in_the_same_environments(kind, tmp_path):

@@ -14,8 +14,6 @@ from gymnasium import spaces
 from sb3_bridge.functions.reward import resolve_reward
 from sb3_bridge.functions.transition import resolve_transition
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BOX = spaces.Box(
     np.array([-4.8, -np.inf, -0.42, -np.inf], np.float32), np.array([4.8, np.inf, 0.42, np.inf], np.float32)
 )

@@ -11,8 +11,6 @@ import pytest
 from sb3_bridge import GRPO, GymnaxVecEnv
 from sb3_bridge.functions.programs import OwnedJit
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SETTINGS = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "horizon": 2, "seed": 0, "device": "cpu"}
 
 

@@ -19,8 +19,6 @@ from sb3_bridge.functions.reward import resolve_reward
 from sb3_bridge.gymnax import vec_env
 from sb3_bridge.gymnax.env import owner_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BOX, TWO = spaces.Box(-1, 1, (4,)), spaces.Discrete(2)
 
 

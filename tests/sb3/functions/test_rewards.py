@@ -17,8 +17,6 @@ import grpo_jax
 from grpo_jax.worlds.base import RewardOverride
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CARTPOLE = gymnasium.make("CartPole-v1")
 BOX = CARTPOLE.observation_space
 TWO = CARTPOLE.action_space

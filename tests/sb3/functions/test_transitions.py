@@ -18,8 +18,6 @@ from sb3_bridge.functions.host_call import original_errors
 from sb3_bridge.functions.reward import resolve_reward
 from sb3_bridge.functions.transition import Transition, resolve_transition
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BOX = spaces.Box(-2, 2, (2,))
 THREE = spaces.Discrete(3)
 MATRIX = np.array([[1.0, 0.5], [-0.25, 0.9]], np.float32)
@@ -68,7 +66,7 @@ FUNCTIONS |= {(*form, True): with_end(form) for form in STATES}
 
 
 @pytest.fixture(scope="module")
-def resolved(quick_compiles):
+def resolved():
     return {form: resolve_transition(function, BOX, THREE) for form, function in FUNCTIONS.items()}
 
 

@@ -16,8 +16,6 @@ from sb3_bridge import GRPO, CnnPolicy, GymnaxVecEnv, MlpPolicy
 from sb3_bridge.gymnax import presets
 from sb3_bridge.settings import config_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RATES = ("learning_rate", "clip_range", "clip_range_high", "ent_coef", "persistence")
 DECAYING = GRPOConfig(
     learning_rate_decay="linear",
@@ -82,7 +80,7 @@ def test_two_iterations_are_those_of_grpo_jax():
     settings = {"n_steps": 8, "n_epochs": 2, "horizon": 8}
     config = grpo_jax.preset("CartPole-v1").replace(learning_rate_decay="none", **settings)
     world, key = grpo_jax.make("CartPole-v1"), jax.random.key(3)
-    start = grpo_jax.init(config, world, key)
+    start = jax.jit(grpo_jax.init)(config, world, key)
     model = GRPO.from_preset("CartPole-v1", learning_rate=config.learning_rate, **settings)
     model._last_obs = model.env.reset()
     model.env.move_to(lambda: start.environments)

@@ -31,8 +31,6 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_bridge.policies import CnnPolicy, MultiInputPolicy
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module", params=OBSERVATIONS)
 def pair(request):

@@ -25,8 +25,6 @@ from sb3_bridge.policies import CnnPolicy, MlpPolicy, layers
 from sb3_bridge.policies.optimizer import to_optimizer
 from sb3_bridge.policies.policy import to_policy_class
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_arguments_are_kept():
     given = {

@@ -28,8 +28,6 @@ from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.policies.extractor import to_features_extractor
 from sb3_bridge.policies.spaces import to_action_space, to_observation_space
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_what_networks_see():
     seen = to_observation_space

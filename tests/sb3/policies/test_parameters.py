@@ -29,8 +29,6 @@ from sb3_bridge import GRPO
 from sb3_bridge.policies import CnnPolicy
 from sb3_bridge.policies.model import TORCH_ONLY
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_parameters_have_names():
     policy = make(IMAGE, cls=CnnPolicy, net_arch=None)

@@ -22,8 +22,6 @@ from sb3_bridge.policies import torch_policy as conversion
 from sb3_bridge.policies.layers import TORCH_ACTIVATIONS
 from sb3_bridge.policies.torch_layers import FeatureMapsCNN, FeatureMapsCombined
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SMALL = spaces.Box(0, 255, (2, 9, 11), np.uint8, seed=0)
 TINY = spaces.Box(0, 255, (1, 2, 2), np.uint8, seed=0)
 FLOATS = spaces.Box(0, 1, (3, 36, 40), seed=0)

@@ -31,7 +31,6 @@ ENVS = {
     "device": lambda: GymnaxVecEnv("CartPole-v1", n_envs=2, seed=0),
     "device box": lambda: GymnaxVecEnv("Pendulum-v1", n_envs=2, seed=0),
 }
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Reader(BaseCallback):

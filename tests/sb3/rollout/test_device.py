@@ -18,8 +18,6 @@ from stable_baselines3.common.callbacks import (
 from grpo_jax.spaces import Discrete
 from sb3_bridge import GRPO, GymnaxVecEnv
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def run_with(callback, world=LINE, **settings):
     env = GymnaxVecEnv(world, n_envs=N_ENVS)

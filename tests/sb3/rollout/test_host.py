@@ -32,9 +32,6 @@ from sb3_bridge import GRPO, GymnaxVecEnv
 torch.set_num_threads(1)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 SIMULATED = {"horizon": 2, "reward_function": lambda s, a, n: 1 - jnp.abs(n[2]) - 0.1 * jnp.abs(n[0])}
 SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}}
 

@@ -7,8 +7,6 @@ from gymnasium import spaces
 
 from sb3_bridge import GRPO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class Pixels(gymnasium.Env):
     observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)

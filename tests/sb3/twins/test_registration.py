@@ -26,8 +26,6 @@ from sb3_bridge.twins import pace
 from sb3_bridge.twins.check import first_difference
 from sb3_bridge.twins.twin import NoTwin
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class Known(Sled):
     """A sled that has a twin; each has its own edge."""

@@ -24,8 +24,6 @@ from stable_baselines3.common.vec_env import (
 from sb3_bridge import GRPO
 from sb3_bridge.twins.twin import NoTwin
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LENGTHS = {"n_steps": 32, "batch_size": 32, "horizon": 4, "branch_every": 1, "bootstrap": True}
 IDS = (
     "CartPole-v0",
