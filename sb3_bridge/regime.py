@@ -25,10 +25,11 @@ Dynamics = Name | Callable[[Any, Any], Any] | Functions
 Kind = Literal["simulator", "twin", "clone", "learned", "function", "episodes"]
 """What ``dynamics`` comes to: ``"episodes"`` is no alternatives at all."""
 
-DENSE_MS, BUDGET_MS, WARNED_MS = 1.0, 2.0, 5.0
-"""Milliseconds of branches for a decision step, the first two in classes of a factor of two: up to the first one state in four
-is branched in clones, beyond it fewer, for longer; up to the second ``"auto"`` clones; beyond the third whoever asked for
-clones is warned. PPO takes about 0.5 for all it does."""
+BUDGET_MS, WARNED_MS = 2.0, 5.0
+"""Milliseconds of branches for a decision step. The first, in classes of a factor of two: up to it one state in four is
+branched in clones; beyond it fewer are, for longer; and where these are beyond it too, ``"auto"`` does not clone. Beyond the
+second whoever asked for clones is warned. PPO takes about 0.5 for all it does.
+"""
 SIMULATOR_HORIZON = 128
 HOST_HORIZON, SPARSE_HORIZON, REWARD_HORIZON = 64, 256, 16
 """Steps of a branch outside of a simulator: with the environment's reward, the same where steps are expensive, and with a
@@ -64,15 +65,15 @@ def choose(
     observation_space: spaces.Space,
     compares_episodes: Callable[[], Any] | None,
     cost: Callable[[Brancher, bool], float],
-    before: Kind | None = None,
+    most_ms: float = BUDGET_MS,
     why_no_twin: str = "",
 ) -> Choice:
     """What ``dynamics`` means in an env that is no simulator; raises Unclonable or NoTwin where what was asked for cannot be.
 
     ``cost`` tells the milliseconds that the branches of a decision step will take, where few or many are branched.
     ``compares_episodes`` raises ValueError where the settings have no meaning for episodes, which are compared until a learned
-    world predicts well; None where no world is to be learned. ``before`` is what a model was trained with: it stays with that
-    unless the cost is far beyond the limit. ``why_no_twin`` says why none is looked for.
+    world predicts well; None where no world is to be learned. ``most_ms`` is what branches of clones may take, see
+    :func:`limit`. ``why_no_twin`` says why none is looked for.
     """
     if callable(dynamics):
         return Choice("function")
@@ -80,7 +81,7 @@ def choose(
         return Choice("learned")
     if dynamics == "clone" or isinstance(dynamics, tuple):
         brancher = Brancher(env, dynamics if isinstance(dynamics, tuple) else None)
-        return Choice("clone", "", _class_of(cost(brancher, False)) > DENSE_MS, brancher)
+        return Choice("clone", "", _class_of(cost(brancher, False)) > BUDGET_MS, brancher)
     if not why_no_twin:
         try:
             return Choice("twin", twin=Twin(env))
@@ -93,15 +94,24 @@ def choose(
         brancher = Brancher(env)
     except Unclonable as error:
         return choose_without_clones(f"{first}{error}", env, observation_space, compares_episodes)
-    is_sparse = _class_of(cost(brancher, False)) > DENSE_MS
+    is_sparse = _class_of(cost(brancher, False)) > BUDGET_MS
     ms = digits(milliseconds := cost(brancher, is_sparse))
-    if _class_of(milliseconds) <= BUDGET_MS * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0):
+    if _class_of(milliseconds) <= most_ms:
         return Choice("clone", f"{first}branches take {ms} ms a decision step", is_sparse, brancher)
     why = (
-        f"{first}branches of clones would take {ms} ms a decision step, more than {BUDGET_MS:g}, and not repay them;"
+        f"{first}branches of clones would take {ms} ms a decision step, more than {most_ms:g}, and not repay them;"
         " dynamics='clone' takes them all the same"
     )
     return choose_without_clones(why, env, observation_space, compares_episodes)
+
+
+def limit(candidates: str, before: Kind | None) -> float:
+    """Milliseconds for a decision step that clones may take under ``"auto"``: all there are for ``candidates`` that can only be
+    branched; and a model that was trained keeps its kind, ``before``, unless the cost is far from the limit.
+    """
+    if candidates in ("enumerate", "sample"):
+        return float("inf")
+    return BUDGET_MS * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0)
 
 
 def _class_of(milliseconds: float) -> float:

@@ -183,12 +183,12 @@ class Training(OnPolicyAlgorithm):
             return regime.Choice("simulator")
         if self.candidates in ("episodes", "trajectory"):
             return regime.Choice("episodes")
-        before = self.chosen_dynamics if self._n_iterations else None
-        return regime.choose(self.dynamics, *self._asked(), self._milliseconds, before)
+        most_ms = regime.limit(self.candidates, self.chosen_dynamics if self._n_iterations else None)
+        return regime.choose(self.dynamics, *self._asked(), self._milliseconds, most_ms)
 
     def _asked(self) -> tuple[VecEnv, spaces.Space, Any]:
-        """What decides whether a world is learned: with ``"auto"`` only for a reward function."""
-        is_learned = self.reward_function is not None or self.dynamics == "learned"
+        """What decides whether a world is learned: under ``"auto"`` for a reward function, or where branches are a must."""
+        is_learned = self.reward_function is not None or not self.dynamics == self.candidates == "auto"
         return self.env, self.observation_space, self._compares_episodes if is_learned else None
 
     def _compares_episodes(self) -> GRPOConfig:
@@ -367,7 +367,7 @@ class Training(OnPolicyAlgorithm):
         is_twin, asked = isinstance(self._alternatives, Twins), self._asked()
         self.logger.warn(f"GRPO follows candidates in {'a twin' if is_twin else 'clones'} no longer: {why}")
         if is_twin:
-            choice = regime.choose("auto", *asked, self._milliseconds, None, why)
+            choice = regime.choose("auto", *asked, self._milliseconds, why_no_twin=why)
         else:
             choice = regime.choose_without_clones(why, *asked)
         self._set_alternatives(choice)

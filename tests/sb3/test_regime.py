@@ -91,8 +91,8 @@ def test_slow_environments_are_not_cloned_and_the_cost_is_named(capsys):
     ("ms", "kind", "horizon", "every"),
     [
         (0.1, "clone", 64, 4),
-        (1.4, "clone", 64, 4),
-        (1.5, "clone", 256, 32),
+        (2.8, "clone", 64, 4),
+        (2.9, "clone", 256, 32),
         (5.5, "clone", 256, 32),
         (6, "episodes", 64, 1),
     ],
@@ -109,7 +109,14 @@ def test_the_more_branches_cost_the_fewer_there_are_until_there_are_none(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the cost
         model = make(dummy(Sled), dynamics="clone", **WHOLE)
-    assert (model.horizon, model.branch_every) == ((64, 4) if ms < 1.42 else (256, 32))
+    assert (model.horizon, model.branch_every) == ((64, 4) if ms < 2.82 else (256, 32))
+
+
+def test_candidates_that_can_only_be_branched_are(monkeypatch):
+    monkeypatch.setattr(Brancher, "seconds", lambda *_: 9.0)
+    with pytest.warns(UserWarning, match="most of the run"):
+        assert make(dummy(Sled), candidates="sample").chosen_dynamics == "clone"
+    assert make(dummy(Uncopyable), candidates="sample").chosen_dynamics == "learned"
 
 
 @pytest.mark.parametrize("kind", ["clone", "episodes"])
