@@ -327,9 +327,10 @@ def train(
     """
     check_arguments(config, env)
     n_iterations = iterations_for(config, total_timesteps)
-    if _is_traced(config, env, key, state):
-        return _train(config, env, as_key(key), state, n_iterations)
+    # Jitted in transformations too: a vmap of what is not would compile each of its operations alone.
     result = _train_jitted(config, env, as_key(key), state, n_iterations, jax.debug_nans.value)
+    if _is_traced(config, env, key, state):
+        return result
     check_finite(result.metrics)
     first = {name: values[:SPREAD_ITERATIONS] for name, values in result.metrics.items()}
     warn_without_spread(config, first["frac_zero_std"], first["frac_below_floor"])

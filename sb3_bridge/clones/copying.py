@@ -19,12 +19,15 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from grpo_jax.worlds.base import World
+
 PLAIN = {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, type}
 """Types whose values never change and refer to nothing that does."""
 PLAIN |= {types.ModuleType, EnvSpec, np.ufunc, np.str_, np.bytes_}
 PLAIN |= {np.dtype(kind).type for kind in "?bBhHiIlLqQefdgFD"}
 
-_SHARED = (type, enum.Enum, types.ModuleType, types.CodeType, np.dtype)
+# Worlds never change, and each copy of one would compile its programs anew.
+_SHARED = (type, enum.Enum, types.ModuleType, types.CodeType, np.dtype, World)
 # Copies of these would still work on what the original works on, or are not possible at all.
 _REFUSED: tuple[type, ...] = (
     *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, io.IOBase),

@@ -15,6 +15,7 @@ import pytest
 from gymnasium.utils import EzPickle
 from sb3.clones import kinds
 
+import grpo_jax
 from sb3_bridge.clones.changes import fingerprint
 from sb3_bridge.clones.copying import Stream, Unclonable, copy_value, quiet
 from sb3_bridge.clones.snapshot import Cloner, CloneReport
@@ -190,3 +191,9 @@ def test_fingerprints_see_what_changed_and_read_large_arrays_in_place():
     table["rows"][0][999] = 1e-9  # type: ignore[index]
     assert fingerprint(table) != before
     assert fingerprint([gym.make("CartPole-v1")]).refers and fingerprint(x for x in ()) is None  # type: ignore[union-attr]
+
+
+def test_a_world_is_nobodys_own():
+    """Programs are compiled for each world there is; it never changes."""
+    world = grpo_jax.make("CartPole-v1")
+    assert copy_value({"world": world, "others": [world]}, {})["others"][0] is world
