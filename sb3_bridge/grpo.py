@@ -80,8 +80,8 @@ class GRPO(Training):
         ``"learned"``: a world that is learned from all real transitions (vector observations; until it predicts well,
         episodes are compared). A function ``f(state, action) -> next_state`` or ``-> (next_state, terminated)``: yours, in
         JAX, NumPy or torch, for one transition or a batch, with a ``reward_function``. ``"auto"``: the simulator where there
-        is one, else a twin, else clones where they repeat the original and branches take at most 2 ms a decision step, else a
-        learned world where there is a ``reward_function``, else episodes; the choice and its reason are printed at
+        is one, else a twin, else clones where they repeat the original and are worth their time, else a learned world where
+        there is a ``reward_function``, else episodes; the choice and its reason are printed at
         ``verbose=1`` and kept in ``chosen_dynamics``.
       candidates: ``"auto"``, ``"enumerate"``, ``"sample"``, ``"trajectory"`` or ``"episodes"``, see
         :class:`grpo_jax.GRPOConfig`, as for all that follow.

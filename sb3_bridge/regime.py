@@ -90,6 +90,9 @@ def choose(
                 raise
             why_no_twin = str(error) if error.is_known else ""
     first = f"{why_no_twin}; " if why_no_twin else ""
+    if not most_ms:
+        why = "branches of sampled actions repaid their seconds nowhere; dynamics='clone' takes them all the same"
+        return choose_without_clones(f"{first}{why}", env, observation_space, compares_episodes)
     try:
         brancher = Brancher(env)
     except Unclonable as error:
@@ -105,13 +108,17 @@ def choose(
     return choose_without_clones(why, env, observation_space, compares_episodes)
 
 
-def limit(candidates: str, before: Kind | None) -> float:
-    """Milliseconds for a decision step that clones may take under ``"auto"``: all there are for ``candidates`` that can only be
-    branched; and a model that was trained keeps its kind, ``before``, unless the cost is far from the limit.
+def limit(candidates: str, is_sampled: bool, has_reward: bool, before: Kind | None) -> float:
+    """Milliseconds for a decision step that clones may take under ``"auto"``.
+
+    All there are for ``candidates`` that can only be branched; none for groups that are sampled and valued by the
+    environment's reward; twice as many for a reward function, which is what shows early what an action is worth. A model that was trained keeps its kind, ``before``, unless the cost is far from the limit.
     """
     if candidates in ("enumerate", "sample"):
         return float("inf")
-    return BUDGET_MS * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0)
+    if is_sampled and not has_reward and before != "clone":
+        return 0.0
+    return BUDGET_MS * (1 + has_reward) * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0)
 
 
 def _class_of(milliseconds: float) -> float:
@@ -193,6 +200,15 @@ def as_episodes(values: dict[str, Any]) -> dict[str, Any]:
     """Settings without what has a meaning in branches alone: for ``"auto"``, which chose episodes by itself."""
     baseline = values["baseline"] if values["baseline"] in ("mean", "leave_one_out") else "policy"
     return values | OF_EPISODES | {"persistence": None, "baseline": baseline}
+
+
+def of_cost(ms: float, given: Mapping[str, Any]) -> str:
+    """The warning of branches in clones that take ``ms`` milliseconds for a decision step."""
+    return (
+        f"dynamics={given['dynamics']!r}: branches will take about {digits(ms)} ms for a decision step, most of the run. Lower"
+        f" horizon={given['horizon']} or group_size={given['group_size']}, raise branch_every={given['branch_every']}, or use"
+        " SubprocVecEnv, or dynamics='learned'"
+    )
 
 
 def without_meaning(config: GRPOConfig, distribution: Distribution) -> list[str]:

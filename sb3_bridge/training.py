@@ -183,8 +183,7 @@ class Training(OnPolicyAlgorithm):
             return regime.Choice("simulator")
         if self.candidates in ("episodes", "trajectory"):
             return regime.Choice("episodes")
-        most_ms = regime.limit(self.candidates, self.chosen_dynamics if self._n_iterations else None)
-        return regime.choose(self.dynamics, *self._asked(), self._milliseconds, most_ms)
+        return regime.choose(self.dynamics, *self._asked(), self._milliseconds, self._limit())
 
     def _asked(self) -> tuple[VecEnv, spaces.Space, Any]:
         """What decides whether a world is learned: under ``"auto"`` for a reward function, or where branches are a must."""
@@ -192,17 +191,27 @@ class Training(OnPolicyAlgorithm):
         return self.env, self.observation_space, self._compares_episodes if is_learned else None
 
     def _compares_episodes(self) -> GRPOConfig:
-        persistence = _number(self.persistence)
+        persistence = 0.5 if callable(self.persistence) else self.persistence
         return GRPOConfig(candidates="episodes", baseline=self.baseline, persistence=persistence)
+
+    def _groups(self) -> tuple[str, int]:
+        """The kind and the number of the candidates that are branched."""
+        sets = GRPOConfig(
+            **{name: getattr(self, name) for name in ("candidates", "group_size", "max_enumerated")}
+        )
+        distribution = for_space(to_action_space(self.action_space))
+        kind = candidate_sets.resolve(sets, distribution)
+        return kind, candidate_sets.n_candidates(sets, distribution)
+
+    def _limit(self) -> float:
+        is_sampled, has_reward = self._groups()[0] == "sample", self.reward_function is not None
+        before = self.chosen_dynamics if self._n_iterations else None
+        return regime.limit(self.candidates, is_sampled, has_reward, before)
 
     def _milliseconds(self, brancher: Brancher, is_sparse: bool) -> float:
         """What the branches of clones will take for a decision step."""
-        sets = GRPOConfig(
-            candidates=self.candidates, group_size=self.group_size, max_enumerated=self.max_enumerated
-        )
-        n_candidates = candidate_sets.n_candidates(sets, for_space(to_action_space(self.action_space)))
         settings = regime.defaults("clone", vars(self), is_sparse)
-        seconds = brancher.seconds(1, n_candidates, settings["horizon"], self.n_rollouts)
+        seconds = brancher.seconds(1, self._groups()[1], settings["horizon"], self.n_rollouts)
         return float(1e3 * seconds / settings["branch_every"])
 
     def _set_alternatives(self, choice: regime.Choice) -> None:
@@ -229,13 +238,7 @@ class Training(OnPolicyAlgorithm):
         self._say(regime.describe(config_of(self), distribution, where, choice.reason, self.bootstrap))
         ms = 0.0 if choice.brancher is None else self._milliseconds(choice.brancher, choice.is_sparse)
         if ms > regime.WARNED_MS:
-            warnings.warn(
-                f"dynamics={self.dynamics!r}: branches will take about {regime.digits(ms)} ms for a decision step, most"
-                f" of the run. Lower horizon={self.horizon} or group_size={self.group_size}, raise branch_every="
-                f"{self.branch_every}, or use SubprocVecEnv, or dynamics='learned'",
-                UserWarning,
-                stacklevel=4,
-            )
+            warnings.warn(regime.of_cost(ms, vars(self)), UserWarning, stacklevel=4)
 
     def _new_world(self) -> Learned:
         words = np.random.SeedSequence([int(word) for word in self.key_words])
@@ -348,10 +351,10 @@ class Training(OnPolicyAlgorithm):
         taken = int(metrics["n_updates"])
         self._n_updates += min(self.n_epochs, taken // config.n_minibatches + 1)
         self._log(config, metrics)
-        if self.verbose >= 1 and self.target_kl is not None and taken < config.n_updates:
-            print(
-                f"Early stopping after {taken} of {config.n_updates} optimizer steps: KL(pi_old || pi) exceeded"
-                f" 1.5 * target_kl = {1.5 * self.target_kl:.3g}"
+        if self.target_kl is not None and taken < config.n_updates:
+            limit = f"1.5 * target_kl = {1.5 * self.target_kl:.3g}"
+            self._say(
+                f"Early stopping after {taken} of {config.n_updates} steps: KL(pi_old || pi) exceeded {limit}"
             )
         if self._n_iterations <= SPREAD_ITERATIONS and not self._pace["is_silent"]:
             self._frac_zero_std.append(float(metrics["frac_zero_std"]))
@@ -367,7 +370,7 @@ class Training(OnPolicyAlgorithm):
         is_twin, asked = isinstance(self._alternatives, Twins), self._asked()
         self.logger.warn(f"GRPO follows candidates in {'a twin' if is_twin else 'clones'} no longer: {why}")
         if is_twin:
-            choice = regime.choose("auto", *asked, self._milliseconds, why_no_twin=why)
+            choice = regime.choose("auto", *asked, self._milliseconds, self._limit(), why)
         else:
             choice = regime.choose_without_clones(why, *asked)
         self._set_alternatives(choice)
@@ -393,7 +396,3 @@ class Training(OnPolicyAlgorithm):
         is_environment = self.chosen_dynamics in ("simulator", "twin", "clone")
         if is_environment and config.candidates not in ("episodes", "trajectory"):
             self.logger.record("grpo/world_error", 0.0)
-
-
-def _number(value: Any) -> Any:
-    return 0.5 if callable(value) else value

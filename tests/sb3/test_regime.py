@@ -6,8 +6,10 @@ import io
 import itertools
 import warnings
 
+import gymnasium as gym
+import jax.numpy as jnp
 import pytest
-from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 from sb3.sleds import (
     Camera,
     Sled,
@@ -330,3 +332,24 @@ def test_episodes_are_compared_on_demand_and_nothing_is_checked(capsys):
     model = make(dummy(Untouchable), candidates="episodes", verbose=1)
     assert model.chosen_dynamics == "episodes"
     assert told(capsys) == "GRPO: the episodes of a rollout are compared, nothing is branched; with a critic"
+
+
+@pytest.mark.filterwarnings("ignore:.*branches will take about")
+def test_sampled_candidates_are_branched_in_clones_only_where_they_must_be(capsys):
+    """Of continuous actions: where it was measured, episodes learned more in the same seconds."""
+    pole = lambda: dummy(lambda: Stirred(PendulumEnv()))
+    model = make(pole(), verbose=1)
+    assert model.chosen_dynamics == "episodes" and "sampled actions repaid their seconds nowhere" in told(
+        capsys
+    )
+    reward = lambda state, action, next_state: -jnp.abs(next_state[2])
+    assert make(pole(), reward_function=reward).chosen_dynamics == "clone"
+    assert make(pole(), candidates="sample").chosen_dynamics == "clone"
+    assert make(pole(), dynamics="clone").chosen_dynamics == "clone"
+
+
+class Stirred(gym.ActionWrapper):
+    """Has no twin."""
+
+    def action(self, action):
+        return 0.5 * action
