@@ -31,13 +31,12 @@ Original = Callable[[gymnasium.Env], Any]
 
 
 class _Alone(NamedTuple):
-    """What the environment does with nobody looking; for the last three see :class:`CloneReport`."""
+    """What the environment does with nobody looking; for the last two see :class:`CloneReport`."""
 
     first: Any  # the observation of the reset, as a digest
     actions: list[Any]
     end: int | None  # steps of the first episode, None where it did not end
     transitions: list[tuple[Any, ...]]  # one for each action
-    step_us: float
     constants: tuple[tuple[int, str], ...]
     varying: tuple[tuple[int, str], ...]
 
@@ -101,13 +100,16 @@ def _twin(way: str, functions: Functions | None, env: gymnasium.Env) -> Any:
     return Cloner(env, CloneReport(way), functions).replica().layers[0]
 
 
-def _step(env: gymnasium.Env, action: Any, seconds: list[tuple[float, float]]) -> tuple[Any, ...]:
+def _step(
+    env: gymnasium.Env, action: Any, seconds: list[tuple[float, float]] | None = None
+) -> tuple[Any, ...]:
     """A transition, an episode's end being followed by a reset; observations as digests."""
     action = copy.deepcopy(action)  # the environment may change it in place
     going_on()
     started, worked = time.perf_counter(), time.thread_time()
     observation, reward, terminated, truncated, _ = env.step(action)
-    seconds.append((time.perf_counter() - started, time.thread_time() - worked))
+    if seconds is not None:
+        seconds.append((time.perf_counter() - started, time.thread_time() - worked))
     row = (_digest(observation), _digest(float(reward)), bool(terminated), bool(truncated))
     return (*row, _digest(env.reset()[0]) if terminated or truncated else None)
 
@@ -125,11 +127,10 @@ def _play_alone(original: Original, real: gymnasium.Env, seed: int) -> tuple[Any
     same = {key for key, value in heavy.items() if not isinstance(value, GENERATORS)}
     actions: list[Any] = []
     transitions: list[tuple[Any, ...]] = []
-    seconds: list[tuple[float, float]] = []
     end, started = None, time.perf_counter()
     while len(actions) < _STEPS and (end is None or len(actions) < end + _ACTIONS):
         actions.append(space.sample())
-        transitions.append(_step(env, actions[-1], seconds))
+        transitions.append(_step(env, actions[-1]))
         if end is None and any(transitions[-1][2:4]):
             end = len(actions)
         if len(actions) in (*_LOOKS, end):
@@ -139,7 +140,7 @@ def _play_alone(original: Original, real: gymnasium.Env, seed: int) -> tuple[Any
     after = _prints(env)
     same = {key for key in same if _is_same(heavy[key], vars(layers[key[0]]).get(key[1]), seen[key])}
     varying = tuple(key for key in before | after if before.get(key) != after.get(key))
-    return first, actions, end, transitions, _usual(seconds), tuple(sorted(same)), varying
+    return first, actions, end, transitions, tuple(sorted(same)), varying
 
 
 def _usual(seconds: list[tuple[float, float]]) -> float:
@@ -179,7 +180,7 @@ def _play_watched(
             snapshot = watch.cloner.save()
             snapshots.append((index, snapshot))
             watch.branch(snapshot, index, [space.sample() for _ in range(_ACTIONS)])
-        if _step(env, action, []) != alone.transitions[index]:
+        if _step(env, action) != alone.transitions[index]:
             raise Unclonable(
                 f"step {index + 1} differs from what the environment does alone: taking snapshots or stepping replicas"
                 " touches it, as through a library that both use"
@@ -200,6 +201,7 @@ class _Watch:
         self.replicas = [cloner.replica(), cloner.replica()]
         self._shared = SharedState([type(layer) for layer in (*cloner.layers, *self.replicas[0].layers)])
         self._before = global_generators()
+        self._seconds: list[tuple[float, float]] = []  # of steps of replicas, which draw nothing
 
     def branch(self, snapshot: Any, index: int, others: list[Any]) -> None:
         """Restored replicas must do what the environment does, and twice the same for other actions."""
@@ -210,13 +212,13 @@ class _Watch:
         self.cloner.restore(two, snapshot)
         replayed, other = [], []
         for action, different in zip(self._alone.actions[index : index + _ACTIONS], others, strict=True):
-            replayed.append(_step(one.layers[0], action, []))
-            other.append(_step(two.layers[0], different, []))
+            replayed.append(_step(one.layers[0], action, self._seconds))
+            other.append(_step(two.layers[0], different, self._seconds))
         self._check_shared()
         expected = self._alone.transitions[index : index + _ACTIONS]
         _compare(replayed, expected, f"after a restore at step {index}, the same actions do not repeat")
         self.cloner.restore(one, snapshot)
-        again = [_step(one.layers[0], different, []) for different in others]
+        again = [_step(one.layers[0], different, self._seconds) for different in others]
         _compare(again, other, f"two restores of step {index} do not agree on")
 
     def _check_shared(self, *, all_of_it: bool = False) -> None:
@@ -244,7 +246,7 @@ class _Watch:
         save_us = _microseconds(self.cloner.save)
         restore_us = _microseconds(lambda: self.cloner.restore(self.replicas[0], snapshot))
         alone = self._alone
-        return self.cloner.way, "", save_us, restore_us, alone.step_us, alone.constants, alone.varying
+        return self.cloner.way, "", save_us, restore_us, _usual(self._seconds), alone.constants, alone.varying
 
 
 def _compare(got: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]], message: str) -> None:
