@@ -88,6 +88,22 @@ class Core:
         """Brings a replica to a saved state, its attributes being restored already."""
 
 
+class Undrawn(Core):
+    """Gymnasium's LunarLander: where it has a render mode it makes a body for each firing of its engines, "just a decoration,
+    with no impact on the physics", and removes them when it is drawn. Replicas do without them: hundreds of bodies.
+    """
+
+    hidden = frozenset({"render_mode"})
+
+    def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
+        twin._clean_particles(True)
+
+
+def _is_lander(env: Any) -> bool:
+    module: Any = sys.modules.get("gymnasium.envs.box2d.lunar_lander")
+    return module is not None and isinstance(env, module.LunarLander)
+
+
 class ByFunctions(Core):
     """A pair of functions, and the attributes: what the pair leaves out is saved all the same."""
 
@@ -186,5 +202,5 @@ def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
         *pair("get_state", "set_state", lambda env: env.get_state()),
         *([ByMuJoCo(core)] if _is_mujoco(core) else []),
         *pair("clone_state", "restore_state", _ale_save),
-        Core(),
+        Undrawn() if _is_lander(core) else Core(),
     ]

@@ -126,11 +126,7 @@ class Cloner:
         self._spaces = spaces_of(self.layers)
         self._hidden = [links(layer) for layer in self.layers]
         self._hidden[-1] |= self._core.hidden
-        mode = getattr(core, "render_mode", None)
-        # Gymnasium's LunarLander makes particles where it is drawn, which cost branches more than half of their time.
-        if mode == "human" or (
-            mode is not None and type(core).__module__.startswith("gymnasium.envs.box2d.")
-        ):
+        if getattr(core, "render_mode", None) == "human":
             self._hidden[-1].add("render_mode")
         # Whether replicas are made by the environment's own deep copy; known once a state was saved. What does not vary
         # is theirs then, as handles are.
