@@ -19,15 +19,12 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from grpo_jax.worlds.base import World
-
 PLAIN = {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, type}
 """Types whose values never change and refer to nothing that does."""
 PLAIN |= {types.ModuleType, EnvSpec, np.ufunc, np.str_, np.bytes_}
 PLAIN |= {np.dtype(kind).type for kind in "?bBhHiIlLqQefdgFD"}
 
-# Worlds never change, and each copy of one would compile its programs anew.
-_SHARED = (type, enum.Enum, types.ModuleType, types.CodeType, np.dtype, World)
+_SHARED = (type, enum.Enum, types.ModuleType, types.CodeType, np.dtype)
 # Copies of these would still work on what the original works on, or are not possible at all.
 _REFUSED: tuple[type, ...] = (
     *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, io.IOBase),
@@ -129,9 +126,11 @@ def _copier_for(kind: type) -> Callable[[Any, Memo], Any]:
             return BASES[base]
     if any(f"{base.__module__}.".startswith(tuple(_WINDOWS)) for base in kind.__mro__):
         return lambda value, memo: None
-    if issubclass(kind, _SHARED) or (
-        kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl"
-    ):
+    # Worlds never change, and each copy of one would compile its programs anew; workers may not have the class.
+    world: Any = sys.modules.get("grpo_jax.worlds.base")
+    shared = _SHARED if world is None else (*_SHARED, world.World)
+    is_array = kind.__module__.startswith(("jaxlib.", "jax.")) and kind.__name__ == "ArrayImpl"
+    if is_array or issubclass(kind, shared):
         return lambda value, memo: value
     if issubclass(kind, GENERATORS):
         return lambda value, memo: Stream(value)

@@ -138,7 +138,8 @@ def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def acting(policy: Policy) -> Callable[..., Acted]:
     """``(policy_state, observation [N, ...], uniforms [N, >= n_uniforms]) -> Acted``; actions are not clipped."""
     n_uniforms = policy.distribution.n_uniforms
-    has_features = not isinstance(policy.features_extractor, Flatten)
+    extractor = policy.features_extractor
+    has_features = not isinstance(extractor, Flatten) and bool(getattr(extractor, "images", True))
     has_value = has_features and policy.critic is not None and policy.share_features_extractor
 
     @jax.jit

@@ -44,6 +44,8 @@ def first_difference(
             _step(world, around, np.tile(actions[rows], (1 + _NEAR,) + (1,) * (actions.ndim - 1)))
         )
         found: list[tuple[int, str]] = []
+        if (names := [name for name, _ in _named(reached)]) != (others := [name for name, _ in _named(real)]):
+            return 0, f"the twin gives {', '.join(names)}, the environment {', '.join(others)}"
         for (name, mine), (_, its) in zip(_named(reached), _named(real), strict=True):
             if mine.shape[1:] != its.shape[1:]:
                 return (

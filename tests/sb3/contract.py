@@ -91,6 +91,8 @@ def make(algorithm, kind, world=LINE, *, env=None, **settings):
     common |= {"policy_kwargs": {"net_arch": [8]}}
     if algorithm is GRPO and settings.get("candidates") not in ("episodes", "trajectory"):
         common["horizon"] = 4
+        if kind != "device" and env is None and world is not LINE:
+            common["dynamics"] = "clone"  # of a box too
     return algorithm("MlpPolicy", venv(kind, world) if env is None else env, **common | settings)
 
 

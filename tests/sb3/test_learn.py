@@ -134,6 +134,7 @@ def test_identity_is_learned(env, dtype):
         n_steps=256,
         batch_size=64,
         gamma=0.4,
+        dynamics="clone",
         horizon=4,
         learning_rate=3e-3,
         policy_kwargs={"net_arch": [32]},

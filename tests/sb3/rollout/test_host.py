@@ -53,7 +53,7 @@ KINDS = {
 
 
 CHOSEN = {"normalized": "clone", "gymnax on the host": "clone"}
-CHOSEN |= {"stacked": "learned", "all": "episodes", "gymnax normalized": "episodes"}
+CHOSEN |= {"stacked": "episodes", "all": "episodes", "gymnax normalized": "episodes"}
 """Where there is no twin, or no clones can be had either."""
 
 

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_bridge import GRPO
-from sb3_bridge.twins.twin import NoTwin
+from sb3_bridge.twins.twin import NoTwin, Twin
 
 LENGTHS = {"n_steps": 32, "batch_size": 32, "horizon": 4, "branch_every": 1, "bootstrap": True}
 IDS = (
@@ -294,3 +294,16 @@ def test_the_environment_is_only_read():
     model_of(env)
     assert (core.state == before[0]).all() and core.np_random.bit_generator.state["state"] == before[1]
     assert env.envs[0].get_episode_rewards() == []
+
+
+def test_a_dict_of_what_the_twin_gives_is_another_observation():
+    class Named(gym.ObservationWrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.observation_space = gym.spaces.Dict(only=env.observation_space)
+
+        def observation(self, observation):
+            return {"only": observation}
+
+    with pytest.raises(NoTwin, match="the twin gives observation, .*the environment observation\\['only'\\]"):
+        Twin(dummy(lambda: Named(CartPoleEnv())))
