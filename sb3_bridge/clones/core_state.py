@@ -14,7 +14,7 @@ from gymnasium.utils import EzPickle, RecordConstructorArgs
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_bridge.clones import box2d
-from sb3_bridge.clones.copying import Memo, copy_value
+from sb3_bridge.clones.copying import Memo, Unclonable, copy_value
 
 Functions = tuple[Callable[[gymnasium.Env], Any], Callable[[gymnasium.Env, Any], None]]
 """A user's ``(save, restore)``: ``save(env.unwrapped) -> state``, ``restore(env.unwrapped, state)``."""
@@ -181,6 +181,14 @@ def _is_mujoco(env: Any) -> bool:
 
 
 def _ale_save(env: Any) -> Any:
+    setting = getattr(
+        getattr(env, "ale", None), "getFloat", None
+    )  # other environments have a clone_state too
+    if setting is not None and setting("repeat_action_probability") > 0:
+        raise Unclonable(
+            "sticky actions: the emulator keeps the action before, which it may repeat, outside of the state that it gives; make the"
+            " environment with repeat_action_probability=0.0"
+        )
     try:
         return env.clone_state(include_rng=True)
     except TypeError:
