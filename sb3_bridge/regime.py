@@ -112,7 +112,8 @@ def limit(candidates: str, is_sampled: bool, has_reward: bool, before: Kind | No
     """Milliseconds for a decision step that clones may take under ``"auto"``.
 
     All there are for ``candidates`` that can only be branched; none for groups that are sampled and valued by the
-    environment's reward; twice as many for a reward function, which is what shows early what an action is worth. A model that was trained keeps its kind, ``before``, unless the cost is far from the limit.
+    environment's reward; twice as many for a reward function, which shows early what an action is worth. A model that was
+    trained keeps its kind, ``before``, unless the cost is far from the limit.
     """
     if candidates in ("enumerate", "sample"):
         return float("inf")
