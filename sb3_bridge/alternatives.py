@@ -36,6 +36,7 @@ from sb3_bridge.policies.compiled import functions_of
 from sb3_bridge.policies.policy import GRPOPolicy
 from sb3_bridge.rollout.callbacks import merged
 from sb3_bridge.rollout.host import acting
+from sb3_bridge.twins.check import short
 from sb3_bridge.twins.twin import NoTwin, Twin
 from sb3_bridge.vec_wrappers import VecStep
 
@@ -111,7 +112,7 @@ class Clones:
             if not np.array_equal(mine[index], real[index], equal_nan=mine.dtype.kind == "f"):
                 raise Unclonable(
                     f"environment {index}: its clone does not do what it does itself: after the action {actions[index]} the"
-                    f" clone's {name} is {_short(mine[index])}, the environment's is {_short(real[index])}. A part of its"
+                    f" clone's {name} is {short(mine[index])}, the environment's is {short(real[index])}. A part of its"
                     " state is not copied, or shared with the copies (a closure, a class attribute, a global, a native"
                     " library), or it draws from outside (np.random, a clock)"
                 )
@@ -326,10 +327,6 @@ def _never(*_: Any) -> Any:
     raise NotImplementedError(
         "branches start from visited states, and no world is asked for rewards while it is fitted"
     )
-
-
-def _short(value: Any) -> str:
-    return " ".join(np.array2string(np.asarray(value), precision=9, threshold=16, edgeitems=2).split())
 
 
 @functools.partial(jax.jit, static_argnums=1)

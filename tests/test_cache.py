@@ -16,9 +16,21 @@ assert str(jax.config.jax_compilation_cache_dir) == {expected!r}, jax.config.jax
 """
 
 
+def printed_by(program, cache_home):
+    """What a program prints in a process of its own: the setting is the whole process'."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**QUICK, "XDG_CACHE_HOME": str(cache_home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 @pytest.mark.parametrize("case", ["default", "given", "configured"])
 def test_cache_is_where_it_was_asked_for(tmp_path, case):
-    """In a process of its own: the setting is the whole process'."""
     mine, own = tmp_path / "mine", tmp_path / "own"
     expected = {"default": tmp_path / "grpo-jax" / "xla", "given": mine, "configured": own}[case]
     program = PROGRAM.format(
@@ -28,15 +40,7 @@ def test_cache_is_where_it_was_asked_for(tmp_path, case):
         argument="" if case == "default" else repr(str(mine)),
         expected=str(expected),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**QUICK, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(expected)
+    assert printed_by(program, tmp_path) == str(expected)
 
 
 SB3 = """
@@ -58,15 +62,7 @@ def test_the_sb3_object_keeps_programs_by_itself(tmp_path, case):
         else "",
         argument=", cache=False" if case == "off" else "",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**QUICK, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(expected)
+    assert printed_by(program, tmp_path) == str(expected)
 
 
 def test_what_compiles_for_long_is_told_once(monkeypatch, capsys):

@@ -56,12 +56,12 @@ def check(env: gymnasium.Env, functions: Functions | None = None, seed: int = 0)
     Returns:
       The report; where nothing passes, with the reasons.
     """
-    forks = CAN_FORK and not SharedState([type(layer) for layer in layers_of(env)]).uses_jax
+    forks = can_fork(env)
     play = in_child if forks else here
     reasons: list[str] = []
     alone: _Alone | None = None
     for core in cores_for(env.unwrapped, functions):
-        original = _bare if forks else partial(_twin, core.name, functions)
+        original = bare if forks else partial(copied, core.name, functions)
         try:
             if alone is None or not forks:
                 alone = _Alone(*play(partial(_play_alone, original, env, seed)))
@@ -88,7 +88,12 @@ def signature(env: gymnasium.Env, varying: tuple[tuple[int, str], ...]) -> bytes
     return hashlib.blake2b(repr(whole).encode(), digest_size=16).digest()
 
 
-def _bare(env: gymnasium.Env) -> Any:
+def can_fork(env: gymnasium.Env) -> bool:
+    """Whether the environment can be played in a forked child, as :func:`bare`; else :func:`copied` must be played here."""
+    return CAN_FORK and not SharedState([type(layer) for layer in layers_of(env)]).uses_jax
+
+
+def bare(env: gymnasium.Env) -> Any:
     """The real environment without wrappers that change no transition, and without its window; in a child only."""
     layers: list[Any] = layers_of(env)
     if getattr(layers[-1], "render_mode", None) == "human":
@@ -96,7 +101,8 @@ def _bare(env: gymnasium.Env) -> Any:
     return Replica(layers, [], {}).layers[0]
 
 
-def _twin(way: str, functions: Functions | None, env: gymnasium.Env) -> Any:
+def copied(way: str, functions: Functions | None, env: gymnasium.Env) -> Any:
+    """A replica of the environment, whose states are saved in a ``way`` that may still prove wrong."""
     return Cloner(env, CloneReport(way), functions).replica().layers[0]
 
 

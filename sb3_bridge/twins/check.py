@@ -56,7 +56,7 @@ def first_difference(
             wrong = np.flatnonzero(_differs(mine, its).reshape(_CHUNK, -1).any(-1))
             if wrong.size:
                 at = int(wrong[0])
-                text = f"the twin's {name} is {_short(mine[0, at])}, the environment's {_short(its[at])}"
+                text = f"the twin's {name} is {short(mine[0, at])}, the environment's {short(its[at])}"
                 found.append((int(rows[at]), text))
         if found:
             return min(found)
@@ -99,5 +99,6 @@ def _named(tree: dict[str, Any]) -> list[tuple[str, Any]]:
     return seen + [(name, tree[name]) for name in ("reward", "terminated", "truncated")]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """An array in few words, for errors."""
     return " ".join(np.array2string(np.asarray(value), precision=9, threshold=16, edgeitems=2).split())

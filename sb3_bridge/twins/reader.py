@@ -13,11 +13,10 @@ import gymnasium
 import numpy as np
 from gymnasium.wrappers import TimeLimit
 
-from sb3_bridge.clones.changes import SharedState
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.core_state import cores_for, layers_of
-from sb3_bridge.clones.sandbox import CAN_FORK, going_on, here, in_child
-from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
+from sb3_bridge.clones.core_state import cores_for
+from sb3_bridge.clones.replay_check import bare, can_fork, copied
+from sb3_bridge.clones.sandbox import going_on, here, in_child
 
 NO_LIMIT = 2**31 - 1
 _REPEATS = 0.5  # how often random play repeats an action: it gets further
@@ -89,19 +88,13 @@ class Reader:
         Returns:
           ``(state and steps left, action, observation, reward, terminated, truncated alone)`` of each step.
         """
-        layers = layers_of(self.env)
-        forks = CAN_FORK and not SharedState([type(layer) for layer in layers]).uses_jax
-        way = cores_for(layers[-1])[0].name
-        play = functools.partial(self._play, layers if forks else None, way, n_steps, seed)
-        return (in_child if forks else here)(play)
+        if can_fork(self.env):
+            return in_child(functools.partial(self._play, bare, n_steps, seed))
+        original = functools.partial(copied, cores_for(self.env.unwrapped)[0].name, None)
+        return here(functools.partial(self._play, original, n_steps, seed))
 
-    def _play(self, layers: list[Any] | None, way: str, n_steps: int, seed: int) -> list[tuple[Any, ...]]:
-        if layers is None:
-            env = Cloner(self.env, CloneReport(way)).replica().layers[0]
-        else:  # in a child, which may play what is the child's
-            if getattr(layers[-1], "render_mode", None) == "human":
-                layers[-1].render_mode = None
-            env = Replica(layers, [], {}).layers[0]
+    def _play(self, original: Callable[[Any], Any], n_steps: int, seed: int) -> list[tuple[Any, ...]]:
+        env = original(self.env)
         space, random = copy.deepcopy(env.action_space), np.random.default_rng(seed)
         space.seed(seed)
         env.reset(seed=seed)
