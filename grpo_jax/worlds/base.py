@@ -85,7 +85,25 @@ class RewardOverrideState(struct.PyTreeNode):
 
 
 @struct.dataclass
-class RewardOverride(World):
+class WrappedWorld(World):
+    """A world around another one, with its spaces and its masks; its states hold those of the other as ``inner``."""
+
+    world: World
+
+    @property
+    def observation_space(self) -> Space:  # type: ignore[override]
+        return self.world.observation_space
+
+    @property
+    def action_space(self) -> ActionSpace:  # type: ignore[override]
+        return self.world.action_space
+
+    def action_mask(self, state: Any) -> jax.Array | None:
+        return self.world.action_mask(state.inner)
+
+
+@struct.dataclass
+class RewardOverride(WrappedWorld):
     """A world whose reward is replaced by ``reward_function(state, action, next_state)``.
 
     Episode statistics go on counting the world's own reward (``Step.task_reward``).
@@ -95,16 +113,7 @@ class RewardOverride(World):
       reward_function: per sample, of observations and an action; returns ``[]``.
     """
 
-    world: World
     reward_function: RewardFunction = struct.field(pytree_node=False)
-
-    @property
-    def observation_space(self) -> Space:  # type: ignore[override]
-        return self.world.observation_space
-
-    @property
-    def action_space(self) -> ActionSpace:  # type: ignore[override]
-        return self.world.action_space
 
     def reset(self, key: jax.Array) -> tuple[Observation, RewardOverrideState]:
         observation, state = self.world.reset(key)
@@ -118,9 +127,6 @@ class RewardOverride(World):
             reward=jnp.asarray(reward, jnp.result_type(float)),
             task_reward=step.counted_reward,
         )
-
-    def action_mask(self, state: RewardOverrideState) -> jax.Array | None:
-        return self.world.action_mask(state.inner)
 
     def at(self, observation: Observation, time: jax.Array | None = None) -> RewardOverrideState:
         observation = jax.tree.map(jnp.asarray, observation)

@@ -21,7 +21,7 @@ from flax import struct
 
 from grpo_jax.spaces import ActionSpace, Box, Discrete, Space
 from grpo_jax.types import Observation, PyTree, Step
-from grpo_jax.worlds.base import World, strong
+from grpo_jax.worlds.base import World, WrappedWorld, strong
 
 NO_LIMIT = int(jnp.iinfo(jnp.int32).max)
 """Steps until a time limit that there is none."""
@@ -297,7 +297,7 @@ class TimeLimitedState(struct.PyTreeNode):
 
 
 @struct.dataclass
-class TimeLimited(World):
+class TimeLimited(WrappedWorld):
     """A world whose episodes are cut, as by Gymnasium's ``TimeLimit``: a truncation.
 
     Attributes:
@@ -305,16 +305,7 @@ class TimeLimited(World):
       max_steps: of an episode; ``NO_LIMIT``: as many as there may be.
     """
 
-    world: World
     max_steps: int = struct.field(pytree_node=False, default=NO_LIMIT)
-
-    @property
-    def observation_space(self) -> Space:  # type: ignore[override]
-        return self.world.observation_space
-
-    @property
-    def action_space(self) -> ActionSpace:  # type: ignore[override]
-        return self.world.action_space
 
     def reset(self, key: jax.Array) -> tuple[Observation, TimeLimitedState]:
         observation, state = self.world.reset(key)
@@ -324,6 +315,3 @@ class TimeLimited(World):
         step = self.world.step(key, state.inner, action)
         left = jnp.where(state.left == NO_LIMIT, NO_LIMIT, state.left - 1)
         return step.replace(state=TimeLimitedState(step.state, left), truncated=step.truncated | (left <= 0))
-
-    def action_mask(self, state: TimeLimitedState) -> jax.Array | None:
-        return self.world.action_mask(state.inner)
