@@ -81,6 +81,9 @@ class Core:
     def blank(self, env: Any, twin: Any) -> None:
         """Gives a new replica what is not saved."""
 
+    def tidy(self, env: Any) -> None:
+        """Removes from an environment, before its state is taken, what is of no use to it."""
+
     def save(self, env: Any, memo: Memo) -> Any:
         """The state beyond the attributes."""
 
@@ -90,10 +93,16 @@ class Core:
 
 class Undrawn(Core):
     """Gymnasium's LunarLander: where it has a render mode it makes a body for each firing of its engines, "just a decoration,
-    with no impact on the physics", and removes them when it is drawn. Replicas do without them: hundreds of bodies.
+    with no impact on the physics", and removes them when it is drawn. Replicas do without them. Where nobody draws they
+    would be hundreds by the end of an episode, which every step and every snapshot pays for.
     """
 
     hidden = frozenset({"render_mode"})
+    most = 16  # more than that are there only if nobody draws: each is drawn 7 times at most, and a step adds two at most
+
+    def tidy(self, env: Any) -> None:
+        if len(env.particles) > self.most:
+            env._clean_particles(True)
 
     def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
         twin._clean_particles(True)

@@ -159,6 +159,7 @@ class Cloner:
             self._adopt()
         memo, saved = dict(self._memo), []
         core = self.layers[-1]
+        self._core.tidy(core)
         for layer, hidden, left_out in zip(self.layers, self._hidden, self._constants, strict=True):
             if layer is core and self.copies_itself:
                 left_out = left_out | self._own
