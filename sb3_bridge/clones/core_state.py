@@ -13,6 +13,7 @@ from gymnasium import wrappers
 from gymnasium.utils import EzPickle, RecordConstructorArgs
 from stable_baselines3.common.monitor import Monitor
 
+from sb3_bridge import decoration
 from sb3_bridge.clones import box2d
 from sb3_bridge.clones.copying import Memo, Unclonable, copy_value
 
@@ -92,25 +93,15 @@ class Core:
 
 
 class Undrawn(Core):
-    """Gymnasium's LunarLander: where it has a render mode it makes a body for each firing of its engines, "just a decoration,
-    with no impact on the physics", and removes them when it is drawn. Replicas do without them. Where nobody draws they
-    would be hundreds by the end of an episode, which every step and every snapshot pays for.
-    """
+    """Gymnasium's LunarLander; replicas do without the bodies that are there to be drawn."""
 
     hidden = frozenset({"render_mode"})
-    most = 16  # more than that are there only if nobody draws: each is drawn 7 times at most, and a step adds two at most
 
     def tidy(self, env: Any) -> None:
-        if len(env.particles) > self.most:
-            env._clean_particles(True)
+        decoration.tidy(env)
 
     def restore(self, twin: Any, saved: Any, memo: Memo) -> None:
-        twin._clean_particles(True)
-
-
-def _is_lander(env: Any) -> bool:
-    module: Any = sys.modules.get("gymnasium.envs.box2d.lunar_lander")
-    return module is not None and isinstance(env, module.LunarLander)
+        decoration.tidy(twin, most=0)
 
 
 class ByFunctions(Core):
@@ -219,5 +210,5 @@ def cores_for(core: Any, functions: Functions | None = None) -> list[Core]:
         *pair("get_state", "set_state", lambda env: env.get_state()),
         *([ByMuJoCo(core)] if _is_mujoco(core) else []),
         *pair("clone_state", "restore_state", _ale_save),
-        Undrawn() if _is_lander(core) else Core(),
+        Undrawn() if decoration.is_decorated(core) else Core(),
     ]

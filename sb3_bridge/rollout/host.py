@@ -18,11 +18,19 @@ from grpo_jax.policies.networks import Flatten
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
+from sb3_bridge.decoration import decorated, tidy
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.policies.spaces import stretch_of
 from sb3_bridge.rollout.callbacks import Model, StepLocals, merged, show_step
-from sb3_bridge.vec_wrappers import Unnormalized, VecStep, checked_observation, reached_observation, step
+from sb3_bridge.vec_wrappers import (
+    Unnormalized,
+    VecStep,
+    checked_observation,
+    reached_observation,
+    step,
+    unwrapped,
+)
 
 
 class Watcher(Protocol):
@@ -75,6 +83,7 @@ def collect_on_host(
     rows = _Rows(config.n_steps)
     model.rollout_buffer.start(rows.arrays, policy, config)
     previous: Acted | None = None
+    landers = decorated(unwrapped(env)[0])
     for index in range(config.n_steps):
         observation, starts = model._last_obs, np.asarray(model._last_episode_starts, bool)
         raw = (
@@ -91,6 +100,8 @@ def collect_on_host(
         if watcher is not None:
             watcher.before_step()
         result = step(env, clipped_actions, index)
+        for lander in landers:
+            tidy(lander)
         model.num_timesteps += env.num_envs
         returned = result.observation, result.rewards, result.dones, result.infos
         thoughts = functools.partial(think, policy.state, observation, acted.choice)
