@@ -99,7 +99,10 @@ def compare_branches(
     branches: Branches,
     wanted: jax.Array,
 ) -> tuple[Batch, Advantages]:
-    """Compares the candidates of every state that is ``wanted [B]`` with each other."""
+    """Compares the candidates of every state that is ``wanted [B]`` with each other.
+
+    With a critic the others are learned from too, see :func:`_with_executed`.
+    """
     advantages = group_advantages(
         branches.returns,
         jnp.exp(group.log_weight),
@@ -116,7 +119,38 @@ def compare_branches(
     if config.bootstrap:
         values, targets = _critic(config, policy, policy_state, trajectory)
         batch = batch.replace(value=values.reshape(-1), value_target=targets.reshape(-1))
+        # What persists was not the policy's own choice.
+        if config.branch_every > 1 and config.persistence is None:
+            batch = _with_executed(config, batch)
     return batch, advantages
+
+
+def _with_executed(config: GRPOConfig, batch: Batch) -> Batch:
+    """Gives the states that were not branched the advantage of their executed action, as in :func:`compare_episodes`.
+
+    Where few states are branched, the groups alone would starve the policy.
+    """
+    assert batch.value is not None
+    assert batch.value_target is not None
+    group, is_branched = batch.group, batch.compared[:, None]
+    executed = episode_advantages(
+        batch.value_target - batch.value,
+        ~batch.compared,
+        jnp.zeros_like(group.executed),
+        scale=config.advantage_scale,
+        spread_floor=config.spread_floor,
+        magnitude=jnp.maximum(jnp.abs(batch.value_target), jnp.abs(batch.value)),
+    )
+    is_executed = jnp.arange(group.valid.shape[1]) == group.executed[:, None]
+    group = group.replace(
+        valid=jnp.where(is_branched, group.valid, is_executed),
+        log_weight=jnp.where(is_branched, group.log_weight, 0.0),
+    )
+    return batch.replace(
+        group=group,
+        advantage=jnp.where(is_branched, batch.advantage, is_executed * executed.advantage),
+        active=jnp.where(batch.compared, batch.active, executed.active),
+    )
 
 
 def compare_episodes(

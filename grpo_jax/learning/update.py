@@ -100,8 +100,8 @@ def loss(
 ) -> tuple[jax.Array, Metrics]:
     """The objective of a (mini)batch, to be minimised, and its metrics.
 
-    - sum over candidates of the surrogate, averaged over the decision states that are ``compared``, - ent_coef entropy
-    + kl_coef KL(pi || pi_ref) + vf_coef value loss, averaged over all that are ``alive``.
+    - sum over candidates of the surrogate, averaged over the decision states that are ``compared`` and over the others,
+    - ent_coef entropy + kl_coef KL(pi || pi_ref) + vf_coef value loss, averaged over all that are ``alive``.
     """
     state = state.replace(params=params)
     seen, value = (state, batch.observation, batch.action_mask), None
@@ -114,7 +114,8 @@ def loss(
     average_compared = functools.partial(losses.mean_over, batch.alive & batch.compared)
     counted = batch.group.valid & batch.active[:, None]
     objective = losses.SURROGATES[config.surrogate](terms)
-    policy_loss = -average_compared(jnp.sum(jnp.where(counted, objective, 0.0), axis=1))
+    objective = jnp.sum(jnp.where(counted, objective, 0.0), axis=1)
+    policy_loss = -average_compared(objective) - losses.mean_over(batch.alive & ~batch.compared, objective)
     entropy = average(policy.distribution.entropy(parameters))
     assert not callable(config.ent_coef), "update() has asked the schedule"
     total = policy_loss - config.ent_coef * entropy
