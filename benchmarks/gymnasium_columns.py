@@ -84,6 +84,13 @@ def compare(ours: float, theirs: float) -> str:
     return "ahead" if ours > theirs else "behind"
 
 
+def alike(by_algo: dict[str, list[Row]], kind: str) -> list[Row]:
+    """Rows of GRPO with clones, or with episodes: what was asked for it, and what chose it by itself."""
+    asked = [row for row in by_algo[f"grpo-{kind}"] if not row["refused"]]
+    seeds = {row["seed"] for row in asked}
+    return asked + [row for row in by_algo["grpo"] if row["dynamics"] == kind and row["seed"] not in seeds]
+
+
 def at_most(value: float | None, limit: float) -> bool:
     """Whether it is reached at all, and within the limit."""
     return value is not None and math.isfinite(value) and value <= limit
@@ -109,10 +116,8 @@ def goals(results: Sequence[Row], settings: str) -> list[str]:
         if any(row["dynamics"] in ("clone", "twin") for row in grpo):
             branched.append(env_id)
             third += [env_id] * at_most(ours("steps_to_target"), middle(ppo, bar, "steps_to_target") / 3)
-        others = [
-            [row for row in by_algo[f"grpo-{one}"] if not row["refused"]] for one in ("clone", "episodes")
-        ]
-        if by_algo["grpo-clone"] and others[1]:
+        others = [alike(by_algo, kind) for kind in ("clone", "episodes")]
+        if others[1] and (others[0] or by_algo["grpo-clone"]):
             judged.append(env_id)
             best = max(middle(found, bar, "equal_seconds") for found in others if found)
             within += [env_id] * (ours("equal_seconds") >= best - 0.1 * abs(best))

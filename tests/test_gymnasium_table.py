@@ -158,6 +158,13 @@ def test_auto_against_both(clone, episodes, counted):
     assert f"at equal seconds on {'1 (CartPole-v1)' if counted else '0'} of 1" in text
 
 
+@pytest.mark.parametrize("kind", ["clone", "episodes"])
+def test_what_auto_chose_needs_no_row_of_its_own(kind):
+    other = {"clone": "episodes", "episodes": "clone"}[kind]
+    results = [*ppo_and(straight(100.0), dynamics=kind), make_row(f"grpo-{other}", curve=straight(50))]
+    assert "at equal seconds on 1 (CartPole-v1) of 1" in "\n".join(columns.goals(results, "defaults"))
+
+
 def test_the_lander_needs_the_steps_and_the_seconds():
     def lands(steps, seconds):
         return make_row(
