@@ -68,8 +68,8 @@ class GRPOConfig:
     horizon: int = 64
     """Steps of a branch, the candidate's own included."""
     branch_every: int = 1
-    """One decision state in so many is branched, others in every iteration; a critic learns from all of them. Divides
-    n_steps."""
+    """One decision state in so many is branched, others in every iteration. With bootstrap the others are learned from
+    by their lambda-returns, as in PPO (but for persistence). Divides n_steps."""
     n_rollouts: int = 1
     """Branches of each candidate."""
     backup: Backup = "mean"
