@@ -114,8 +114,41 @@ def kind_of(found: Sequence[rows.Row]) -> str:
     return ", ".join(kind if len(counts) == 1 else f"{kind} ({n})" for kind, n in counts.items())
 
 
+def summary(results: Sequence[rows.Row], settings: str) -> str:
+    """One row for each environment: returns at equal CPU seconds, and what PPO's last return took."""
+    lines = []
+    for env_id in STEPS:
+        by_algo = {algo: select(results, settings, env_id, algo) for algo in COLOURS}
+        if not by_algo["ppo"] or not by_algo["grpo"]:
+            continue
+        bar = bar_of(by_algo["ppo"])
+
+        def of(
+            algo: str, name: str, form: Any = report.number, bar: Any = bar, by_algo: Any = by_algo
+        ) -> str:
+            values = [measures(row, bar)[name] for row in by_algo[algo]]
+            if any(value is None or not np.isfinite(value) for value in values):
+                reached = sum(value is not None and np.isfinite(value) for value in values)
+                return f"{reached} of {len(values)}" if values else ""
+            return form(report.median(values))
+
+        counts = [str(len(by_algo[algo])) for algo in COLOURS]
+        lines.append(
+            [env_id, kind_of(by_algo["grpo"]), "/".join(counts), report.number(bar.seconds)]
+            + [
+                cell([measures(row, bar)["equal_seconds"] for row in by_algo[algo]]) if by_algo[algo] else ""
+                for algo in COLOURS
+            ]
+            + [of(algo, "seconds_to_target") for algo in ("ppo", "grpo")]
+            + [of(algo, "steps_to_target", report.steps) for algo in ("ppo", "grpo")]
+        )
+    head = ["Environment", "Alternatives", "Seeds", "CPU s", *(NAMES[algo] for algo in COLOURS)]
+    head += ["To PPO's last return, s: PPO", "GRPO", "Decision steps: PPO", "GRPO"]
+    return report.table(head, lines)
+
+
 def section(results: Sequence[rows.Row], settings: str) -> list[str]:
-    """Both tables of a setting: what was reached, and what it took."""
+    """The tables of a setting: a summary, what was reached, and what it took."""
     returns, costs, notes = [], [], []
     for env_id in STEPS:
         ppo = select(results, settings, env_id, "ppo")
@@ -156,7 +189,9 @@ def section(results: Sequence[rows.Row], settings: str) -> list[str]:
     return [
         f"## {title}\n",
         *goals(results, settings),
-        "\n### Return\n",
+        "\n### Summary\n",
+        summary(results, settings),
+        "### Return\n",
         report.table(head, returns),
         "### Cost\n",
         report.table(cost_head, costs),
