@@ -14,6 +14,7 @@ import stat
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import BinaryIO
 
 _MAGIC = b"grpo-jax "
 _SEAL = re.compile(rb"grpo-jax ([a-z-]{1,32}) ([0-9]{1,9}) ([0-9]{1,15}) ([0-9a-f]{64})\n")
@@ -35,14 +36,8 @@ def check_regular(path: Path, max_bytes: int) -> None:
 def read_bounded(path: Path, max_bytes: int) -> bytes:
     """All of a plain file of at most ``max_bytes``; raises as :func:`check_regular`."""
     check_regular(path, max_bytes)
-    # Again behind the opening: what lies there may have changed. A pipe must not wait for its writer meanwhile.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        _check(path, os.fstat(handle), max_bytes)
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"{path} grew beyond {max_bytes:,} bytes while it was read")
-    return content
+    with _open(path, max_bytes) as file:
+        return file.read(max_bytes)
 
 
 def write_sealed(path: Path, kind: str, version: int, payload: bytes) -> None:
@@ -76,7 +71,13 @@ def read_sealed(
       FileNotFoundError: there is no such file.
       ValueError: no plain file, too large, of another kind or version, or damaged; says which.
     """
-    return unseal(path, read_bounded(path, max_bytes + _LONGEST_SEAL), kind, versions, unsealed=unsealed)
+    check_regular(path, max_bytes + _LONGEST_SEAL)
+    with _open(path, max_bytes + _LONGEST_SEAL) as file:
+        # A large file without a seal is not read to its end.
+        content = file.read(_LONGEST_SEAL)
+        if unsealed or _SEAL.match(content):
+            content += file.read(max_bytes)
+    return unseal(path, content, kind, versions, unsealed=unsealed)
 
 
 def seal(kind: str, version: int, payload: bytes) -> bytes:
@@ -169,6 +170,18 @@ def _check(path: Path, status: os.stat_result, max_bytes: int) -> None:
         raise ValueError(f"{path} is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, not a plain file")
     if status.st_size > max_bytes:
         raise ValueError(f"{path} has {status.st_size:,} bytes, more than the {max_bytes:,} that it can need")
+
+
+def _open(path: Path, max_bytes: int) -> BinaryIO:
+    # A pipe must not wait for its writer, where what lies there has changed since it was checked.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(handle, "rb")
+    try:
+        _check(path, os.fstat(handle), max_bytes)
+    except ValueError:
+        file.close()
+        raise
+    return file
 
 
 def _digest(head: bytes, payload: bytes) -> bytes:
