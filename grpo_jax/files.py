@@ -12,9 +12,14 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+class UnsealedWarning(UserWarning):
+    """A file is older than checksums: damage of it is not noticed."""
+
 
 _MAGIC = b"grpo-jax "
 _SEAL = re.compile(rb"grpo-jax ([a-z-]{1,32}) ([0-9]{1,9}) ([0-9]{1,15}) ([0-9a-f]{64})\n")
@@ -35,8 +40,7 @@ def check_regular(path: Path, max_bytes: int) -> None:
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
     """All of a plain file of at most ``max_bytes``; raises as :func:`check_regular`."""
-    check_regular(path, max_bytes)
-    with _open(path, max_bytes) as file:
+    with open_plain(path, max_bytes) as file:
         return file.read(max_bytes)
 
 
@@ -71,8 +75,7 @@ def read_sealed(
       FileNotFoundError: there is no such file.
       ValueError: no plain file, too large, of another kind or version, or damaged; says which.
     """
-    check_regular(path, max_bytes + _LONGEST_SEAL)
-    with _open(path, max_bytes + _LONGEST_SEAL) as file:
+    with open_plain(path, max_bytes + _LONGEST_SEAL) as file:
         # A large file without a seal is not read to its end.
         content = file.read(_LONGEST_SEAL)
         if unsealed or _SEAL.match(content):
@@ -117,7 +120,14 @@ def unseal(
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new content is there, whole.
+    """Writes a file at once; see :func:`atomically`."""
+    with atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes ``path`` at the end: at any moment either the old or the new one is there, whole.
 
     A link is replaced, not followed. Nothing is left behind where it fails.
 
@@ -133,7 +143,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.umask(umask)
             if hasattr(os, "fchmod"):
                 os.fchmod(handle, 0o666 & ~umask)
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -172,7 +182,9 @@ def _check(path: Path, status: os.stat_result, max_bytes: int) -> None:
         raise ValueError(f"{path} has {status.st_size:,} bytes, more than the {max_bytes:,} that it can need")
 
 
-def _open(path: Path, max_bytes: int) -> BinaryIO:
+def open_plain(path: Path, max_bytes: int) -> BinaryIO:
+    """Opens a plain file of at most ``max_bytes`` to read; raises as :func:`check_regular`."""
+    check_regular(path, max_bytes)
     # A pipe must not wait for its writer, where what lies there has changed since it was checked.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     file = os.fdopen(handle, "rb")

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from grpo_jax.config import GRPOConfig
-from grpo_jax.files import UNSEALED, read_sealed, seal, write_atomically
+from grpo_jax.files import UNSEALED, UnsealedWarning, read_sealed, seal, write_atomically
 from grpo_jax.training.loop import TrainState, init
 from grpo_jax.types import PyTree
 from grpo_jax.worlds.base import World
@@ -69,7 +69,7 @@ def restore(
         numbers no training leaves; names the first differences.
 
     Warns:
-      UserWarning: the file is older than checksums: damage would not be noticed.
+      UnsealedWarning: the file is older than checksums: damage would not be noticed.
     """
 
     def template(key: jax.Array) -> TrainState:
@@ -96,6 +96,7 @@ def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
     if version == UNSEALED:
         warnings.warn(
             f"{path} is older than checksums: damage of it is not noticed. The next save writes one",
+            UnsealedWarning,
             stacklevel=3,
         )
         _modernize(stored)
