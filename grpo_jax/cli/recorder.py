@@ -66,7 +66,11 @@ class Recorder:
         self._csv = open_rows(directory.metrics, self._good)
         self._pending, self._pending_first = b"", self._done + 1
         self._events = _Events(directory, self._done, steps)
-        self._tried_at, self._tried_iteration, self._saved_iteration = time.monotonic(), self._done, self._done
+        self._tried_at, self._tried_iteration, self._saved_iteration = (
+            time.monotonic(),
+            self._done,
+            self._done,
+        )
         self._best = _best_return(directory)
         self._troubles: set[str] = set()
 

@@ -15,8 +15,9 @@ from flax import struct
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
-from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.loop import TrainState, check_arguments, init, iteration, iterations_for
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
+from grpo_jax.training.faults import raise_faults
+from grpo_jax.training.loop import TrainState, check_arguments, guarded_iteration, init, iterations_for
 from grpo_jax.worlds.base import World
 
 CHUNK_SECONDS = 0.25
@@ -105,7 +106,7 @@ def run(
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
 
     Raises:
-      FloatingPointError: losses, gradients or group returns were not finite.
+      NonFiniteError: something became NaN or inf; says when and where, and holds the last good state.
       TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
       ValueError: bad arguments.
 
@@ -144,7 +145,7 @@ def run(
         done += length
         per_iteration = (time.perf_counter() - clock) / length
         history.append(metrics)
-        check_finite(metrics)
+        raise_faults(config, env, state, metrics, n_iterations)
         if is_new and (done >= SPREAD_ITERATIONS or done == n_iterations):
             is_new = False
             first = _joined(history)
@@ -227,7 +228,7 @@ def _iterations(
 
     def one(state: TrainState) -> tuple[TrainState, _Table]:
         # A jitted function of its own: one trace for the shapes and for the loop.
-        advance = jax.jit(functools.partial(iteration, config, env))
+        advance = jax.jit(functools.partial(guarded_iteration, config, env, strict=True))
         names = sorted(jax.eval_shape(advance, state, n_iterations)[1])
         # One table instead of a buffer for each metric: a kernel to compile for each was a tenth of all.
         table = jnp.zeros((MAX_CHUNK, len(names)), jnp.result_type(float))

@@ -147,7 +147,7 @@ def spoiled(state, name, value):
 )
 def test_numbers_that_no_training_leaves_are_refused(tmp_path, cartpole, state, name, value, what):
     grpo_jax.save(tmp_path / "x", spoiled(state, name, value))
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="holds what no training leaves") as refused:
         grpo_jax.restore(tmp_path / "x", TINY, cartpole)
     assert f"holds what no training leaves: {name} {what}" in str(refused.value)
 
