@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timesteps", type=int, default=400_000)
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after so long, and report")
     parser.add_argument("--checkpoint-every", default="10s")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
@@ -90,7 +91,8 @@ def main() -> None:
             ended = runs.command([*train(whole), "--overwrite"], log)
             assert ended.status == 0, ended.output
             seconds = time.monotonic() - clock
-        while counts["kills"] < options.kills:
+        deadline = time.monotonic() + 60.0 * options.minutes
+        while counts["kills"] < options.kills and time.monotonic() < deadline:
             shutil.rmtree(out, ignore_errors=True)
             arguments = train(out)
             for _ in range(1 + (rng.random() < 0.3)):

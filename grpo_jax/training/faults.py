@@ -27,6 +27,10 @@ _ADVICE = {
 }
 
 
+_ROOT = float(np.sqrt(np.finfo(np.float32).max))
+"""What is larger has a square that is inf in float32."""
+
+
 class NonFiniteError(FloatingPointError):
     """Something became NaN or inf in training.
 
@@ -170,11 +174,11 @@ def _in_learner(
         what = f"{n_updates:.0f} minibatches of this iteration had a loss or a gradient that is not finite"
         if batch.value_target is not None:
             row, size = _largest(batch.value_target)
-            if not np.isfinite(np.float32(size) ** 2):
+            if size > _ROOT:
                 stage = "critic"
                 what += f"; the largest target is {size:g}, of {_state_of(config, row)}"
         row, size = _largest(batch.observation)
-        if size > 1e15:
+        if size > _ROOT:
             what += f"; the largest observation is {size:g}, of {_state_of(config, row)}"
         return stage, what
     for path, leaf in jax.tree_util.tree_leaves_with_path(after.learner):
