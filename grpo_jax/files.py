@@ -41,7 +41,7 @@ def check_regular(path: Path, max_bytes: int) -> None:
 def read_bounded(path: Path, max_bytes: int) -> bytes:
     """All of a plain file of at most ``max_bytes``; raises as :func:`check_regular`."""
     with open_plain(path, max_bytes) as file:
-        return file.read(max_bytes)
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def write_sealed(path: Path, kind: str, version: int, payload: bytes) -> None:
@@ -79,7 +79,7 @@ def read_sealed(
         # A large file without a seal is not read to its end.
         content = file.read(_LONGEST_SEAL)
         if unsealed or _SEAL.match(content):
-            content += file.read(max_bytes)
+            content += file.read(os.fstat(file.fileno()).st_size)  # as much memory is taken before
     return unseal(path, content, kind, versions, unsealed=unsealed)
 
 

@@ -33,8 +33,7 @@ def train(out: Path, *arguments: str, total: int = 256) -> int:
 
 def parameters(out: Path) -> Any:
     directory = RunDirectory(out)
-    run = directory.read()
-    state = directory.restore(run, grpo_jax.make(run.env))
+    _, state = directory.restore(directory.read())
     assert state is not None
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
@@ -256,7 +255,9 @@ def test_training_that_blows_up(tmp_path: Path, capsys: pytest.CaptureFixture[st
         patch.setattr(grpo_jax, "run", fail)
         assert train(tmp_path) == 1
     last = tmp_path / "checkpoint.msgpack"
-    assert capsys.readouterr().err == f"error: not finite. The last good checkpoint is {last}, of iteration 0\n"
+    assert (
+        capsys.readouterr().err == f"error: not finite. The last good checkpoint is {last}, of iteration 0\n"
+    )
 
 
 def test_ctrl_c_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,9 +287,7 @@ def test_help_shows_every_field_and_the_presets_values(capsys: pytest.CaptureFix
 def test_an_id_in_another_argument_is_not_the_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[runs.Run] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "grpo_jax.cli.commands._go_on", lambda directory, run, *_: seen.append(run) or 0
-    )
+    monkeypatch.setattr("grpo_jax.cli.commands._go_on", lambda directory, run, *_: seen.append(run) or 0)
     assert main(["train", "--out", "CartPole-v1", "Acrobot-v1", "--no-cache"]) == 0
     assert seen[0].env == "Acrobot-v1"
     assert seen[0].config == grpo_jax.preset("Acrobot-v1")

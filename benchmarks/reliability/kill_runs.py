@@ -83,7 +83,12 @@ def main() -> None:
         log, whole, out = root / "log", root / "whole", root / "run"
 
         def train(path: pathlib.Path) -> list[str]:
-            length = ["--total-timesteps", str(options.timesteps), "--checkpoint-every", options.checkpoint_every]
+            length = [
+                "--total-timesteps",
+                str(options.timesteps),
+                "--checkpoint-every",
+                options.checkpoint_every,
+            ]
             return ["train", runs.ENV, "--out", str(path), *length, *runs.SMALL]
 
         for _ in range(2):  # the second one finds its programs in the cache

@@ -106,8 +106,7 @@ def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
         directory.read()  # raises
     with directory.locked():
         run = directory.read()
-        world = grpo_jax.make(run.env)
-        state = directory.restore(run, world)
+        world, state = directory.restore(run)
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
@@ -233,10 +232,9 @@ def _how_to_go_on(directory: RunDirectory) -> str:
 def _evaluate(options: Evaluate) -> int:
     directory = RunDirectory(options.directory)
     run = directory.read()
-    world = grpo_jax.make(run.env)
+    world, state = directory.restore(run, options.checkpoint)
     if options.render is not None:
         render.check(world, options.render)
-    state = directory.restore(run, world, options.checkpoint)
     if state is None:
         raise FileNotFoundError(
             f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"

@@ -42,7 +42,7 @@ from grpo_jax.files import (
     remove_temporaries,
     write_atomically,
 )
-from grpo_jax.training.checkpoint import restore
+from grpo_jax.training.checkpoint import restore_state, shapes
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.worlds.base import World
 
@@ -229,24 +229,28 @@ class RunDirectory:
             )
         return run
 
-    def restore(self, run: Run, world: World, checkpoint: Path | None = None) -> TrainState | None:
-        """The state of the last checkpoint, or of another; None where the run was stopped before the first.
+    def restore(self, run: Run, checkpoint: Path | None = None) -> tuple[World, TrainState | None]:
+        """The world, and the state of the last checkpoint or of another; None where the run has none yet.
 
         Raises:
-          ValueError: the checkpoint is damaged, or of another run.
+          ValueError: the checkpoint is damaged, or of another run; ``config.json`` asks for what cannot be.
           FileNotFoundError: there is no such other checkpoint.
         """
+        try:
+            world = grpo_jax.make(run.env)
+            template = shapes(run.config, world, run.vmapped)
+        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
+            raise ValueError(f"{self.config} says what cannot be ({error})") from error
         path = checkpoint or self.checkpoint
-        if path.exists() or checkpoint is not None:
-            return restore(path, run.config, world, n_seeds=run.vmapped)
-        shapes = jax.eval_shape(lambda key: grpo_jax.init(run.config, world, key), jax.random.key(0))
-        n_bytes = run.n_seeds * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        if path.exists() or path.is_symlink() or checkpoint is not None:
+            return world, restore_state(path, template)
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
         if n_bytes > _MAX_FRESH_BYTES:
             raise ValueError(
                 f"{self.config} asks for a state of {n_bytes:,} bytes, and no checkpoint shows that it was ever made;"
                 " begin such a run by `grpo-jax train`"
             )
-        return None
+        return world, None
 
     def read_metrics(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of ``metrics.csv``, each ``[n_seeds, n_iterations]``."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +73,23 @@ def restore(
     Warns:
       UnsealedWarning: the file is older than checksums: damage would not be noticed.
     """
+    return restore_state(path, shapes(config, env, n_seeds))
 
-    def template(key: jax.Array) -> TrainState:
-        return init(config, env, key)
 
+def shapes(config: GRPOConfig, env: World, n_seeds: int | None = None) -> TrainState:
+    """Shapes and dtypes of a run's state; nothing is computed. Arguments as for ``restore``."""
+    first: Callable[[jax.Array], TrainState] = functools.partial(init, config, env)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if n_seeds is not None:
-        template, key = (
-            jax.vmap(template),
-            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n_seeds)),
-        )
-    state = restore_like(path, jax.eval_shape(template, key))
+        first = jax.vmap(first)
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n_seeds))
+    state: TrainState = jax.eval_shape(first, key)
+    return state
+
+
+def restore_state(path: str | os.PathLike[str], template: TrainState) -> TrainState:
+    """``restore`` into known ``shapes``."""
+    state = restore_like(path, template)
     assert isinstance(state, TrainState)
     _check_numbers(Path(path), state)
     return state
