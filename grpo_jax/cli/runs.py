@@ -136,6 +136,8 @@ class Run:
                     " `grpo-jax resume`"
                 )
             names += ["checkpoint_every", "keep"]
+            if unknown := set(content) - {*names, "config", "versions", "format"}:
+                raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))!r:.60}")
         for name in ("net_arch", "critic_net_arch"):
             if len(content["config"].get(name) or ()) > _MAX_LAYERS:
                 raise ValueError(f"{name} has more than {_MAX_LAYERS} layers")
