@@ -129,11 +129,14 @@ class Recorder:
         write_atomically(self._directory.checkpoint, content)
         self._saved_iteration = self._done
         self._troubles.discard("checkpoint")
-        if self._run.keep > 1:
-            self._keep(content)
-        if episode_return > self._best:
-            write_atomically(self._directory.best, content)
-            self._best = episode_return
+        try:
+            if self._run.keep > 1 and self._done:
+                self._keep(content)
+            if episode_return > self._best:
+                write_atomically(self._directory.best, content)
+                self._best = episode_return
+        except OSError as error:
+            self._tell_once("copies", f"{error}. The checkpoint itself is written; training goes on")
 
     def last_good(self) -> str:
         """Where the last checkpoint lies, in words."""
@@ -234,20 +237,23 @@ class _Events:
             progress.warn(f"{self._path} cannot be written ({error}): training goes on without TensorBoard")
 
     def _write(self, scalars: dict[str, float], step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import RecordWriter
+
+        def add(**content: Any) -> None:
+            self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
 
         if self._writer is None:
             self._path.mkdir(exist_ok=True)
             # A name of its own, which nobody can have linked elsewhere, even within the same second.
-            suffix = f".{self._done}.{secrets.token_hex(4)}"
-            self._writer = EventsWriter(str(self._path / "events"), filename_suffix=suffix)
+            name = f"events.out.tfevents.{int(time.time())}.{self._done}.{secrets.token_hex(4)}"
+            self._writer = RecordWriter(str(self._path / name))
+            add(file_version="brain.Event:2")
             if self._done:  # hides the events behind the state that is gone on from
-                log = SessionLog(status=SessionLog.START)
-                self._writer.write_event(Event(wall_time=time.time(), step=self._steps + 1, session_log=log))
+                add(step=self._steps + 1, session_log=SessionLog(status=SessionLog.START))
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        add(step=step, summary=Summary(value=values))
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self._flushed_at = time.monotonic()
             self._writer.flush()
