@@ -16,8 +16,10 @@ from grpo_jax.presets import Expectation, preset, preset_expectation, preset_ids
 from grpo_jax.training.checkpoint import restore, save
 from grpo_jax.training.diagnose import NoSpreadWarning
 from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
-from grpo_jax.training.loop import Result, TrainState, init, iteration, train
+from grpo_jax.training.faults import NonFiniteError
+from grpo_jax.training.loop import TrainState, init, iteration
 from grpo_jax.training.run import Chunk, run
+from grpo_jax.training.train import Result, train
 from grpo_jax.types import Batch, Group, Step
 from grpo_jax.worlds.base import World, override_reward
 from grpo_jax.worlds.function import from_function
@@ -36,6 +38,7 @@ __all__ = [
     "GymnaxWorld",
     "Learner",
     "NoSpreadWarning",
+    "NonFiniteError",
     "Policy",
     "PolicyState",
     "Result",

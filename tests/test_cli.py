@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax.cli import main, render, runs
+from grpo_jax.cli import main, recorder, render, runs
 from grpo_jax.cli.runs import RunDirectory
 from grpo_jax.training.checkpoint import restore_like
 
@@ -33,8 +33,7 @@ def train(out: Path, *arguments: str, total: int = 256) -> int:
 
 def parameters(out: Path) -> Any:
     directory = RunDirectory(out)
-    run = directory.read()
-    state = directory.restore(run, grpo_jax.make(run.env))
+    _, state = directory.restore(directory.read())
     assert state is not None
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
@@ -45,14 +44,14 @@ def _is_key(leaf: jax.Array) -> bool:
 
 def interrupted_after(monkeypatch: pytest.MonkeyPatch, iterations: int) -> None:
     """Has Ctrl-C come while the iterations run, as a terminal would send it."""
-    record = runs.Recorder.__call__
+    record = recorder.Recorder.__call__
 
-    def pressed(self: runs.Recorder, chunk: grpo_jax.Chunk, rates: dict[str, float]) -> None:
+    def pressed(self: recorder.Recorder, chunk: grpo_jax.Chunk, rates: dict[str, float]) -> None:
         record(self, chunk, rates)
         if chunk.iteration >= iterations:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(runs.Recorder, "__call__", pressed)
+    monkeypatch.setattr(recorder.Recorder, "__call__", pressed)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_its_files(finished: Path) -> None:
     directory = RunDirectory(finished)
-    assert all(path.exists() for path in directory.files)
+    assert {path for path in directory.files if not path.exists()} == {directory.kept}
     config = json.loads(directory.config.read_text())
     assert (config["env"], config["seed"], config["n_seeds"], config["total_timesteps"]) == (
         "CartPole-v1",
@@ -255,7 +254,10 @@ def test_training_that_blows_up(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo_jax, "run", fail)
         assert train(tmp_path) == 1
-    assert capsys.readouterr().err == "error: not finite\n"
+    last = tmp_path / "checkpoint.msgpack"
+    assert (
+        capsys.readouterr().err == f"error: not finite. The last good checkpoint is {last}, of iteration 0\n"
+    )
 
 
 def test_ctrl_c_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,9 +287,7 @@ def test_help_shows_every_field_and_the_presets_values(capsys: pytest.CaptureFix
 def test_an_id_in_another_argument_is_not_the_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[runs.Run] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "grpo_jax.cli.commands._go_on", lambda directory, run, world, state: seen.append(run) or 0
-    )
+    monkeypatch.setattr("grpo_jax.cli.commands._go_on", lambda directory, run, *_: seen.append(run) or 0)
     assert main(["train", "--out", "CartPole-v1", "Acrobot-v1", "--no-cache"]) == 0
     assert seen[0].env == "Acrobot-v1"
     assert seen[0].config == grpo_jax.preset("Acrobot-v1")

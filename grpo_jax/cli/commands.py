@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import time
 import warnings
@@ -10,19 +11,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import grpo_jax
 from grpo_jax import spaces
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import plots, progress, render, runs
+from grpo_jax.cli import plots, progress, render
 from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse
+from grpo_jax.cli.recorder import Recorder
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.config import GRPOConfig
+from grpo_jax.files import UnsealedWarning
 from grpo_jax.training.loop import TrainState, iterations_for
+from grpo_jax.training.run import first_state
 from grpo_jax.worlds.base import World
 
 _EVALUATION = 0xE7A1
 """Folded into the seed, so that no evaluation plays the episodes of the training."""
+
+
+class NotSaved(Exception):
+    """What a run came to cannot be written."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,127 +41,200 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments, without the program's name; None: those of the process.
 
     Returns:
-      0: all is well; 1: training itself failed; 2: bad input; 130: stopped by Ctrl-C.
+      0: all is well; 1: training itself failed, or something could not be written; 2: bad input; 130: stopped by
+      Ctrl-C; 143: stopped by SIGTERM.
     """
     try:
         options = parse(sys.argv[1:] if argv is None else list(argv))
         if getattr(options, "cache", False):
             enable_cache()
-        match options:
-            case Train():
-                return _train(options)
-            case Resume():
-                return _resume(options)
-            case Evaluate():
-                return _evaluate(options)
-            case _:
-                return _envs()
+        with warnings.catch_warnings(), progress.Interrupt() as interrupt:
+            for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
+                warnings.simplefilter("always", kind)
+            warnings.showwarning = lambda message, *_: progress.warn(str(message))
+            match options:
+                case Train():
+                    return _train(options, interrupt)
+                case Resume():
+                    return _resume(options, interrupt)
+                case Evaluate():
+                    return _evaluate(options)
+                case _:
+                    return _envs()
     except SystemExit as stop:  # the parser's help and complaints
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        progress.error("stopped by Ctrl-C")
-        return 130
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        progress.error(f"stopped by {progress.signal_name(signum)}")
+        return 128 + signum
     except (ValueError, TypeError, OverflowError, OSError, ImportError) as problem:
         progress.error(problem)
         return 2
-    except (FloatingPointError, jax.errors.JaxRuntimeError) as problem:
+    except (FloatingPointError, NotSaved, jax.errors.JaxRuntimeError) as problem:
         full = "RESOURCE_EXHAUSTED" in str(problem)
         progress.error(f"{problem}{'; lower --max-branches, --n-envs or --n-seeds' if full else ''}")
         return 1
 
 
-def _train(options: Any) -> int:
+def _train(options: Any, interrupt: progress.Interrupt) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
-    run = Run(options.env, config, options.seed, options.n_seeds, options.total_timesteps)
     # All that can be wrong with the input is found before anything is written.
-    iterations_for(config, run.total_timesteps)
-    if run.n_seeds < 1:
-        raise ValueError(f"n_seeds={run.n_seeds} must be at least 1")
+    run = Run(
+        options.env,
+        config,
+        options.seed,
+        options.n_seeds,
+        options.total_timesteps,
+        options.checkpoint_every,
+        options.keep,
+    )
     jax.eval_shape(lambda key: grpo_jax.init(config, world, key), jax.random.key(run.seed))
     directory = RunDirectory(options.out)
-    directory.create(run, overwrite=options.overwrite)
-    if run.env not in grpo_jax.preset_ids():
-        print(f"{run.env} has no preset: settings that no flag names are the defaults")
-    return _go_on(directory, run, world, None)
+    directory.check_free(overwrite=options.overwrite)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with directory.locked():
+        directory.create(run, overwrite=options.overwrite)
+        if run.env not in grpo_jax.preset_ids():
+            print(f"{run.env} has no preset: settings that no flag names are the defaults")
+        return _go_on(directory, run, world, None, interrupt)
 
 
-def _resume(options: Resume) -> int:
+def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
     directory = RunDirectory(options.directory)
-    run = directory.read()
-    world = grpo_jax.make(run.env)
-    state = directory.restore(run, world)
-    if options.total_timesteps is not None:
-        run = dataclasses.replace(run, total_timesteps=options.total_timesteps)
-    done, total = _iterations(state), iterations_for(run.config, run.total_timesteps)
-    if done > total:
-        steps = done * run.config.n_states
-        raise ValueError(
-            f"total_timesteps={run.total_timesteps} is less than the {steps} steps that are done"
-        )
-    directory.write(run)
-    if done == total:
-        print(f"{directory.path}: all iterations are done; --total-timesteps makes the run longer")
-    return _go_on(directory, run, world, state)
+    if not directory.config.exists():
+        directory.read()  # raises
+    with directory.locked():
+        run = directory.read()
+        world, state = directory.restore(run)
+        names = ("total_timesteps", "checkpoint_every", "keep")
+        changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        run = dataclasses.replace(run, **changes)
+        done, total = _iterations(state), iterations_for(run.config, run.total_timesteps)
+        if done > total:
+            steps = done * run.config.n_states
+            raise ValueError(
+                f"total_timesteps={run.total_timesteps} is less than the {steps} steps that are done"
+            )
+        if done == total:
+            print(f"{directory.path}: all iterations are done; --total-timesteps makes the run longer")
+        return _go_on(directory, run, world, state, interrupt, new_metrics=options.new_metrics)
 
 
-def _go_on(directory: RunDirectory, run: Run, world: World, state: TrainState | None) -> int:
+def _go_on(
+    directory: RunDirectory,
+    run: Run,
+    world: World,
+    state: TrainState | None,
+    interrupt: progress.Interrupt,
+    *,
+    new_metrics: bool = False,
+) -> int:
     """Trains from a state to the end of the run, and sums the run up."""
-    _print_start(directory, run, state)
-    if _iterations(state) < iterations_for(run.config, run.total_timesteps):
-        before = (0, 0)
-        if state is not None:
-            before = (grpo_jax.count(state.decision_steps), grpo_jax.count(state.simulator_steps))
-        timing = ""
-        with (
-            warnings.catch_warnings(),
-            runs.Recorder(directory, run, state) as record,
-            progress.Progress(*before) as show,
-            progress.Interrupt() as interrupt,
-        ):
-            warnings.simplefilter("always", grpo_jax.NoSpreadWarning)
-            warnings.showwarning = lambda message, *_: progress.warn(str(message))
+    try:
+        with Recorder(directory, run, state, new_metrics=new_metrics) as record:
+            directory.write(run)
+            _print_start(directory, run, state)
+            is_done, state = _advance(directory, run, world, state, record, interrupt)
+            record.finish()
+        if record.gap is not None:
+            first, last = record.gap
+            progress.error(
+                f"{directory.metrics} lacks iterations {first} to {last}, which could not be written"
+            )
+        if not is_done:
+            assert interrupt.requested is not None  # nothing else stops a run early
+            print(f"stopped at iteration {_iterations(state)}; {_how_to_go_on(directory)}")
+            return 128 + interrupt.requested
+        _sum_up(directory, run, world, state)
+    except KeyboardInterrupt:  # at once: what the last checkpoint has is kept
+        print(_how_to_go_on(directory))
+        raise
+    return 0 if record.gap is None else 1
 
-            def callback(chunk: grpo_jax.Chunk) -> bool:
-                nonlocal timing
-                interrupt.can_wait = True
-                rates = show(chunk)
-                record(chunk, rates)
-                timing = f"compiled in {chunk.compile_seconds:.1f} s, trained in {chunk.seconds:.1f} s"
-                timing += f" ({progress.rates_text(*rates.values())})"
-                return not interrupt.requested
 
-            key = jax.random.key(run.seed)
+def _advance(
+    directory: RunDirectory,
+    run: Run,
+    world: World,
+    state: TrainState | None,
+    record: Recorder,
+    interrupt: progress.Interrupt,
+) -> tuple[bool, TrainState]:
+    """Trains to the end of the run, or until a signal; whether the end was reached, and the last state, saved."""
+    before, start, timing = (0, 0), time.perf_counter(), ""
+    if state is None:
+        state = first_state(run.config, world, jax.random.key(run.seed), n_seeds=run.vmapped)
+        record.checkpoint(state)  # whenever the run dies from here on, there is something to go on from
+    elif _iterations(state) == iterations_for(run.config, run.total_timesteps):
+        return True, state
+    else:
+        before = (grpo_jax.count(state.decision_steps), grpo_jax.count(state.simulator_steps))
+    preparation = time.perf_counter() - start
+    episode_return = float("nan")
+    with progress.Progress(*before) as show:
+
+        def callback(chunk: grpo_jax.Chunk) -> bool:
+            nonlocal timing, episode_return
+            interrupt.can_wait = True
+            rates = show(chunk)
+            record(chunk, rates)
+            timing = (
+                f"compiled in {preparation + chunk.compile_seconds:.1f} s, trained in {chunk.seconds:.1f} s"
+            )
+            timing += f" ({progress.rates_text(*rates.values())})"
+            episode_return = float(np.mean(chunk.metrics["episode_return"][..., -1]))
+            return interrupt.requested is None
+
+        try:
             state, _ = grpo_jax.run(
                 run.config,
                 world,
-                key,
+                jax.random.key(run.seed),
                 run.total_timesteps,
                 callback=callback,
+                callback_at=run.cadence[1],
                 state=state,
                 n_seeds=run.vmapped,
             )
-            record.checkpoint(state)
-        print(timing)
-        if interrupt.requested:
-            print(f"stopped at iteration {_iterations(state)}; go on with: grpo-jax resume {directory.path}")
-            return 130
-    assert state is not None  # a run without a state has all its iterations before it
-    grpo_jax.save(directory.policy, state.learner.policy)
-    curve = directory.read_metrics(("decision_steps", "episode_return"))
-    plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {record.last_good()}") from error
+        try:
+            record.checkpoint(state, episode_return)
+        except OSError as error:
+            raise NotSaved(f"{error}. {record.last_good()}; {_how_to_go_on(directory)}") from error
+    interrupt.can_wait = False
+    print(timing)
+    return _iterations(state) == iterations_for(run.config, run.total_timesteps), state
+
+
+def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) -> None:
+    """Writes what a finished run leaves, and plays it."""
+    try:
+        grpo_jax.save(directory.policy, state.learner.policy)
+    except OSError as error:
+        raise NotSaved(
+            f"{error}. All of the run is in {directory.checkpoint}; {_how_to_go_on(directory)}"
+        ) from error
+    try:
+        curve = directory.read_metrics(("decision_steps", "episode_return"))
+        plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
+    except (OSError, ValueError) as error:
+        progress.warn(f"no picture of the run was drawn ({error})")
     _play(run, world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
-    print("written:", *directory.files, sep="\n  ")
-    return 0
+    print("written:", *(file for file in directory.files if file.exists()), sep="\n  ")
+
+
+def _how_to_go_on(directory: RunDirectory) -> str:
+    return f"go on with: grpo-jax resume {directory.path}"
 
 
 def _evaluate(options: Evaluate) -> int:
     directory = RunDirectory(options.directory)
     run = directory.read()
-    world = grpo_jax.make(run.env)
+    world, state = directory.restore(run, options.checkpoint)
     if options.render is not None:
         render.check(world, options.render)
-    state = directory.restore(run, world)
     if state is None:
         raise FileNotFoundError(
             f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"

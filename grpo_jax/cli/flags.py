@@ -33,6 +33,10 @@ class Train:
     """Seed of the run; several seeds are split off it."""
     overwrite: bool = False
     """Replace the run that --out already holds."""
+    checkpoint_every: str = "10s"
+    """How often a checkpoint is written: seconds, as in 60s, or iterations, as in 100."""
+    keep: int = 1
+    """How many of the last checkpoints stay, in checkpoints/; the best one stays besides, as best.msgpack."""
     cache: bool = True
     """Keep compiled programs in the user's cache directory."""
     # In a subclass that `parse` makes: config, whose fields are GRPOConfig's, not validated yet.
@@ -46,16 +50,24 @@ class Resume:
     """Directory of the run."""
     total_timesteps: int | None = None
     """A new length of the whole run; None: as before. Decaying rates follow the new length."""
+    checkpoint_every: str | None = None
+    """How often a checkpoint is written: seconds, as in 60s, or iterations, as in 100; None: as before."""
+    keep: int | None = None
+    """How many of the last checkpoints stay; None: as before."""
+    new_metrics: bool = False
+    """Go on although rows of metrics.csv are lost or damaged: what is left of it is set aside."""
     cache: bool = True
     """Keep compiled programs in the user's cache directory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Play whole episodes with a run's last checkpoint."""
+    """Play whole episodes with a run's last checkpoint, or with another one of it."""
 
     directory: Path
     """Directory of the run."""
+    checkpoint: Path | None = None
+    """Another checkpoint of the run: its best.msgpack, or one in its checkpoints/."""
     n_episodes: int = FINAL_EPISODES
     """Episodes of each seed."""
     deterministic: bool = False

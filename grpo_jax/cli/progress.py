@@ -1,4 +1,4 @@
-"""What a run shows on the terminal, and hears from it: progress, warnings, results, Ctrl-C."""
+"""What a run shows on the terminal, and hears from it: progress, warnings, results, signals."""
 
 from __future__ import annotations
 
@@ -78,32 +78,56 @@ class Progress:
         return {"decision_steps_per_second": decisions, "simulator_steps_per_second": simulated}
 
 
-class Interrupt:
-    """Makes the first Ctrl-C a wish to stop after the chunk that is running; a context manager.
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end.
 
     Attributes:
-      requested: Ctrl-C came. A second one stops at once, by the usual exception.
-      can_wait: whether a chunk has come that can be saved; until then the first Ctrl-C stops at once.
+      signum: which one.
     """
 
-    requested = False
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Interrupt:
+    """Makes the first Ctrl-C or SIGTERM a wish to stop after the chunk that is running; a context manager.
+
+    Attributes:
+      requested: the signal that came; None: none. A second one stops at once, by ``Stopped``.
+      can_wait: whether iterations run that can be saved; elsewhere the first signal stops at once.
+    """
+
+    requested: int | None = None
     can_wait = False
 
     def __enter__(self) -> Interrupt:
-        self._is_main = threading.current_thread() is threading.main_thread()
-        if self._is_main:  # elsewhere Python allows no handlers
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._previous = {
+                signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._is_main:
-            signal.signal(signal.SIGINT, self._previous)
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
 
-    def _handle(self, *_: object) -> None:
-        if self.requested or not self.can_wait:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("Ctrl-C: saving after the iterations that are running ...", flush=True)
+    def _handle(self, signum: int, _: object) -> None:
+        if self.requested is not None or not self.can_wait:
+            raise Stopped(signum)
+        self.requested = signum
+        print(f"{signal_name(signum)}: saving after the iterations that are running ...", flush=True)
+
+
+def signal_name(signum: int) -> str:
+    """What people call it."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def note(message: str) -> None:
+    """Prints what was done without being asked for, and is no trouble."""
+    print(f"note: {message}", flush=True)
 
 
 def warn(message: str) -> None:

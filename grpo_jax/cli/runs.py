@@ -2,48 +2,61 @@
 
 ====================== ==================================================================================
 ``config.json``        environment, config, seeds, length and versions: all that ``resume`` needs
-``checkpoint.msgpack`` the whole training state, every few seconds and at the end
+``checkpoint.msgpack`` the whole training state: before the first row, every few seconds, and at the end
+``best.msgpack``       the one among those of the largest return (``episode_return``, mean over seeds)
+``checkpoints/``       the last k of them, where ``keep`` is more than 1
 ``policy.msgpack``     the policy alone (parameters and observation statistics), at the end
 ``metrics.csv``        one row for each iteration and seed
 ``tensorboard/``       the same, mean over seeds and over the iterations between two looks of the host
 ``learning_curve.png`` return against decision steps, at the end
 ====================== ==================================================================================
+
+Each checkpoint knows how many bytes of ``metrics.csv`` belong to it, and their checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import shutil
-import time
-from collections.abc import Sequence
+import stat
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 import grpo_jax
 from grpo_jax.config import GRPOConfig
-from grpo_jax.training.checkpoint import restore, save, write_atomically
-from grpo_jax.training.loop import TrainState
-from grpo_jax.training.run import Chunk
+from grpo_jax.files import (
+    UnsealedWarning,
+    atomically,
+    open_plain,
+    read_bounded,
+    remove_temporaries,
+    write_atomically,
+)
+from grpo_jax.training.checkpoint import restore_state, shapes
+from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.worlds.base import World
 
-CHECKPOINT_SECONDS = 10.0
-"""How often a checkpoint is written while training goes on, about."""
+VERSION = 2
+"""Of ``config.json``. Version 1 has no number and no checksum."""
 
-_INDEX = ("seed", "iteration", "decision_steps")
-_TAGS = {
-    "rollout": ("episode_return", "episode_length", "n_episodes"),
-    "grpo": ("group_spread", "frac_zero_std", "nonfinite_groups"),
-    "time": ("simulator_steps",),
-}
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_FRESH_BYTES = 1 << 30
+_MAX_LAYERS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that decides what a run computes.
+    """All that decides what a run computes, and how often it is saved.
 
     Attributes:
       env: a gymnax id.
@@ -51,6 +64,11 @@ class Run:
       seed: of the run's key; several seeds are split off this one.
       n_seeds: runs side by side.
       total_timesteps: decision steps of each seed.
+      checkpoint_every: seconds, as in ``"10s"``, or iterations, as in ``"100"``.
+      keep: the last checkpoints that stay.
+
+    Raises:
+      TypeError, ValueError: one of them cannot be.
     """
 
     env: str
@@ -58,19 +76,73 @@ class Run:
     seed: int
     n_seeds: int
     total_timesteps: int
+    checkpoint_every: str = "10s"
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.env, str) or len(self.env) > 200:
+            raise TypeError(f"env={self.env!r:.200} must be an id")
+        for name, least in (("seed", -(2**63)), ("n_seeds", 1), ("keep", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < 2**63:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        iterations_for(self.config, self.total_timesteps)
+        _ = self.cadence
 
     @property
     def vmapped(self) -> int | None:
         """``n_seeds`` as ``grpo_jax.run`` and ``restore`` want it: a single run has no axis of seeds."""
         return None if self.n_seeds == 1 else self.n_seeds
 
+    @property
+    def cadence(self) -> tuple[float | None, int | None]:
+        """``checkpoint_every`` as seconds, or as iterations; the other one is None."""
+        text = self.checkpoint_every
+        with contextlib.suppress(ValueError, AttributeError):
+            seconds = float(text.removesuffix("s")) if text.endswith("s") else None
+            iterations = int(text) if seconds is None else None
+            if (seconds is not None and 0 <= seconds < float("inf")) or (iterations or 0) >= 1:
+                return seconds, iterations
+        raise ValueError(
+            f"checkpoint_every={text!r} must be seconds, as in '60s', or iterations of at least 1, as in '10'"
+        )
+
     def to_json(self) -> str:
-        """One readable JSON object, the versions that wrote it included."""
+        """One readable JSON object, the versions that wrote it and a checksum included."""
         content = vars(self) | {
-            "versions": {"grpo_jax": grpo_jax.__version__, "jax": jax.__version__},
             "config": json.loads(self.config.to_json()),
+            "versions": {"grpo_jax": grpo_jax.__version__, "jax": jax.__version__},
+            "format": VERSION,
         }
-        return json.dumps(content, indent=2) + "\n"
+        return json.dumps(content | {"checksum": _checksum(content)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> tuple[Run, bool]:
+        """The run that ``to_json`` wrote, and whether it has a checksum.
+
+        Raises:
+          ValueError, TypeError, KeyError, RecursionError: damaged, of another version, or values that cannot be.
+        """
+        content = json.loads(text)
+        names = ["env", "seed", "n_seeds", "total_timesteps"]
+        sealed = set(content) != {*names, "config", "versions"}
+        if sealed:
+            if content["format"] != VERSION:
+                raise ValueError(f"format={content['format']!r:.20} is not {VERSION}: a newer one wrote it")
+            checksum = content.pop("checksum")
+            if checksum != _checksum(content):
+                raise ValueError(
+                    "its checksum does not fit; put back what was there. What can be changed of a run are options of"
+                    " `grpo-jax resume`"
+                )
+            names += ["checkpoint_every", "keep"]
+            if unknown := set(content) - {*names, "config", "versions", "format"}:
+                raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))!r:.60}")
+        for name in ("net_arch", "critic_net_arch"):
+            if len(content["config"].get(name) or ()) > _MAX_LAYERS:
+                raise ValueError(f"{name} has more than {_MAX_LAYERS} layers")
+        config = GRPOConfig.from_json(json.dumps(content["config"]))
+        return cls(config=config, **{name: content[name] for name in names}), sealed
 
 
 class RunDirectory:
@@ -81,14 +153,30 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.json"
         self.checkpoint = path / "checkpoint.msgpack"
+        self.best = path / "best.msgpack"
+        self.kept = path / "checkpoints"
         self.policy = path / "policy.msgpack"
         self.metrics = path / "metrics.csv"
         self.tensorboard = path / "tensorboard"
         self.learning_curve = path / "learning_curve.png"
         self.files = tuple(vars(self).values())[1:]
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing here; what killed ones left half-written is removed.
+
+        Raises:
+          FileNotFoundError: there is no such directory.
+          ValueError: another process writes here; names it.
+        """
+        with _open_own(self.path / ".lock", os.O_RDWR | os.O_CREAT) as file:
+            _lock(file, self.path)
+            for path in (*self.files, self.kept / "_"):
+                remove_temporaries(path)
+            yield
+
     def create(self, run: Run, *, overwrite: bool = False) -> None:
-        """Makes the directory and writes ``config.json``.
+        """Writes ``config.json`` into the directory, which exists and is ``locked``.
 
         Args:
           run: what will be run.
@@ -97,18 +185,21 @@ class RunDirectory:
         Raises:
           FileExistsError: the directory holds a run already.
         """
+        self.check_free(overwrite=overwrite)
+        for file in self.files:
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+        self.write(run)
+
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """Raises FileExistsError where the directory holds a run that is not to be overwritten."""
         if self.config.exists() and not overwrite:
             raise FileExistsError(
                 f"out={self.path} already holds a run; go on with it by `grpo-jax resume {self.path}`,"
                 " choose another --out, or pass --overwrite"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        for file in self.files:
-            if file.is_dir():
-                shutil.rmtree(file)
-            else:
-                file.unlink(missing_ok=True)
-        self.write(run)
 
     def write(self, run: Run) -> None:
         """Writes ``config.json``."""
@@ -119,29 +210,49 @@ class RunDirectory:
 
         Raises:
           FileNotFoundError: the directory holds no run.
-          ValueError: ``config.json`` is damaged.
+          ValueError: ``config.json`` is damaged, or says what cannot be.
+
+        Warns:
+          UnsealedWarning: it is older than checksums.
         """
         try:
-            content = json.loads(self.config.read_text(encoding="utf-8"))
-            config = GRPOConfig.from_json(json.dumps(content["config"]))
-            names = ("env", "seed", "n_seeds", "total_timesteps")
-            return Run(config=config, **{name: content[name] for name in names})
+            run, sealed = Run.from_json(read_bounded(self.config, _MAX_CONFIG_BYTES).decode())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(
                 f"directory={self.path} holds no run: {self.config} is missing"
             ) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.config} is damaged ({type(error).__name__}: {error})") from error
+        if not sealed:
+            warnings.warn(
+                f"{self.config} is older than checksums: damage of it is not noticed",
+                UnsealedWarning,
+                stacklevel=2,
+            )
+        return run
 
-    def restore(self, run: Run, world: World) -> TrainState | None:
-        """The state of the last checkpoint, None where the run was stopped before the first.
+    def restore(self, run: Run, checkpoint: Path | None = None) -> tuple[World, TrainState | None]:
+        """The world, and the state of the last checkpoint or of another; None where the run has none yet.
 
         Raises:
-          ValueError: the checkpoint is damaged, or of another run.
+          ValueError: the checkpoint is damaged, or of another run; ``config.json`` asks for what cannot be.
+          FileNotFoundError: there is no such other checkpoint.
         """
-        if not self.checkpoint.exists():
-            return None
-        return restore(self.checkpoint, run.config, world, n_seeds=run.vmapped)
+        try:
+            world = grpo_jax.make(run.env)
+            template = shapes(run.config, world, run.vmapped)
+        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
+            raise ValueError(f"{self.config} says what cannot be ({error})") from error
+        path = checkpoint or self.checkpoint
+        if path.exists() or path.is_symlink() or checkpoint is not None:
+            return world, restore_state(path, template)
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
+        if n_bytes > _MAX_FRESH_BYTES:
+            raise ValueError(
+                f"{self.config} asks for a state of {n_bytes:,} bytes, and no checkpoint shows that it was ever made;"
+                " begin such a run by `grpo-jax train`"
+            )
+        return world, None
 
     def read_metrics(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of ``metrics.csv``, each ``[n_seeds, n_iterations]``."""
@@ -154,96 +265,57 @@ class RunDirectory:
         return dict(zip(names, by_seed[1:], strict=True))
 
 
-class Recorder:
-    """Writes a run to its directory as it goes on; a context manager.
+def open_rows(path: Path, n_bytes: int) -> BinaryIO:
+    """Opens a file of rows to add some behind its first ``n_bytes``; what follows them is dropped.
 
-    Rows and events of iterations behind the state that is gone on from are dropped: they will come again.
+    The file becomes a new one: where it was a link, or has other names, those keep what they hold.
     """
-
-    def __init__(self, directory: RunDirectory, run: Run, state: TrainState | None) -> None:
-        """Opens the files.
-
-        Args:
-          directory: where to; created already.
-          run: what is run.
-          state: the state that is gone on from; None: the run begins.
-        """
-        from tensorboardX import SummaryWriter
-
-        self._directory, self._n_seeds = directory, run.n_seeds
-        done = 0 if state is None else int(np.max(np.asarray(state.iteration)))
-        steps = 0 if state is None else grpo_jax.count(state.decision_steps) // run.n_seeds
-        _drop_rows(directory.metrics, behind=done)
-        self._csv = directory.metrics.open("a", encoding="utf-8")
-        if not done:
-            shutil.rmtree(directory.tensorboard, ignore_errors=True)
-        self._events = SummaryWriter(
-            str(directory.tensorboard),
-            purge_step=steps + 1 if done else None,
-            flush_secs=10,
-            filename_suffix=f".{done}",  # a resumed run has a file of its own, even within the same second
-        )
-        self._saved = time.monotonic()
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._csv.close()
-        self._events.close()
-
-    def __call__(self, chunk: Chunk, rates: dict[str, float]) -> None:
-        """Adds a chunk's metrics, and a checkpoint where the last one is old.
-
-        Args:
-          chunk: what ``grpo_jax.run`` hands to its callback.
-          rates: further scalars for TensorBoard, by their name behind ``time/``.
-        """
-        # Rows before the checkpoint: whatever a checkpoint has done is in the file.
-        self._add_rows(chunk)
-        self._add_events(chunk, rates)
-        if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
-            self.checkpoint(chunk.state)
-
-    def checkpoint(self, state: TrainState) -> None:
-        """Writes the whole state."""
-        save(self._directory.checkpoint, state)
-        self._saved = time.monotonic()
-
-    def _add_rows(self, chunk: Chunk) -> None:
-        names = [name for name in sorted(chunk.metrics) if name not in _INDEX]
-        if self._csv.tell() == 0:
-            self._csv.write(",".join((*_INDEX, *names)) + "\n")
-        columns = [np.atleast_2d(chunk.metrics[name]) for name in ("decision_steps", *names)]
-        table = np.stack(columns, axis=-1).swapaxes(0, 1).tolist()  # [iteration][seed][column]
-        row = ",".join(["%d", "%d", *["%.9g"] * len(columns)]) + "\n"  # 9 digits hold a float32 exactly
-        first = chunk.iteration - len(table) + 1
-        self._csv.writelines(
-            row % (seed, first + i, *values)
-            for i, seeds in enumerate(table)
-            for seed, values in enumerate(seeds)
-        )
-        self._csv.flush()
-
-    def _add_events(self, chunk: Chunk, rates: dict[str, float]) -> None:
-        step = chunk.decision_steps // self._n_seeds
-        for name, values in chunk.metrics.items():
-            known = values[~np.isnan(values)]
-            if known.size and name != "decision_steps":
-                room = next((room for room, names in _TAGS.items() if name in names), "train")
-                self._events.add_scalar(f"{room}/{name}", float(known.mean()), step)
-        for name, rate in rates.items():
-            self._events.add_scalar(f"time/{name}", rate, step)
+    with atomically(path) as file:
+        if n_bytes:
+            with open_plain(path, sys.maxsize) as old:
+                for start in range(0, n_bytes, 1 << 20):
+                    file.write(old.read(min(1 << 20, n_bytes - start)))
+    return _open_own(path, os.O_WRONLY | os.O_APPEND)
 
 
-def _drop_rows(path: Path, *, behind: int) -> None:
-    """Cuts metrics.csv behind an iteration, and a last row that was not written to its end."""
-    if not path.exists():
+def check_own_directory(path: Path) -> None:
+    """Refuses a directory of a run that is a link: what is written into it would lie elsewhere."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; links in a run directory are not followed: remove it")
+
+
+def _open_own(path: Path, flags: int) -> BinaryIO:
+    """Opens a file that may be written to, unbuffered, where it is a plain file and no link."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; links in a run directory are not followed: remove it")
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} is not a plain file: remove it")
+    return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "ab", buffering=0)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Takes a lock that the system gives back when this process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
         return
-    with path.open("r+b") as file:
-        end = len(file.readline()) if behind else 0
-        for line in file:
-            if not line.endswith(b"\n") or int(line.split(b",", 2)[1]) > behind:
-                break
-            end += len(line)
-        file.truncate(end)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = file.read(20).decode(errors="replace")
+        raise ValueError(
+            f"directory={path} is in use: process {owner or '?'} trains there; wait for it, or stop it (Ctrl-C or"
+            " SIGTERM: it saves)"
+        ) from None
+    except OSError as error:
+        warnings.warn(f"{path} cannot be locked ({error.strerror}): do not train there twice", stacklevel=4)
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -320,8 +320,13 @@ def update_reference(config: GRPOConfig, learner: Learner, iteration: jax.Array)
     if config.reference == "periodic":
         is_due = (iteration + 1) % config.reference_interval == 0
         return learner.replace(reference=_choose(is_due, learner.policy, learner.reference))
-    moved = optax.incremental_update(learner.policy, learner.reference, 1.0 - config.reference_decay)
-    return learner.replace(reference=moved)
+    share = 1.0 - config.reference_decay
+
+    def moved(new: jax.Array, old: jax.Array) -> jax.Array:
+        # A count of observations is no average: it is the policy's.
+        return share * new + (1.0 - share) * old if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return learner.replace(reference=jax.tree.map(moved, learner.policy, learner.reference))
 
 
 def row_taker(batch: Batch) -> Callable[[jax.Array], Batch]:

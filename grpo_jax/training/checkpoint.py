@@ -1,34 +1,57 @@
-"""Checkpoints: one msgpack file, without pickle, written all or not at all."""
+"""Checkpoints: one sealed msgpack file, without pickle, written all or not at all."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
-from flax import serialization
 
 from grpo_jax.config import GRPOConfig
+from grpo_jax.files import UNSEALED, UnsealedWarning, read_sealed, seal, write_atomically
 from grpo_jax.training.loop import TrainState, init
 from grpo_jax.types import PyTree
 from grpo_jax.worlds.base import World
 
-FORMAT = "grpo-jax checkpoint 1"
+KIND, VERSION = "checkpoint", 2
+UNSEALED_FORMAT = "grpo-jax checkpoint 1"
+"""What files before version 2 have instead of a seal: their content is msgpack's alone, without a checksum."""
+
+_ARRAY = 1  # the msgpack extension that flax.serialization writes arrays as: (shape, dtype, bytes)
+_MAX_NOTES = 1 << 16
 
 
-def save(path: str | os.PathLike[str], state: PyTree) -> None:
+def save(path: str | os.PathLike[str], state: PyTree, *, notes: dict[str, Any] | None = None) -> None:
     """Writes a state (of one run, or of vmapped runs); a failed save leaves the old file as it was.
 
     Args:
       path: the file; its directory must exist.
       state: a ``TrainState``, or any pytree of arrays and PRNG keys.
+      notes: further facts, as JSON has them, for ``read_notes``.
+
+    Raises:
+      OSError: names the file.
     """
-    leaves = {name: np.asarray(_plain(leaf)) for name, leaf in _named(state)}
-    write_atomically(Path(path), serialization.msgpack_serialize({"format": FORMAT, "leaves": leaves}))
+    write_atomically(Path(path), to_bytes(state, notes))
+
+
+def to_bytes(state: PyTree, notes: dict[str, Any] | None = None) -> bytes:
+    """What ``save`` writes."""
+    leaves = {}
+    for name, leaf in _named(state):
+        array = np.asarray(_plain(leaf))
+        packed = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
+        leaves[name] = msgpack.ExtType(_ARRAY, packed)
+    content = {"notes": json.dumps(notes or {}), "leaves": leaves}
+    return seal(KIND, VERSION, msgpack.packb(content))
 
 
 def restore(
@@ -44,68 +67,181 @@ def restore(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no checkpoint, or one of another config, environment or number of seeds; names the first differences.
+      ValueError: no checkpoint, a damaged one, one of another config, environment or number of seeds, or one whose
+        numbers no training leaves; names the first differences.
+
+    Warns:
+      UnsealedWarning: the file is older than checksums: damage would not be noticed.
     """
+    return restore_state(path, shapes(config, env, n_seeds))
 
-    def template(key: jax.Array) -> TrainState:
-        return init(config, env, key)
 
+def shapes(config: GRPOConfig, env: World, n_seeds: int | None = None) -> TrainState:
+    """Shapes and dtypes of a run's state; nothing is computed. Arguments as for ``restore``."""
+    first: Callable[[jax.Array], TrainState] = functools.partial(init, config, env)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if n_seeds is not None:
-        template, key = (
-            jax.vmap(template),
-            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n_seeds)),
-        )
-    state = restore_like(path, jax.eval_shape(template, key))
+        first = jax.vmap(first)
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n_seeds))
+    state: TrainState = jax.eval_shape(first, key)
+    return state
+
+
+def restore_state(path: str | os.PathLike[str], template: TrainState) -> TrainState:
+    """``restore`` into known ``shapes``."""
+    state = restore_like(path, template)
     assert isinstance(state, TrainState)
+    _check_numbers(Path(path), state)
     return state
 
 
 def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
     """Reads a pytree of the structure, shapes and dtypes of ``template`` (arrays, or shapes of arrays)."""
     path = Path(path)
-    try:
-        content = serialization.msgpack_restore(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a grpo-jax checkpoint ({type(error).__name__}: {error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a grpo-jax checkpoint of format {FORMAT!r}")
-    stored: dict[str, Any] = content["leaves"]
     expected = {name: jax.eval_shape(_plain, leaf) for name, leaf in _named(template)}
+    version, content = _read(path, sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values()))
+    _, stored = _unpack(path, content, 4 * len(expected) + 1000)
+    if version == UNSEALED:
+        warnings.warn(
+            f"{path} is older than checksums: damage of it is not noticed. The next save writes one",
+            UnsealedWarning,
+            stacklevel=3,
+        )
+        _modernize(stored)
     differences = [f"{name} is missing" for name in expected if name not in stored]
     differences += [f"{name} is not expected" for name in stored if name not in expected]
     for name, leaf in expected.items():
-        if name in stored and (stored[name].shape != leaf.shape or stored[name].dtype != leaf.dtype):
-            differences.append(
-                f"{name} is {stored[name].dtype}{list(stored[name].shape)}, expected {leaf.dtype}{list(leaf.shape)}"
-            )
+        if name in stored:
+            shape, dtype, data = stored[name]
+            size = leaf.size * leaf.dtype.itemsize
+            if (shape, dtype) != (leaf.shape, leaf.dtype.name):
+                wanted = f"{leaf.dtype}{list(leaf.shape)}"
+                differences.append(f"{name} is {dtype}{list(shape)}, expected {wanted}")
+            elif len(data) != size:
+                differences.append(f"{name} has {len(data)} bytes, expected {size}")
+            elif leaf.dtype == bool and max(data, default=0) > 1:
+                differences.append(f"{name} holds bytes that are neither True nor False")
     if differences:
         raise ValueError(
             f"{path} does not fit this config and env: {'; '.join(differences[:4])}"
             f"{f' and {len(differences) - 4} more' if len(differences) > 4 else ''}"
         )
-    leaves = [_like(stored[name], leaf) for name, leaf in _named(template)]
+    leaves = []
+    for (_, like), (name, leaf) in zip(_named(template), expected.items(), strict=True):
+        array = np.frombuffer(stored[name][2], leaf.dtype).reshape(leaf.shape)
+        leaves.append(_like(array, like))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new content is there, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The notes that a checkpoint was saved with; none in files that are older than notes."""
+    path = Path(path)
+    notes, _ = _unpack(path, _read(path, path.stat().st_size)[1], 1 << 20)
+    return notes
+
+
+_Leaves = dict[str, tuple[tuple[int, ...], str, bytes]]
+
+
+def _read(path: Path, n_bytes: int) -> tuple[int, bytes]:
+    """Version and content; ``n_bytes``: of the leaves that are expected. A larger file is refused, unread."""
+    # Room for another network than the expected one, whose differences are then told.
+    return read_sealed(path, KIND, (VERSION,), max(2 * n_bytes, 64 << 20), unsealed=True)
+
+
+def _unpack(path: Path, content: bytes, max_leaves: int) -> tuple[dict[str, Any], _Leaves]:
+    """Notes, and shape, dtype and bytes of each leaf. No object in the file can be larger than the file itself."""
     try:
-        # mkstemp keeps a file to its owner; a run is as readable as any other file would be.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        # Arrays and maps are not unpacked: a megabyte of them would be a hundred in memory.
+        unpacker = msgpack.Unpacker(max_array_len=0, max_map_len=0, max_buffer_size=0)
+        unpacker.feed(content)
+        notes, leaves, marked = {}, {}, False
+        for _ in range(_bounded(unpacker.read_map_header(), 3)):
+            match unpacker.unpack():
+                case "format":
+                    marked = unpacker.unpack() == UNSEALED_FORMAT
+                case "notes":
+                    text = unpacker.unpack()
+                    _bounded(len(text), _MAX_NOTES)
+                    notes, marked = json.loads(text), True
+                case "leaves":
+                    for _ in range(_bounded(unpacker.read_map_header(), max_leaves)):
+                        name, array = unpacker.unpack(), unpacker.unpack()
+                        if not isinstance(name, str) or array.code != _ARRAY or name in leaves:
+                            raise ValueError(f"a leaf {name!r} that is no array")
+                        leaves[name] = _array_parts(array.data)
+                case other:
+                    raise ValueError(f"an entry {other!r}")
+        if not marked or not isinstance(notes, dict) or unpacker.tell() != len(content):
+            raise ValueError("no format, or more than one object")
+    except Exception as error:
+        raise ValueError(f"{path} is not a grpo-jax checkpoint ({type(error).__name__}: {error})") from error
+    return notes, leaves
+
+
+def _array_parts(packed: bytes) -> tuple[tuple[int, ...], str, bytes]:
+    unpacker = msgpack.Unpacker(max_array_len=0, max_map_len=0, max_buffer_size=0)
+    unpacker.feed(packed)
+    if unpacker.read_array_header() != 3:
+        raise ValueError("a leaf that is not (shape, dtype, bytes)")
+    shape = tuple(unpacker.unpack() for _ in range(_bounded(unpacker.read_array_header(), 32)))
+    dtype, data = unpacker.unpack(), unpacker.unpack()
+    if not (all(type(n) is int for n in shape) and isinstance(dtype, str) and isinstance(data, bytes)):
+        raise ValueError("a leaf that is not (shape, dtype, bytes)")
+    return shape, dtype, data
+
+
+def _modernize(leaves: _Leaves) -> None:
+    """Statistics of observations as version 2 has them: an exact count and a mean square, instead of floats and a sum."""
+    counts = {
+        name: np.frombuffer(data, dtype).reshape(shape)
+        for name, (shape, dtype, data) in leaves.items()
+        if name.endswith(".statistics.count")
+    }
+    for name, count in counts.items():
+        del leaves[name]
+        whole = count.astype(np.uint64)
+        for word, part in (("high", whole >> np.uint64(32)), ("low", whole)):
+            leaves[f"{name}.{word}"] = (count.shape, "uint32", part.astype(np.uint32).tobytes())
+        prefix = name.removesuffix("count")
+        for old in [other for other in leaves if other.startswith(f"{prefix}sum_squares")]:
+            shape, dtype, data = leaves.pop(old)
+            total = np.frombuffer(data, dtype).reshape(shape)
+            count_axes = np.maximum(count, 1).reshape(*count.shape, *(1,) * (total.ndim - count.ndim))
+            new = old.replace(f"{prefix}sum_squares", f"{prefix}variance", 1)
+            leaves[new] = (shape, dtype, (total / count_axes).astype(dtype).tobytes())
+
+
+def _bounded(number: int, most: int) -> int:
+    if number > most:
+        raise ValueError(f"{number} entries, more than {most}")
+    return number
+
+
+def _check_numbers(path: Path, state: TrainState) -> None:
+    """Refuses numbers that no training leaves behind."""
+    bad = [f"{name} is not finite" for name in nonfinite_leaves(state)]
+    environments = state.environments
+    counts = {
+        ".iteration": state.iteration,
+        ".learner.n_updates": state.learner.n_updates,
+        ".environments.episode_length": environments.episode_length,
+        ".environments.last_length": environments.last_length,
+    }
+    bad += [f"{name} is negative" for name, count in counts.items() if np.any(np.asarray(count) < 0)]
+    if bad:
+        raise ValueError(f"{path} holds what no training leaves: {'; '.join(bad[:4])}")
+
+
+def nonfinite_leaves(state: TrainState) -> list[str]:
+    """Names of the leaves that are not finite and must be: all but those of world states, which are the world's own."""
+    return [
+        name
+        for name, leaf in _named(state)
+        if not name.startswith(".environments.state")
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+        and not np.all(np.isfinite(np.asarray(leaf)))
+    ]
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:
@@ -123,7 +259,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def _like(stored: np.ndarray, template: Any) -> jax.Array:
-    array = jnp.asarray(stored)
+    array = jnp.array(stored)  # a copy: the file's bytes are not aligned, and not ours to write over
     if not _is_key(template):
         return array
     # The template may be a mere shape, which key_impl refuses.

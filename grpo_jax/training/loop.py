@@ -1,11 +1,10 @@
-"""The loop: an iteration collects, compares and improves; a run is many iterations in one program."""
+"""The loop: an iteration collects, compares and improves."""
 
 from __future__ import annotations
 
-import functools
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,7 @@ from grpo_jax.groups.compare import (
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
-from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.metrics import episode_metrics, explained_variance, group_metrics
+from grpo_jax.training.metrics import episode_metrics, explained_variance, group_metrics, nonfinite_state
 from grpo_jax.training.rollout import rollout, start
 from grpo_jax.types import Batch, Counter, Environments, Group, Metrics, Params, Trajectory
 from grpo_jax.worlds.base import World
@@ -91,13 +89,6 @@ class Comparison(NamedTuple):
     simulator_steps: Counter
 
 
-class Result(NamedTuple):
-    """What ``train`` returns: the last state, and metrics with a leading axis ``[n_iterations]``."""
-
-    state: TrainState
-    metrics: Metrics
-
-
 def check_arguments(config: GRPOConfig, env: World) -> None:
     """Refuses what is no config or no world.
 
@@ -153,10 +144,38 @@ def iteration(
       The state afterwards, and scalar metrics.
     """
     progress = state.iteration / n_iterations
+    before = state
     state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap, progress=progress)
     comparison = compare(config, env, state, trajectory, progress)
     state, metrics = improve(config, state, comparison, progress)
-    return state, metrics | episode_metrics(state.environments, trajectory)
+    metrics |= episode_metrics(state.environments, trajectory)
+    metrics["nonfinite_state"] = nonfinite_state(
+        (before.learner, before.environments), (state.learner, state.environments), trajectory
+    )
+    return state, metrics
+
+
+def guarded_iteration(
+    config: GRPOConfig, env: World, state: TrainState, n_iterations: int | jax.Array, *, strict: bool
+) -> tuple[TrainState, Metrics]:
+    """An iteration whose state afterwards is good: where it would not be, the state is the one before.
+
+    Args:
+      config: the settings.
+      env: the world that is both acted and branched in.
+      state: the state before.
+      n_iterations: iterations of the whole run, for decaying rates.
+      strict: whether a group return, a loss or a gradient that is not finite also undoes the iteration; otherwise such
+        groups and minibatches are left out of training, and counted.
+
+    Returns:
+      The state afterwards, and the metrics of what was tried.
+    """
+    after, metrics = iteration(config, env, state, n_iterations)
+    faults = metrics["nonfinite_state"]
+    if strict:
+        faults += metrics["nonfinite_groups"] + metrics["nonfinite_updates"]
+    return jax.lax.cond(faults > 0, lambda new, old: old, lambda new, old: new, after, state), metrics
 
 
 def collect(
@@ -300,74 +319,12 @@ def improve(
     return state, metrics
 
 
-def train(
-    config: GRPOConfig, env: World, key: jax.Array, total_timesteps: int, *, state: TrainState | None = None
-) -> Result:
-    """A whole training run as one pure function: jit it, vmap it over keys or config fields, shard it.
-
-    Called outside of any transformation it is jitted, checks afterwards that nothing became NaN or inf, and warns
-    (``NoSpreadWarning``) if there was nothing to learn from the groups. Statistics of episodes are NaN before the first
-    one has finished (0 under ``jax_debug_nans``).
-
-    Args:
-      config: the settings; traced fields may be tracers or arrays.
-      env: a world, as ``make`` returns it.
-      key: PRNG key ``[]``; one key, one run, bit for bit.
-      total_timesteps: decision steps, rounded up to whole iterations of n_envs * n_steps (steps behind the end of a
-        trajectory group's episodes included).
-      state: a state to go on from, for total_timesteps *more* steps and with its own key; None: a fresh one.
-
-    Returns:
-      The last state and the metrics of all iterations.
-
-    Raises:
-      TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
-      ValueError: total_timesteps below 1, or a config that does not fit the env.
-      FloatingPointError: losses, gradients or group returns were not finite.
-    """
-    check_arguments(config, env)
-    n_iterations = iterations_for(config, total_timesteps)
-    # Jitted in transformations too: a vmap of what is not would compile each of its operations alone.
-    result = _train_jitted(config, env, as_key(key), state, n_iterations, jax.debug_nans.value)
-    if _is_traced(config, env, key, state):
-        return result
-    check_finite(result.metrics)
-    first = {name: values[:SPREAD_ITERATIONS] for name, values in result.metrics.items()}
-    warn_without_spread(config, first["frac_zero_std"], first["frac_below_floor"])
-    return result
-
-
 def iterations_for(config: GRPOConfig, total_timesteps: int) -> int:
     """Iterations that total_timesteps decision steps take, rounded up."""
     is_number = isinstance(total_timesteps, Real) and not isinstance(total_timesteps, (bool, np.bool_))
     if not is_number or not math.isfinite(total_timesteps) or total_timesteps % 1 or total_timesteps < 1:
         raise ValueError(f"total_timesteps={total_timesteps!r} must be an integer of at least 1")
     return -(-int(total_timesteps) // config.n_states)
-
-
-def _train(
-    config: GRPOConfig, env: World, key: jax.Array, state: TrainState | None, n_iterations: int
-) -> Result:
-    state = init(config, env, key) if state is None else state
-    last = state.iteration + n_iterations
-
-    def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-        return iteration(config, env, state, last)
-
-    return Result(*jax.lax.scan(body, state, None, length=n_iterations))
-
-
-@functools.partial(jax.jit, static_argnames=("n_iterations", "debug_nans"))
-def _train_jitted(
-    config: GRPOConfig,
-    env: World,
-    key: jax.Array,
-    state: TrainState | None,
-    n_iterations: int,
-    debug_nans: bool,
-) -> Result:
-    del debug_nans  # is read while tracing (``unknown``), so each setting needs a program of its own
-    return _train(config, env, key, state, n_iterations)
 
 
 def _persistence(config: GRPOConfig, learner: Learner, progress: jax.Array | float) -> jax.Array | None:
@@ -385,7 +342,3 @@ def _restart_groups(
     keys = split(key, n_groups)
     fresh = start(env, jnp.repeat(keys, config.group_size, axis=0))
     return fresh.replace(last_return=environments.last_return, last_length=environments.last_length)
-
-
-def _is_traced(*trees: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))

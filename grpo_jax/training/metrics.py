@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.groups.advantage import Advantages
 from grpo_jax.learning.losses import mean_over
-from grpo_jax.types import Batch, Environments, Metrics, Trajectory
+from grpo_jax.learning.update import Learner
+from grpo_jax.types import Batch, Environments, Metrics, PyTree, Trajectory
 
 
 def unknown() -> float:
@@ -49,3 +53,43 @@ def explained_variance(value: jax.Array, target: jax.Array) -> jax.Array:
     varies = variance > 0
     explained = 1.0 - jnp.var(target - value) / jnp.where(varies, variance, 1.0)
     return jnp.where(varies, explained, unknown())
+
+
+def nonfinite_state(
+    before: tuple[Learner, Environments], after: tuple[Learner, Environments], trajectory: Trajectory
+) -> jax.Array:
+    """How many parts of what an iteration saw and left are not finite: learner, optimizer, environments, world states.
+
+    An optimizer's and a world's own states may begin with inf, or NaN as a mark: what was there before is no fault.
+    """
+    (learner_before, environments_before), (learner, environments) = before, after
+    seen = environments.replace(state=None), trajectory.observation, trajectory.reward, trajectory.task_reward
+    was_finite = jnp.isfinite(_vector(learner_before.optimizer))
+    flags = (
+        ~jnp.all(jnp.isfinite(_vector(learner.replace(optimizer=None)))),
+        jnp.any(was_finite & ~jnp.isfinite(_vector(learner.optimizer))),
+        ~jnp.all(jnp.isfinite(_vector(seen))),
+        jnp.any(_holds_nan(environments.state) & ~_holds_nan(environments_before.state)),
+    )
+    return jnp.sum(jnp.stack(flags)).astype(jnp.result_type(float))
+
+
+def _vector(tree: PyTree) -> jax.Array:
+    """All floats of a tree, one after the other: one kernel instead of one a leaf."""
+    return jnp.concatenate([jnp.zeros(0), *(leaf.ravel() for leaf in _floats(tree))])
+
+
+def _holds_nan(tree: PyTree) -> jax.Array:
+    """Whether NaN is in each leaf of floats; leaves of one shape are looked at together."""
+    groups = itertools.groupby(sorted(_floats(tree), key=_shape), key=_shape)
+    stacks = [jnp.stack(list(group)) for _, group in groups]
+    found = [jnp.any(jnp.isnan(stack), axis=tuple(range(1, stack.ndim))) for stack in stacks]
+    return jnp.concatenate([jnp.zeros(0, bool), *found])
+
+
+def _shape(leaf: jax.Array) -> Any:
+    return leaf.shape, leaf.dtype.name
+
+
+def _floats(tree: PyTree) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]

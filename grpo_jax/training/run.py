@@ -15,8 +15,9 @@ from flax import struct
 from grpo_jax import counter
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
-from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
-from grpo_jax.training.loop import TrainState, check_arguments, init, iteration, iterations_for
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
+from grpo_jax.training.faults import raise_faults
+from grpo_jax.training.loop import TrainState, check_arguments, guarded_iteration, init, iterations_for
 from grpo_jax.worlds.base import World
 
 CHUNK_SECONDS = 0.25
@@ -81,6 +82,7 @@ def run(
     *,
     callback: Callback | None = None,
     callback_every: int | None = None,
+    callback_at: int | None = None,
     state: TrainState | None = None,
     n_seeds: int | None = None,
     quick_compile: bool = False,
@@ -94,6 +96,7 @@ def run(
       total_timesteps: decision steps of the whole run (of each seed), those of ``state`` included.
       callback: called after each chunk, for progress, logging, checkpoints, early stop.
       callback_every: iterations in a chunk, at most ``MAX_CHUNK``; None: as many as take ``CHUNK_SECONDS``.
+      callback_at: the callback also sees the state at each multiple of so many iterations; None: at none in particular.
       state: a state to go on from.
       n_seeds: trains this many seeds side by side, from keys split off ``key``; None: one run, from ``key`` itself.
       quick_compile: on a CPU, halves the time to compile for loops that are a quarter slower and round differently: for
@@ -103,7 +106,7 @@ def run(
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
 
     Raises:
-      FloatingPointError: losses, gradients or group returns were not finite.
+      NonFiniteError: something became NaN or inf; says when and where, and holds the last good state.
       TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
       ValueError: bad arguments.
 
@@ -116,12 +119,13 @@ def run(
         raise ValueError(f"n_seeds={n_seeds} must be at least 1")
     if callback_every is not None and not 1 <= callback_every <= MAX_CHUNK:
         raise ValueError(f"callback_every={callback_every} must be None or from 1 to {MAX_CHUNK} iterations")
+    if callback_at is not None and callback_at < 1:
+        raise ValueError(f"callback_at={callback_at} must be None or at least 1 iteration")
     # A chunk may write over the state before it where nobody else holds that: no caller, no callback.
     program = _chunk_in_place if state is None and callback is None else _chunk
     clock = time.perf_counter()
     if state is None:
-        keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
-        state = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(config, env, keys)
+        state = first_state(config, env, key, n_seeds=n_seeds)
     done = int(np.max(np.asarray(state.iteration)))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
     lowered = program.lower(*arguments, n_seeds is not None, jax.debug_nans.value)
@@ -133,13 +137,15 @@ def run(
     length, start = callback_every or 1, time.perf_counter()
     while done < n_iterations:
         length = min(length, MAX_CHUNK, n_iterations - done)
+        if callback_at is not None:
+            length = min(length, callback_at - done % callback_at)
         clock = time.perf_counter()
         state, table = advance(config, env, state, np.int32(length), np.int32(n_iterations))
         metrics = table.columns(length)
         done += length
         per_iteration = (time.perf_counter() - clock) / length
         history.append(metrics)
-        check_finite(metrics)
+        raise_faults(config, env, state, metrics, n_iterations)
         if is_new and (done >= SPREAD_ITERATIONS or done == n_iterations):
             is_new = False
             first = _joined(history)
@@ -166,6 +172,15 @@ def run(
         if callback_every is None:
             length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
     return state, _joined(history)
+
+
+def first_state(config: GRPOConfig, env: World, key: jax.Array, *, n_seeds: int | None = None) -> TrainState:
+    """The state that ``run`` begins with; arguments as there."""
+    keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
+    state: TrainState = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(
+        config, env, keys
+    )
+    return state
 
 
 def _joined(history: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -213,7 +228,7 @@ def _iterations(
 
     def one(state: TrainState) -> tuple[TrainState, _Table]:
         # A jitted function of its own: one trace for the shapes and for the loop.
-        advance = jax.jit(functools.partial(iteration, config, env))
+        advance = jax.jit(functools.partial(guarded_iteration, config, env, strict=True))
         names = sorted(jax.eval_shape(advance, state, n_iterations)[1])
         # One table instead of a buffer for each metric: a kernel to compile for each was a tenth of all.
         table = jnp.zeros((MAX_CHUNK, len(names)), jnp.result_type(float))

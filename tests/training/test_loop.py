@@ -11,7 +11,7 @@ from grpo_jax.groups.branch import Branches
 from grpo_jax.groups.compare import branched, propose
 from grpo_jax.noise import split
 from grpo_jax.spaces import Box, Discrete, MultiBinary, MultiDiscrete
-from grpo_jax.training import loop
+from grpo_jax.training import loop, train
 
 TINY = grpo_jax.GRPOConfig(n_envs=4, n_steps=8, batch_size=16, n_epochs=2, horizon=24, learning_rate=1e-2)
 
@@ -49,13 +49,13 @@ def test_legacy_keys_mean_the_same_run(cartpole):
 
 def test_one_trace_serves_all_keys_all_traced_settings_and_all_worlds_of_one_id(cartpole):
     grpo_jax.train(TINY, cartpole, jax.random.key(0), 64)
-    before = loop._train_jitted._cache_size()
+    before = train._train_jitted._cache_size()
     for seed, rate in enumerate((1e-3, 2e-3, 3e-3)):
         config, world = TINY.replace(learning_rate=rate, gamma=0.9 + rate), grpo_jax.make("CartPole-v1")
         grpo_jax.train(config, world, jax.random.key(seed), 64)
-    assert loop._train_jitted._cache_size() == before
+    assert train._train_jitted._cache_size() == before
     grpo_jax.train(TINY.replace(n_epochs=1), cartpole, jax.random.key(0), 32)
-    assert loop._train_jitted._cache_size() == before + 1
+    assert train._train_jitted._cache_size() == before + 1
 
 
 def test_vmap_over_keys_is_a_loop_over_keys(cartpole):
@@ -174,8 +174,8 @@ def test_a_reward_that_becomes_nan_raises_and_leaves_the_parameters_finite(cartp
     env = grpo_jax.make("CartPole-v1", reward_function=sometimes_nan)
     with pytest.raises(FloatingPointError, match="reward_function"):
         grpo_jax.train(TINY.replace(horizon=30), env, jax.random.key(0), 64)
-    pure = loop._train_jitted(
-        TINY.replace(horizon=30), env, grpo_jax.noise.as_key(jax.random.key(0)), None, 2, False
+    pure = train._train_jitted(
+        TINY.replace(horizon=30), env, grpo_jax.noise.as_key(jax.random.key(0)), None, 2, False, False
     )
     assert float(pure.metrics["nonfinite_groups"].sum()) > 0
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(pure.state.params))
