@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo_jax.training.checkpoint import write_atomically
+from grpo_jax.files import write_atomically
 
 MAX_LINES = 10
 """Up to so many seeds are also drawn one by one."""

@@ -25,7 +25,8 @@ import numpy as np
 
 import grpo_jax
 from grpo_jax.config import GRPOConfig
-from grpo_jax.training.checkpoint import restore, save, write_atomically
+from grpo_jax.files import write_atomically
+from grpo_jax.training.checkpoint import restore, save
 from grpo_jax.training.loop import TrainState
 from grpo_jax.training.run import Chunk
 from grpo_jax.worlds.base import World

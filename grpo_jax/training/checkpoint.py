@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from flax import serialization
 
 from grpo_jax.config import GRPOConfig
+from grpo_jax.files import write_atomically
 from grpo_jax.training.loop import TrainState, init
 from grpo_jax.types import PyTree
 from grpo_jax.worlds.base import World
@@ -88,24 +88,6 @@ def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
         )
     leaves = [_like(stored[name], leaf) for name, leaf in _named(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that at any moment either the old or the new content is there, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        # mkstemp keeps a file to its owner; a run is as readable as any other file would be.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:

@@ -30,7 +30,7 @@ from stable_baselines3.common import utils
 from stable_baselines3.common.save_util import open_path
 
 import grpo_jax
-from grpo_jax.training.checkpoint import write_atomically
+from grpo_jax.files import write_atomically
 from grpo_jax.types import PyTree
 from sb3_bridge.files.plain import KIND, NotPlainError, decode, encode, refuse_key, trusted_name
 
