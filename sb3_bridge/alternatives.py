@@ -273,8 +273,27 @@ class Learned:
         return flax.serialization.to_state_dict(model.replace(replay=model.replay.replace(data=seen)))
 
     def load_state_dict(self, state: PyTree) -> None:
-        """Takes over what ``state_dict`` gave; a world that predicts other things is left, with a warning."""
-        own, model = self._model, flax.serialization.from_state_dict(self._model, state)
+        """Takes over what ``state_dict`` gave; a world that predicts other things is left, with a warning.
+
+        Raises:
+          ValueError: it is no such thing.
+        """
+        own = self._model
+        try:
+            model = flax.serialization.from_state_dict(own, state)
+            kinds, its_kinds = (
+                jax.tree.map(lambda leaf: np.asarray(leaf).dtype, one) for one in (own, model)
+            )
+            n_seen, sizes = (
+                int(model.replay.n_seen),
+                {len(leaf) for leaf in jax.tree.leaves(model.replay.data)},
+            )
+            if kinds != its_kinds or n_seen < 0 or sizes != {min(n_seen, own.replay.capacity)}:
+                raise TypeError(f"{n_seen} transitions were seen, and {sizes} are there")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the learned world of the file is damaged: {type(error).__name__} {error}"
+            ) from error
         shapes, its_shapes = (jax.tree.map(np.shape, (one.world, one.optimizer)) for one in (own, model))
         if shapes != its_shapes:
             warnings.warn(

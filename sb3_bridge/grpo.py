@@ -19,14 +19,14 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
 from grpo_jax.presets import preset
 from sb3_bridge import regime
-from sb3_bridge.files.model import fit_to_env, read_model
-from sb3_bridge.files.model_zip import File, load_zip, save_zip
+from sb3_bridge.files.model import fit_to_env, read_model, read_parameters
+from sb3_bridge.files.model_zip import File, checked, save_zip
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 from sb3_bridge.policies import torch_policy
 from sb3_bridge.policies.compiled import check_process
-from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy, to_policy_class
+from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy, no_larger_than, to_policy_class
 from sb3_bridge.settings import jax_device
 from sb3_bridge.training import Training
 
@@ -342,27 +342,29 @@ class GRPO(Training):
           print_system_info: of the file and of this machine.
           force_reset: reset the env before training.
           allow_pickle: unpickle what the file holds beyond plain data. Only for files you trust: it can run any code.
-          **kwargs: attributes to change; with a ``seed``, random numbers start anew from it.
+          **kwargs: attributes to change; with a ``seed``, random numbers start anew from it. No file sets ``env`` or
+            ``tensorboard_log``: pass them again.
 
         Raises:
-          ValueError: not a file of GRPO, or other spaces or policy arguments than the file's.
+          ValueError: not a file of GRPO, a damaged one, or other spaces or policy arguments than the file's.
         """
-        data, params = read_model(
-            path, custom_objects, kwargs, print_system_info=print_system_info, allow_pickle=allow_pickle
-        )
+        reading = {"print_system_info": print_system_info, "allow_pickle": allow_pickle}
+        data, params = read_model(path, custom_objects, kwargs, owner=cls, **reading)
         if env is not None:
-            env = cls._wrap_env(env, data["verbose"])
+            env = cls._wrap_env(env, kwargs.get("verbose", data.get("verbose", 0)))
             fit_to_env(data, env, force_reset)
-        reference, world = params.pop("reference", None), params.pop("world", None)
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
-        model._world = world
         for name, value in (data | kwargs).items():
             setattr(model, name, value)
         if "branch_every" not in kwargs and model.n_steps % (model.branch_every or 1):
             model.branch_every = None  # it was for another n_steps
-        model._setup_model()
+        model._world = params.get("world")
+        with no_larger_than(params):
+            model._setup_model()
+        params = checked(path, params, model.get_parameters())
         if kwargs.get("seed") is None:  # a new seed starts a new stream
             model.key_words = data.get("key_words", model.key_words)
+        reference, _ = params.pop("reference", None), params.pop("world", None)
         model.set_parameters(params, exact_match=True, device=device)
         if reference is not None:
             model._reference = jax.device_put(model.policy.state_from(reference), model._jax_device)
@@ -385,9 +387,9 @@ class GRPO(Training):
     ) -> None:
         """Takes over parameters from a file or from what ``get_parameters`` gave; see SB3."""
         if not isinstance(load_path_or_dict, dict):
-            _, load_path_or_dict = load_zip(load_path_or_dict, load_data=False)
-            for name in ("reference", "world"):
-                load_path_or_dict.pop(name, None)
+            load_path_or_dict = read_parameters(load_path_or_dict, self.get_parameters())
+        if unknown := load_path_or_dict.keys() - {"policy", "policy.optimizer"}:
+            raise ValueError(f"Key {unknown.pop()} is an invalid object name.")
         super().set_parameters(load_path_or_dict, exact_match, device)
         self.policy.state = jax.device_put(self.policy.state, self._jax_device)
         self.policy.optimizer.state = jax.device_put(self.policy.optimizer.state, self._jax_device)
