@@ -67,13 +67,13 @@ class Clones:
     """
 
     def __init__(self, brancher: Brancher, reward: Reward | None, is_demanded: bool):
-        self._brancher, self._reward, self._is_demanded = brancher, reward, is_demanded
+        self.brancher, self._reward, self._is_demanded = brancher, reward, is_demanded
         self._handles: list[int] = []
         self.description, self.failure, self.sees_last = brancher.report.description, "", True
 
     def start(self, config: GRPOConfig, iteration: int) -> None:
         """A new rollout begins."""
-        self._brancher.free()
+        self.brancher.free()
         self._handles.clear()
         wanted = np.asarray(compare.branched(config, iteration))
         self._wanted = wanted.reshape(config.n_steps, config.n_envs)
@@ -84,7 +84,7 @@ class Clones:
         """Keeps the decision states that the environments are in, where one of them is wanted."""
         self._handles.append(-1)
         if not self.failure and self._wanted[len(self._handles) - 1].any():
-            self._handles[-1] = self._try(self._brancher.take, -1)
+            self._handles[-1] = self._try(self.brancher.take, -1)
 
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """Compares what clones do with what really happened."""
@@ -95,13 +95,13 @@ class Clones:
     def _check(
         self, handle: int, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep
     ) -> None:
-        seen, its_rewards, terminated, truncated = self._brancher.replay(handle, actions)
+        seen, its_rewards, terminated, truncated = self.brancher.replay(handle, actions)
         pairs = {
             "reward": (its_rewards.astype(np.float32), np.asarray(rewards, np.float32)),
             "end of the episode": (terminated | truncated, result.dones),
             "truncation": (truncated & ~terminated, result.truncated),
         }
-        seen = self._brancher.view.original(seen)
+        seen = self.brancher.view.original(seen)
         if isinstance(seen, dict):
             pairs |= {f"observation[{name!r}]": (part, reached[name]) for name, part in seen.items()}
         else:
@@ -144,7 +144,7 @@ class Clones:
         def value(observations: Any) -> np.ndarray:
             return np.asarray(functions_of(structure).value(state, observations))
 
-        returns, n_steps = self._brancher.branch(
+        returns, n_steps = self.brancher.branch(
             self._handles,
             np.asarray(actions),
             choose,
@@ -169,7 +169,7 @@ class Clones:
         try:
             return do()
         except Unclonable as error:
-            self._brancher.free()
+            self.brancher.free()
             why = f"at step {len(self._handles) - 1} of the rollout: {error}"
             if self._is_demanded:
                 raise Unclonable(

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
+from sb3_bridge.clones import place
 from sb3_bridge.clones.copying import Unclonable, forget_classes
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.clones.replay_check import check, signature
@@ -41,6 +42,7 @@ class Server:
         self._active: dict[int, Replica] = {}
         self._kept: dict[int, tuple[Cloner, Any]] = {}
         self._normal = (0, 0.0)
+        self._place: Any = None
 
     def check(self) -> tuple[Any, ...]:
         """The replay check's report, as a plain tuple."""
@@ -60,6 +62,22 @@ class Server:
             self.prepare(self.check())
         assert self._cloner is not None
         self._kept[number] = (self._cloner, self._cloner.save())
+
+    def keep_place(self) -> None:
+        """Keeps the present state for :meth:`kept_place`, whatever is kept for branches."""
+        self._place = None
+        known = self._cloner is not None and self._cloner.follows(self.env)
+        self._place = place.keep(self.env, self._cloner if known else None, self._functions)
+
+    def kept_place(self) -> dict[str, Any]:
+        """What ``keep_place`` kept, as a file holds it; the environment was proved to be cloned meanwhile."""
+        if self._cloner is None or self._cloner.way != self._place.cloner.way:
+            raise Unclonable("its state was not saved in the way that proved itself")
+        return place.to_form(self._place)
+
+    def put(self, form: dict[str, Any], is_trusted: bool) -> None:
+        """Brings the environment, which was just reset, to such a place."""
+        place.put(self.env, self._functions, form, is_trusted)
 
     def begin(self) -> None:
         """Branches begin, until ``free``: keeps what each ``step`` would have to look for."""

@@ -62,7 +62,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dynamics": ("a string, a function or a pair", lambda value: isinstance(value, str | tuple) or callable(value)),
     "reward_function?": ("a function", callable),
     "policy_class rollout_buffer_class?": ("a class", _is(type)),
-    "policy_kwargs rollout_buffer_kwargs _pace": ("a dict", _is(dict)),
+    "policy_kwargs rollout_buffer_kwargs _pace _environments": ("a dict", _is(dict)),
     "_frac_zero_std _frac_below_floor": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_finite, value))),
     "observation_space action_space": ("a space", _is(Space)),
     "_last_obs? _last_original_obs?": ("arrays of finite numbers", _observations),
@@ -76,6 +76,16 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """Attributes that a file may set ("?": or None) -> what they must be, and whether a value is that."""
 # fmt: on
 _KNOWN = {name.strip("?"): ("?" in name, *kind) for names, kind in _KINDS.items() for name in names.split()}
+
+
+def check_attributes(path: File, attributes: dict[str, Any]) -> None:
+    """Raises a ValueError where an attribute is not what it must be."""
+    for name, value in attributes.items():
+        may_be_none, what, holds = _KNOWN[name]
+        if not (may_be_none if value is None else holds(value)):
+            raise ValueError(
+                f"{path}: {name}={reprlib.repr(value)} is not {what}; if the rest is sound, load(..., {name}=...)"
+            )
 
 
 def read_model(
@@ -113,11 +123,7 @@ def read_model(
         if name in custom_objects:
             continue
         if name in _KNOWN:
-            may_be_none, what, holds = _KNOWN[name]
-            if not (may_be_none if value is None else holds(value)):
-                raise ValueError(
-                    f"{path}: {name}={reprlib.repr(value)} is not {what}; if the rest is sound, load(..., {name}=...)"
-                )
+            check_attributes(path, {name: value})
         elif not allow_pickle or name == "tensorboard_log" or hasattr(owner, name):
             del data[name]
             left_out += [name] * (value is not None)
@@ -134,6 +140,11 @@ def read_model(
             f" Stored kwargs: {stored}, specified kwargs: {specified}"
         )
     return data, params
+
+
+def arrays_of(state_dict: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Tensors by name as a file takes them."""
+    return {name: np.asarray(value) for name, value in state_dict.items() if name != "param_groups"}
 
 
 def read_parameters(path: File, own: dict[str, Any]) -> dict[str, PyTree]:

@@ -278,6 +278,8 @@ def checked(path: File, params: dict[str, PyTree], own: dict[str, Any]) -> dict[
     """
     own = own | {"reference": own["policy"]}
     for owner, tree in params.items():
+        if owner not in own and owner != "world":
+            raise ValueError(f"{path}: Key {owner} is an invalid object name.")
         for name, leaf in flatten_dict(tree, sep=".").items():
             array, mine = np.asarray(leaf), own.get(owner, {}).get(name)
             is_float = array.dtype.kind in "fcV"
