@@ -28,7 +28,7 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_bridge.clones.brancher import Brancher, prove
-from sb3_bridge.clones.processes import Local, Workers
+from sb3_bridge.clones.processes import Local, WorkerError, Workers
 from sb3_bridge.files.model import check_attributes
 from sb3_bridge.files.model_zip import File
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
@@ -133,6 +133,8 @@ class Keeper:
     def _tried(self, do: Callable[[], Any]) -> Any:
         try:
             return do()
+        except WorkerError:
+            raise
         except Exception as error:  # whatever an environment's own copying raises
             self.why_not = str(error)
             return None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
     VecCheckNan,
     VecEnv,
     VecEnvWrapper,
@@ -21,6 +22,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_bridge.clones.copying import Unclonable
+from sb3_bridge.clones.processes import died, reach
 
 _KNOWN = (VecNormalize, VecTransposeImage, VecExtractDictObs)
 _UNCHANGING = (VecMonitor, VecCheckNan, VecVideoRecorder)
@@ -42,7 +44,7 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
     Raises:
       ValueError: NaN or inf, or a wrong shape, in an observation or a reward; names environment, step and field.
     """
-    observation, rewards, dones, infos = env.step(actions.copy())
+    observation, rewards, dones, infos = _stepped(env, actions.copy())
     rewards, dones = np.array(rewards, np.float32), np.array(dones, bool)
     if rewards.shape != (env.num_envs,) or dones.shape != (env.num_envs,):
         name, array = ("dones", dones) if rewards.shape == (env.num_envs,) else ("rewards", rewards)
@@ -55,6 +57,24 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
     pairs = zip(dones.tolist(), infos, strict=True)
     truncated = np.array([done and bool(info.get("TimeLimit.truncated", False)) for done, info in pairs])
     return VecStep(observation, rewards, dones, truncated, list(infos))
+
+
+def _stepped(env: VecEnv, actions: np.ndarray) -> Any:
+    """``env.step(actions)``; a worker that dies is named, and an interrupt leaves none of its answers to the next call."""
+    base = env.unwrapped
+    if not isinstance(base, SubprocVecEnv) or type(env).step is not VecEnv.step:
+        return env.step(actions)
+    try:
+        env.step_async(actions)
+        try:
+            for index in range(base.num_envs):
+                reach(base, index, "")
+        except KeyboardInterrupt:
+            base.step_wait()
+            raise
+        return env.step_wait()
+    except (EOFError, ConnectionError) as error:
+        raise died(base) from error
 
 
 def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
