@@ -259,8 +259,15 @@ class Learned:
         horizon = min(config.horizon, MEASURED_HORIZON)
         reward = None if self._reward is None else self._reward.borrowed
         observe = _observe.of(self._reward)
-        self._model, metrics = observe(self._model, policy.structure, trajectory, horizon, reward)
-        self._model, _ = models.fit(self._model, bits_to_keys(jnp.asarray(words)))
+        model, metrics = observe(self._model, policy.structure, trajectory, horizon, reward)
+        model, _ = models.fit(model, bits_to_keys(jnp.asarray(words)))
+        parts = jax.device_get((model.world.params, model.world.normaliser))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parts)):
+            raise FloatingPointError(
+                "the learned world would hold NaN or inf, of rewards or observations that are too large for it: scale them."
+                " It is kept as it was"
+            )
+        self._model = model
         self.metrics = jax.device_get(metrics)
         if not models.usable(self.metrics):
             return Followed()

@@ -5,9 +5,10 @@ A rollout is begun again, not gone on with: what is kept is where its first step
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from sb3_bridge.clones.processes import Local, WorkerError, Workers
 from sb3_bridge.files.model import check_attributes
 from sb3_bridge.files.model_zip import File
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.numbers import KEPT, BadNumberError
 from sb3_bridge.vec_wrappers import unwrapped
 
 _COUNTERS: tuple[str, ...] = (
@@ -83,11 +85,28 @@ class Keeper:
     def keep(self, model: Any) -> None:
         """Keeps the present place."""
         self._kept = {"before": {name: copy.copy(getattr(model, name)) for name in _COUNTERS}}
+        self._kept["iteration"] = model._n_iterations + 1
         self._kept["wrappers"] = [_state(one) for one in self._wrappers]
         if isinstance(self._base, GymnaxVecEnv):
             self._kept["device"] = self._base.place()
         elif not self.why_not:
             self._tried(lambda: self._all("keep_place"))
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Inside it, numbers that cannot be leave VecNormalize as it was when the rollout began."""
+        try:
+            yield
+        except BadNumberError as error:
+            kept = KEPT
+            for wrapper, state in zip(self._wrappers, self._kept["wrappers"], strict=True):
+                if isinstance(wrapper, VecNormalize):
+                    _put(
+                        wrapper,
+                        {name: state[name] for name in ("name", "obs_rms", "ret_rms") if name in state},
+                    )
+                    kept = f"{KEPT}, and VecNormalize its statistics"
+            raise BadNumberError(f"iteration {self._kept['iteration']}: {error}. {kept}") from error
 
     def written(self, model: Any) -> dict[str, Any]:
         """What is kept, or the present place where no rollout is under way, as plain values; or why it cannot be."""
