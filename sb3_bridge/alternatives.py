@@ -67,13 +67,13 @@ class Clones:
     """
 
     def __init__(self, brancher: Brancher, reward: Reward | None, is_demanded: bool):
-        self._brancher, self._reward, self._is_demanded = brancher, reward, is_demanded
+        self.brancher, self._reward, self._is_demanded = brancher, reward, is_demanded
         self._handles: list[int] = []
         self.description, self.failure, self.sees_last = brancher.report.description, "", True
 
     def start(self, config: GRPOConfig, iteration: int) -> None:
         """A new rollout begins."""
-        self._brancher.free()
+        self.brancher.free()
         self._handles.clear()
         wanted = np.asarray(compare.branched(config, iteration))
         self._wanted = wanted.reshape(config.n_steps, config.n_envs)
@@ -84,7 +84,7 @@ class Clones:
         """Keeps the decision states that the environments are in, where one of them is wanted."""
         self._handles.append(-1)
         if not self.failure and self._wanted[len(self._handles) - 1].any():
-            self._handles[-1] = self._try(self._brancher.take, -1)
+            self._handles[-1] = self._try(self.brancher.take, -1)
 
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """Compares what clones do with what really happened."""
@@ -95,13 +95,13 @@ class Clones:
     def _check(
         self, handle: int, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep
     ) -> None:
-        seen, its_rewards, terminated, truncated = self._brancher.replay(handle, actions)
+        seen, its_rewards, terminated, truncated = self.brancher.replay(handle, actions)
         pairs = {
             "reward": (its_rewards.astype(np.float32), np.asarray(rewards, np.float32)),
             "end of the episode": (terminated | truncated, result.dones),
             "truncation": (truncated & ~terminated, result.truncated),
         }
-        seen = self._brancher.view.original(seen)
+        seen = self.brancher.view.original(seen)
         if isinstance(seen, dict):
             pairs |= {f"observation[{name!r}]": (part, reached[name]) for name, part in seen.items()}
         else:
@@ -144,7 +144,7 @@ class Clones:
         def value(observations: Any) -> np.ndarray:
             return np.asarray(functions_of(structure).value(state, observations))
 
-        returns, n_steps = self._brancher.branch(
+        returns, n_steps = self.brancher.branch(
             self._handles,
             np.asarray(actions),
             choose,
@@ -169,7 +169,7 @@ class Clones:
         try:
             return do()
         except Unclonable as error:
-            self._brancher.free()
+            self.brancher.free()
             why = f"at step {len(self._handles) - 1} of the rollout: {error}"
             if self._is_demanded:
                 raise Unclonable(
@@ -259,8 +259,15 @@ class Learned:
         horizon = min(config.horizon, MEASURED_HORIZON)
         reward = None if self._reward is None else self._reward.borrowed
         observe = _observe.of(self._reward)
-        self._model, metrics = observe(self._model, policy.structure, trajectory, horizon, reward)
-        self._model, _ = models.fit(self._model, bits_to_keys(jnp.asarray(words)))
+        model, metrics = observe(self._model, policy.structure, trajectory, horizon, reward)
+        model, _ = models.fit(model, bits_to_keys(jnp.asarray(words)))
+        parts = jax.device_get((model.world.params, model.world.normaliser))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parts)):
+            raise FloatingPointError(
+                "the learned world would hold NaN or inf, of rewards or observations that are too large for it: scale them."
+                " It is kept as it was"
+            )
+        self._model = model
         self.metrics = jax.device_get(metrics)
         if not models.usable(self.metrics):
             return Followed()
@@ -273,8 +280,27 @@ class Learned:
         return flax.serialization.to_state_dict(model.replace(replay=model.replay.replace(data=seen)))
 
     def load_state_dict(self, state: PyTree) -> None:
-        """Takes over what ``state_dict`` gave; a world that predicts other things is left, with a warning."""
-        own, model = self._model, flax.serialization.from_state_dict(self._model, state)
+        """Takes over what ``state_dict`` gave; a world that predicts other things is left, with a warning.
+
+        Raises:
+          ValueError: it is no such thing.
+        """
+        own = self._model
+        try:
+            model = flax.serialization.from_state_dict(own, state)
+            kinds, its_kinds = (
+                jax.tree.map(lambda leaf: np.asarray(leaf).dtype, one) for one in (own, model)
+            )
+            n_seen, sizes = (
+                int(model.replay.n_seen),
+                {len(leaf) for leaf in jax.tree.leaves(model.replay.data)},
+            )
+            if kinds != its_kinds or n_seen < 0 or sizes != {min(n_seen, own.replay.capacity)}:
+                raise TypeError(f"{n_seen} transitions were seen, and {sizes} are there")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the learned world of the file is damaged: {type(error).__name__} {error}"
+            ) from error
         shapes, its_shapes = (jax.tree.map(np.shape, (one.world, one.optimizer)) for one in (own, model))
         if shapes != its_shapes:
             warnings.warn(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import jax
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -19,15 +18,16 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
 from grpo_jax.presets import preset
 from sb3_bridge import regime
-from sb3_bridge.files.model import fit_to_env, read_model
-from sb3_bridge.files.model_zip import File, load_zip, save_zip
+from sb3_bridge.files.model import arrays_of, fit_to_env, read_model, read_parameters
+from sb3_bridge.files.model_zip import File, checked, save_zip
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import NAMESPACE
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.place import go_on, keeper_of
 from sb3_bridge.policies import torch_policy
 from sb3_bridge.policies.compiled import check_process
-from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy, to_policy_class
-from sb3_bridge.settings import jax_device
+from sb3_bridge.policies.policy import CnnPolicy, MlpPolicy, MultiInputPolicy, no_larger_than, to_policy_class
+from sb3_bridge.settings import config_of, jax_device
 from sb3_bridge.training import Training
 
 SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
@@ -198,8 +198,9 @@ class GRPO(Training):
         if _init_setup_model:
             self._setup_model()
             if self.env is not None:
-                parameters = inspect.signature(GRPO).parameters.values()
-                self._warn_of_arguments(given, {one.name: one.default for one in parameters})
+                defaults = {one.name: one.default for one in inspect.signature(GRPO).parameters.values()}
+                config = config_of(self).replace(bootstrap=self.bootstrap)
+                regime.warn_of_arguments(config, self.policy.structure.distribution, given, defaults)
             self.use_sde = False
 
     @classmethod
@@ -307,17 +308,19 @@ class GRPO(Training):
 
         Args:
           path: file name (``.zip`` is added) or binary file.
-          exclude: attributes to leave out.
+          exclude: attributes to leave out; ``"_environments"`` is where the environments stand.
           include: attributes to keep that are left out by default.
         """
         excluded = (set(self._excluded_save_params()) | set(exclude or ())) - set(include or ())
         excluded.add("policy")  # its parameters are stored without pickle
         data = {name: value for name, value in vars(self).items() if name not in excluded}
-        params: dict[str, Any] = {name: _arrays(entry) for name, entry in self.get_parameters().items()}
+        if self.env is not None and self._last_obs is not None and "_environments" not in excluded:
+            data["_environments"] = keeper_of(self).written(self)
+        params: dict[str, Any] = {name: arrays_of(entry) for name, entry in self.get_parameters().items()}
         if (world := self._learned_world()) is not None:
             params["world"] = world
         if self._reference is not None:
-            params["reference"] = _arrays(self.policy.state_dict_of(self._reference))
+            params["reference"] = arrays_of(self.policy.state_dict_of(self._reference))
         save_zip(path, data, params)
 
     @classmethod
@@ -339,34 +342,40 @@ class GRPO(Training):
           path: file name or binary file.
           env: to train in; its number of environments may differ.
           device: see the class.
-          custom_objects: replace what the file holds, by attribute: a reward function, a schedule of your own.
+          custom_objects: replace what the file holds: a reward function, a schedule of your own.
           print_system_info: of the file and of this machine.
-          force_reset: reset the env before training.
+          force_reset: reset the env before training. False goes on bit for bit as the run would have that wrote the file,
+            in an env made as its was: environments, wrappers and counters are put where they stood (where the rollout
+            began, for a file of a callback), or one warning says why not.
           allow_pickle: unpickle what the file holds beyond plain data. Only for files you trust: it can run any code.
-          **kwargs: attributes to change; with a ``seed``, random numbers start anew from it.
+          **kwargs: attributes to change; a ``seed`` starts random numbers anew. No file sets ``tensorboard_log``.
 
         Raises:
-          ValueError: not a file of GRPO, or other spaces or policy arguments than the file's.
+          ValueError: not a file of GRPO, a damaged one, or other spaces or policy arguments than the file's.
         """
-        data, params = read_model(
-            path, custom_objects, kwargs, print_system_info=print_system_info, allow_pickle=allow_pickle
-        )
+        reading = {"print_system_info": print_system_info, "allow_pickle": allow_pickle}
+        data, params = read_model(path, custom_objects, kwargs, owner=cls, **reading)
         if env is not None:
-            env = cls._wrap_env(env, data["verbose"])
+            env = cls._wrap_env(env, kwargs.get("verbose", data.get("verbose", 0)))
             fit_to_env(data, env, force_reset)
-        reference, world = params.pop("reference", None), params.pop("world", None)
         model = cls(data["policy_class"], env, device=device, _init_setup_model=False)
-        model._world = world
+        written = data.pop("_environments", None)
         for name, value in (data | kwargs).items():
             setattr(model, name, value)
         if "branch_every" not in kwargs and model.n_steps % (model.branch_every or 1):
             model.branch_every = None  # it was for another n_steps
-        model._setup_model()
+        model._world = params.get("world")
+        with no_larger_than(params):
+            model._setup_model()
+        params = checked(path, params, model.get_parameters())
         if kwargs.get("seed") is None:  # a new seed starts a new stream
             model.key_words = data.get("key_words", model.key_words)
+        reference, _ = params.pop("reference", None), params.pop("world", None)
         model.set_parameters(params, exact_match=True, device=device)
         if reference is not None:
             model._reference = jax.device_put(model.policy.state_from(reference), model._jax_device)
+        if env is not None and not force_reset and model._last_obs is not None:
+            go_on(model, path, written, allow_pickle)
         return model
 
     def get_parameters(self) -> dict[str, dict]:
@@ -386,13 +395,7 @@ class GRPO(Training):
     ) -> None:
         """Takes over parameters from a file or from what ``get_parameters`` gave; see SB3."""
         if not isinstance(load_path_or_dict, dict):
-            _, load_path_or_dict = load_zip(load_path_or_dict, load_data=False)
-            for name in ("reference", "world"):
-                load_path_or_dict.pop(name, None)
+            load_path_or_dict = read_parameters(load_path_or_dict, self.get_parameters())
         super().set_parameters(load_path_or_dict, exact_match, device)
         self.policy.state = jax.device_put(self.policy.state, self._jax_device)
         self.policy.optimizer.state = jax.device_put(self.policy.optimizer.state, self._jax_device)
-
-
-def _arrays(state_dict: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in state_dict.items() if name != "param_groups"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -227,21 +228,29 @@ def without_meaning(config: GRPOConfig, distribution: Distribution) -> list[str]
     return names
 
 
-def ignored(
+def warn_of_arguments(
     config: GRPOConfig, distribution: Distribution, given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> str:
-    """The warning of arguments that were ``given``, are not the default, and change nothing; empty if there are none."""
+) -> None:
+    """Warns once of arguments that were ``given``, are not the default, and change nothing, and of a ``batch_size`` that fits badly."""
     meaningless = without_meaning(config, distribution)
     names = [name for name in meaningless if (given[name] or None) != (defaults[name] or None)]
-    if not names:
-        return ""
-    branches = config.candidates not in ("episodes", "trajectory")
-    what = "branches" if branches else "episodes, nothing is branched"
-    critic = "with a critic" if config.bootstrap else "without a critic (bootstrap=False)"
-    return (
-        f"GRPO compares {what}, {critic}: {', '.join(names)} {'have' if len(names) > 1 else 'has'} no meaning here and will be"
-        " ignored"
-    )
+    if names:
+        branches = config.candidates not in ("episodes", "trajectory")
+        what = "branches" if branches else "episodes, nothing is branched"
+        critic = "with a critic" if config.bootstrap else "without a critic (bootstrap=False)"
+        warnings.warn(
+            f"GRPO compares {what}, {critic}: {', '.join(names)} {'have' if len(names) > 1 else 'has'} no meaning here and"
+            " will be ignored",
+            UserWarning,
+            stacklevel=3,
+        )
+    if config.batch_size > config.n_states or config.n_states % config.batch_size:
+        warnings.warn(
+            f"batch_size={config.batch_size} does not divide n_envs * n_steps = {config.n_envs} * {config.n_steps} ="
+            f" {config.n_states}: the last minibatch of every epoch holds {config.n_states % config.batch_size} states only",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def describe(

@@ -18,13 +18,15 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates as candidate_sets
 from grpo_jax.learning.update import Learner, start_learner
 from grpo_jax.policies.distributions import for_space
-from grpo_jax.training.diagnose import SPREAD_ITERATIONS, check_finite, warn_without_spread
+from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.types import Trajectory
 from sb3_bridge import regime
 from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned, Twins
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.compiling import telling
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
+from sb3_bridge.numbers import check_rewards, check_update, of_iteration
+from sb3_bridge.place import Keeper, keeper_of
 from sb3_bridge.policies.policy import GRPOPolicy
 from sb3_bridge.policies.spaces import to_action_space
 from sb3_bridge.rollout.callbacks import RolloutView
@@ -34,7 +36,8 @@ from sb3_bridge.settings import as_schedule, config_of, jax_device
 from sb3_bridge.twins import pace
 from sb3_bridge.update import improve, next_key, record
 
-_NOT_SAVED = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory", "_reference", "_world")
+_NOT_SAVED: tuple[str, ...] = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory")
+_NOT_SAVED += ("_reference", "_world", "_keeper")
 
 
 class Training(OnPolicyAlgorithm):
@@ -87,6 +90,7 @@ class Training(OnPolicyAlgorithm):
         self._world: Any = None  # a learned world from a file, until there is an env to branch for
         self._trajectory: Trajectory | None = None
         self._reference: Any = None
+        self._keeper: Keeper | None = None
 
     # Being made -----------------------------------------------------------------------------------------------------
 
@@ -218,7 +222,7 @@ class Training(OnPolicyAlgorithm):
         """Makes what was chosen; says so, and warns of what it will cost."""
         assert self.env is not None
         self.chosen_dynamics = choice.kind
-        before, self._alternatives = self._alternatives, None
+        before, self._alternatives, self._keeper = self._alternatives, None, None
         if choice.brancher is not None:
             clones = Clones(choice.brancher, self._reward, is_demanded=self.dynamics != "auto")
             normalizer = self.get_vec_normalize_env()
@@ -248,20 +252,6 @@ class Training(OnPolicyAlgorithm):
             self._world = None
         return learned
 
-    def _warn_of_arguments(self, given: dict[str, Any], defaults: dict[str, Any]) -> None:
-        """Warns once of what was ``given``, is not the default, and has no meaning here."""
-        config = config_of(self).replace(bootstrap=self.bootstrap)
-        if ignored := regime.ignored(config, self.policy.structure.distribution, given, defaults):
-            warnings.warn(ignored, UserWarning, stacklevel=3)
-        n_states = self.n_envs * self.n_steps
-        if self.batch_size > n_states or n_states % self.batch_size:
-            warnings.warn(
-                f"batch_size={self.batch_size} does not divide n_envs * n_steps = {self.n_envs} * {self.n_steps} ="
-                f" {n_states}: the last minibatch of every epoch holds {n_states % self.batch_size} states only",
-                UserWarning,
-                stacklevel=3,
-            )
-
     def _say(self, text: str) -> None:
         if self.verbose >= 1:
             print(text)
@@ -285,8 +275,10 @@ class Training(OnPolicyAlgorithm):
         if (self.rollout_buffer.buffer_size, self.rollout_buffer.n_envs) != (self.n_steps, self.n_envs):
             self.rollout_buffer = RolloutView(self.n_steps, self.n_envs)
         callback.on_rollout_start()
+        keeper = keeper_of(self)
+        keeper.begin(self)
         config, simulator = config_of(self), self._find_simulator()
-        with original_errors(), telling(self._say, "the rollout"):  # errors of the user's reward function
+        with original_errors(), telling(self._say, "the rollout"), keeper.restoring():
             if simulator is not None:
                 self._trajectory = collect_on_device(self, config, simulator, self._reward, callback)
             else:
@@ -296,6 +288,7 @@ class Training(OnPolicyAlgorithm):
                 self._trajectory = collect_on_host(self, config, env, self._reward, callback, watcher)
         if self._trajectory is None:
             self.key_words = np.asarray(next_key(self.key_words))  # what was drawn is used up
+            keeper.is_within = False
             return False
         callback.on_rollout_end()
         return True
@@ -313,7 +306,9 @@ class Training(OnPolicyAlgorithm):
             n_updates=np.int32(self._n_optimizer_steps),  # type: ignore[arg-type]
         )
         followed = Followed()
-        with original_errors(), telling(self._say, "the update"):
+        self._trajectory = None
+        with original_errors(), of_iteration(self._n_iterations + 1), telling(self._say, "the update"):
+            check_rewards(trajectory)
             if simulator is not None:
                 world = override(simulator.env.world, self._reward)
                 followed = Followed(world, owners=(simulator.env.program_owner, self._reward))
@@ -337,8 +332,8 @@ class Training(OnPolicyAlgorithm):
             metrics, n_simulator_steps, words, n_updates = jax.device_get(
                 (metrics, state.simulator_steps, state.key, state.learner.n_updates)
             )
-        self._trajectory = None
-        check_finite(metrics)
+            check_update(metrics, trajectory, followed.branches and followed.branches[1].returns)
+        keeper_of(self).is_within = False
         self._pace = pace.noted(config, self._pace, metrics)
         self.policy.state = state.learner.policy
         self.policy.optimizer.state = state.learner.optimizer

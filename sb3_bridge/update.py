@@ -16,6 +16,7 @@ from grpo_jax.training import loop
 from grpo_jax.types import Group, Metrics, Trajectory
 from grpo_jax.worlds.base import World
 from sb3_bridge.functions.programs import OwnedJit
+from sb3_bridge.numbers import nan_parts
 from sb3_bridge.rollout.device import train_state
 
 
@@ -40,6 +41,8 @@ def _improve(
         trajectory = trajectory.replace(environments=environments)
     comparison = loop.compare(config, world, state, trajectory, evaluated=branches)
     state, metrics = loop.improve(config, state, comparison)
+    learner = state.learner
+    metrics["nan_parts"] = nan_parts(learner.policy, learner.optimizer, learner.reference)
     return state.replace(key=jax.random.key_data(state.key)), metrics
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
     VecCheckNan,
     VecEnv,
     VecEnvWrapper,
@@ -21,6 +21,8 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_bridge.clones.copying import Unclonable
+from sb3_bridge.clones.processes import died, reach
+from sb3_bridge.numbers import LARGEST, BadNumberError, bad_entry
 
 _KNOWN = (VecNormalize, VecTransposeImage, VecExtractDictObs)
 _UNCHANGING = (VecMonitor, VecCheckNan, VecVideoRecorder)
@@ -42,7 +44,7 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
     Raises:
       ValueError: NaN or inf, or a wrong shape, in an observation or a reward; names environment, step and field.
     """
-    observation, rewards, dones, infos = env.step(actions.copy())
+    observation, rewards, dones, infos = _stepped(env, actions.copy())
     rewards, dones = np.array(rewards, np.float32), np.array(dones, bool)
     if rewards.shape != (env.num_envs,) or dones.shape != (env.num_envs,):
         name, array = ("dones", dones) if rewards.shape == (env.num_envs,) else ("rewards", rewards)
@@ -50,11 +52,30 @@ def step(env: VecEnv, actions: np.ndarray, number: int) -> VecStep:
             f"{type(env).__name__}.step() gave {name} of shape {list(array.shape)}, expected [{env.num_envs}]"
         )
     where = f"at step {number} of the rollout"
+    _check_normalized(env, where)
     _check_finite("reward", rewards, where)
     observation = checked_observation(env, observation, where)
     pairs = zip(dones.tolist(), infos, strict=True)
     truncated = np.array([done and bool(info.get("TimeLimit.truncated", False)) for done, info in pairs])
     return VecStep(observation, rewards, dones, truncated, list(infos))
+
+
+def _stepped(env: VecEnv, actions: np.ndarray) -> Any:
+    """``env.step(actions)``; a worker that dies is named, and an interrupt leaves none of its answers to the next call."""
+    base = env.unwrapped
+    if not isinstance(base, SubprocVecEnv) or type(env).step is not VecEnv.step:
+        return env.step(actions)
+    try:
+        env.step_async(actions)
+        try:
+            for index in range(base.num_envs):
+                reach(base, index, "")
+        except KeyboardInterrupt:
+            base.step_wait()
+            raise
+        return env.step_wait()
+    except (EOFError, ConnectionError) as error:
+        raise died(base) from error
 
 
 def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
@@ -72,16 +93,25 @@ def checked_observation(env: VecEnv, observation: Any, where: str) -> Any:
 
 
 def _check_finite(name: str, array: np.ndarray, where: str) -> None:
-    # The sum is quicker, and not finite if anything is not; it may overflow all the same.
-    if array.dtype.kind != "f" or math.isfinite(np.add.reduce(array, axis=None)):
-        return
-    if not np.isfinite(array).all():
-        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+    if index := bad_entry(array):
         entry = f" in its entry {list(index[1:])}" if len(index) > 1 else ""
-        raise ValueError(
+        raise BadNumberError(
             f"found invalid values {where}: {name} of environment {index[0]} is {array[index]}{entry}; it must be"
-            " finite: check the environment (SB3's VecCheckNan tells the action before it)"
+            f" finite, and below {LARGEST:g}: check the environment (SB3's VecCheckNan tells the action before it)"
         )
+
+
+def _check_normalized(env: VecEnv, where: str) -> None:
+    """What went into VecNormalize, which spreads it over all environments, or clips it away."""
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize):
+            _check_finite("reward", np.asarray(env.old_reward), where)
+            original = getattr(env, "old_obs", np.zeros(0))
+            for name, part in (
+                original.items() if isinstance(original, dict) else [("the observation", original)]
+            ):
+                _check_finite(name, np.asarray(part), where)
+        env = env.venv
 
 
 def reached_observation(result: VecStep, needed: np.ndarray, space: spaces.Space) -> Any:

@@ -25,6 +25,34 @@ MUJOCO_POOL_SIZE = 64
 LOOP_US = 3.0  # of a lock step, for each branch in it: policy, bookkeeping (measured on CartPole-v1)
 
 
+def prove(group: Local | Workers, n_envs: int) -> list[CloneReport]:
+    """Reports of environments that pass the replay check, which its servers are prepared for then.
+
+    Environments that were made alike are checked once: first one of them, then all that are not like it.
+
+    Raises:
+      Unclonable: one does not pass.
+    """
+
+    def check(indices: list[int]) -> list[CloneReport]:
+        answers = group.call("check", [() if i in indices else None for i in range(n_envs)])
+        reports = [CloneReport(*answers[index]) for index in indices]
+        for index, report in zip(indices, reports, strict=True):
+            if not report.passed:
+                where = f"environment {index}: " if index else ""
+                raise Unclonable(where + report.description)
+        return reports
+
+    first = check([0])[0]
+    signatures = group.call("signature", [(first.varying,)] * n_envs)
+    found = {signatures[0]: first}
+    others = {one: i for i, one in reversed(list(enumerate(signatures))) if one not in found}
+    found |= dict(zip(others, check(list(others.values())), strict=True))
+    chosen = [found[signature] for signature in signatures]
+    group.call("prepare", [(tuple(vars(report).values()),) for report in chosen])
+    return list(found.values())
+
+
 class Brancher:
     """Branches from the states of a VecEnv's environments; none of them is touched.
 
@@ -35,6 +63,7 @@ class Brancher:
 
     Attributes:
       report: what the replay check found; the worst times where environments differ.
+      group: where its copies are.
       view: what the wrappers make of observations and rewards.
 
     Raises:
@@ -47,43 +76,23 @@ class Brancher:
         # What ``grpo_jax.groups.host_branch`` asks of simulators, beside ``step``.
         self.seen, self.original, self.rewards = self.view.seen, self.view.original, self.view.rewards
         self.actions = lambda actions: env_actions(env.action_space, np.asarray(actions))
-        self._group: Local | Workers
+        self.group: Local | Workers
         if isinstance(base, DummyVecEnv):
-            self._group, self.n_processes = Local(base, functions), 1
+            self.group, self.n_processes = Local(base, functions), 1
         elif isinstance(base, SubprocVecEnv):
-            self._group, self.n_processes = Workers(base, functions), min(self.num_envs, os.cpu_count() or 1)
+            self.group, self.n_processes = Workers(base, functions), min(self.num_envs, os.cpu_count() or 1)
         else:
             raise Unclonable(
                 f"branches run in the environments of a DummyVecEnv or SubprocVecEnv; {type(base).__name__} gives no"
                 " access to them"
             )
-        self.report = max(self._check(), key=lambda report: report.step_us)
+        self.report = max(prove(self.group, env.num_envs), key=lambda report: report.step_us)
         most = MUJOCO_POOL_SIZE if self.report.way == MUJOCO else POOL_SIZE
         self._pool = max(1, most // self.num_envs)
         self._taken = 0
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return self._group.call(method, [arguments] * self.num_envs)
-
-    def _check(self) -> list[CloneReport]:
-        """Environments that were made alike are checked once: first one of them, then all that are not like it."""
-        first = self._checked([0])[0]
-        signatures = self._all("signature", first.varying)
-        found = {signatures[0]: first}
-        others = {one: i for i, one in reversed(list(enumerate(signatures))) if one not in found}
-        found |= dict(zip(others, self._checked(list(others.values())), strict=True))
-        chosen = [found[signature] for signature in signatures]
-        self._group.call("prepare", [(tuple(vars(report).values()),) for report in chosen])
-        return list(found.values())
-
-    def _checked(self, indices: list[int]) -> list[CloneReport]:
-        answers = self._group.call("check", [() if i in indices else None for i in range(self.num_envs)])
-        reports = [CloneReport(*answers[index]) for index in indices]
-        for index, report in zip(indices, reports, strict=True):
-            if not report.passed:
-                where = f"environment {index}: " if index else ""
-                raise Unclonable(where + report.description)
-        return reports
+        return self.group.call(method, [arguments] * self.num_envs)
 
     def take(self) -> int:
         """Keeps the present state of every environment, until ``branch`` or ``free``; returns a handle.
@@ -111,7 +120,7 @@ class Brancher:
           Observations ``[N, ...]`` (a dict of such arrays for Dict spaces) before any VecEnvWrapper, rewards float64,
           terminated and truncated bool ``[N]``.
         """
-        answers = self._group.call("replay", [(handle, action) for action in np.asarray(actions)])
+        answers = self.group.call("replay", [(handle, action) for action in np.asarray(actions)])
         return jax.tree.map(lambda *parts: np.concatenate(parts), *answers)
 
     def seconds(self, n_states: int, n_candidates: int, horizon: int, n_rollouts: int = 1) -> float:
@@ -178,5 +187,5 @@ class Brancher:
 
     def step(self, calls: list[Call | None]) -> list[Reached | None]:
         """One lock step of the replicas."""
-        answers = self._group.call("step", [None if call is None else tuple(call) for call in calls])
+        answers = self.group.call("step", [None if call is None else tuple(call) for call in calls])
         return [None if answer is None else Reached(*answer) for answer in answers]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing.connection
 import os
+import select
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +21,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
+from sb3_bridge.clones import place
 from sb3_bridge.clones.copying import Unclonable, forget_classes
 from sb3_bridge.clones.core_state import Functions
 from sb3_bridge.clones.replay_check import check, signature
@@ -27,7 +33,7 @@ _DRAWING = {
     "replay",
     "play",
 }  # methods that run an environment's code, which may draw from global generators
-_DRAIN_SECONDS = 60.0  # until a worker that was interrupted is given up
+_TIMEOUT = 3600.0  # no lock step of branches takes an hour
 _NUMBERS = itertools.count()
 
 
@@ -41,6 +47,7 @@ class Server:
         self._active: dict[int, Replica] = {}
         self._kept: dict[int, tuple[Cloner, Any]] = {}
         self._normal = (0, 0.0)
+        self._place: Any = None
 
     def check(self) -> tuple[Any, ...]:
         """The replay check's report, as a plain tuple."""
@@ -60,6 +67,22 @@ class Server:
             self.prepare(self.check())
         assert self._cloner is not None
         self._kept[number] = (self._cloner, self._cloner.save())
+
+    def keep_place(self) -> None:
+        """Keeps the present state for :meth:`kept_place`, whatever is kept for branches."""
+        self._place = None
+        known = self._cloner is not None and self._cloner.follows(self.env)
+        self._place = place.keep(self.env, self._cloner if known else None, self._functions)
+
+    def kept_place(self) -> dict[str, Any]:
+        """What ``keep_place`` kept, as a file holds it; the environment was proved to be cloned meanwhile."""
+        if self._cloner is None or self._cloner.way != self._place.cloner.way:
+            raise Unclonable("its state was not saved in the way that proved itself")
+        return place.to_form(self._place)
+
+    def put(self, form: dict[str, Any], is_trusted: bool) -> None:
+        """Brings the environment, which was just reset, to such a place."""
+        place.put(self.env, self._functions, form, is_trusted)
 
     def begin(self) -> None:
         """Branches begin, until ``free``: keeps what each ``step`` would have to look for."""
@@ -162,6 +185,19 @@ class _Load:
 def _install(functions: Any, server: Callable[..., Any], name: str) -> str:
     """In a worker: gives environments the method that SB3's ``env_method`` calls; returns its name."""
     servers: dict[int, Any] = {}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the main one decides
+    parent = os.getppid()
+
+    def follow() -> (
+        None
+    ):  # forked workers keep each other's pipes open: none would notice that the main process died
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    if "follow" not in [thread.name for thread in threading.enumerate()]:
+        threading.Thread(target=follow, name="follow", daemon=True).start()
 
     def serve(env: gymnasium.Env, number: int, method: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         try:
@@ -199,6 +235,10 @@ class Workers:
             raise Unclonable("the workers of this SubprocVecEnv take no method for branches")
 
     def call(self, method: str, arguments: list[tuple[Any, ...] | None]) -> list[Any]:
+        if getattr(self._env, "closed", False):
+            if method == "free":
+                return []
+            raise WorkerError("the SubprocVecEnv is closed: make it anew")
         self._number += 1
         mine = (self._name, self._number)
         messages: list[Any] = [
@@ -221,28 +261,74 @@ class Workers:
         try:
             for index, message in enumerate(messages):
                 if message is not None:
-                    self._reach(index, "send", message)
+                    reach(self._env, index, "send", message)
                     waiting.append(index)
             while waiting:
-                answer = self._reach(waiting[0], "recv")
+                answer = reach(self._env, waiting[0], "recv")
                 if is_answer(answer):  # else one that an interrupted call left
                     answers[waiting.pop(0)] = answer
+        except WorkerError:
+            raise
         except BaseException:
             for index in waiting:
-                remote = self._env.remotes[index]
-                with contextlib.suppress(EOFError, OSError):
-                    while remote.poll(_DRAIN_SECONDS) and not is_answer(remote.recv()):
-                        pass
+                while not is_answer(reach(self._env, index, "recv")):
+                    pass
             raise
         return answers
 
-    def _reach(self, index: int, method: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self._env.remotes[index], method)(*arguments)
-        except (EOFError, ConnectionError) as error:
-            process = self._env.processes[index]
-            process.join(1.0)
-            raise RuntimeError(
-                f"the worker of environment {index} (process {process.pid}) has ended with exit code"
-                f" {process.exitcode}: the SubprocVecEnv must be made anew"
-            ) from error
+
+class WorkerError(RuntimeError):
+    """A worker of a SubprocVecEnv that died, or gave no answer in time; all its workers were ended."""
+
+
+def reach(env: SubprocVecEnv, index: int, method: str, *arguments: Any) -> Any:
+    """``remotes[index].send(*arguments)`` or ``.recv()``, or None where the ``method`` is empty: only waits for an answer.
+
+    Raises:
+      WorkerError: which environment's worker died, and of what; or gave no answer for as many seconds as the environment
+        variable ``GRPO_JAX_WORKER_TIMEOUT`` says (3600; 0: any time).
+    """
+    remote, process = env.remotes[index], env.processes[index]
+    seconds = float(os.environ.get("GRPO_JAX_WORKER_TIMEOUT") or _TIMEOUT)
+    try:
+        if method != "send" and not _is_ready(remote.fileno(), process.sentinel, seconds or None):
+            raise died(env, index, f"gave no answer for {seconds:g} s (GRPO_JAX_WORKER_TIMEOUT)")
+        return getattr(remote, method)(*arguments) if method else None
+    except (EOFError, ConnectionError) as error:
+        raise died(env, index) from error
+
+
+def died(env: SubprocVecEnv, index: int | None = None, why: str = "") -> WorkerError:
+    """The error of a worker (None: of the first that ended) that died; ends the others, and closes the VecEnv."""
+    if index is None:
+        ended = multiprocessing.connection.wait([process.sentinel for process in env.processes], 1.0)
+        index = next((i for i, process in enumerate(env.processes) if process.sentinel in ended), 0)
+    process = env.processes[index]
+    if not why:
+        process.join(1.0)
+        name = next((one.name for one in signal.Signals if process.exitcode == -one), "")
+        why = f"was killed by {name}" if name else f"has ended with exit code {process.exitcode}"
+    for one in env.processes:
+        one.kill()
+    for one, remote in zip(env.processes, env.remotes, strict=True):
+        one.join()
+        remote.close()
+    env.waiting, env.closed = False, True
+    return WorkerError(
+        f"the worker of environment {index} (process {process.pid}) {why}: all workers were ended, the SubprocVecEnv must be"
+        " made anew"
+    )
+
+
+def _is_ready(remote: int, sentinel: int, seconds: float | None) -> bool:
+    """Waits for a message; an EOFError where the process ended and left none: others that were forked keep its pipe open."""
+    if not hasattr(select, "poll"):
+        found: Any = multiprocessing.connection.wait([remote, sentinel], seconds)
+    else:
+        poll = select.poll()
+        poll.register(remote, select.POLLIN)
+        poll.register(sentinel, select.POLLIN)
+        found = [fd for fd, _ in poll.poll(None if seconds is None else 1e3 * seconds)]
+    if found == [sentinel]:
+        raise EOFError
+    return bool(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import os
@@ -156,6 +157,9 @@ def _child(
         try:
             gc.disable()
             os.close(reader)
+            ctypes.CDLL(None).prctl(
+                1, signal.SIGKILL
+            )  # PR_SET_PDEATHSIG: it dies with the process that waits for it
             _seal(writer, files, buffers)
             _STATE.update(pipe=writer, refused=[])
             if "torch" in sys.modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -260,6 +261,27 @@ class Cloner:
                 drawn += [value for value in vars(core).values() if isinstance(value, GENERATORS)]
             for number, one in enumerate({id(one): one for one in drawn}.values()):
                 reseed(one, words, number)
+
+    def parts(self) -> dict[str, Any]:
+        """What a snapshot refers to and does not hold, by names that are the same for environments made alike."""
+        parts: dict[str, list[Any]] = {"layer": [*self._marks], "space": [*self._spaces]}
+        return {f"{kind} {i}": one for kind, ones in parts.items() for i, one in enumerate(ones)}
+
+    def constants(self) -> list[dict[str, str]]:
+        """Of each layer the attributes that are no part of snapshots, and digests of them."""
+        adopted = self._adopted
+        return [
+            {name: adopted[index, name].seen.digest.hex() for name in names if (index, name) in adopted}
+            for index, names in enumerate(self._constants)
+        ]
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Brings the real environment to a state: that of another one made alike, or one that was saved before."""
+        real = object.__new__(Replica)
+        marks = dict(zip(map(id, self._marks), self.layers, strict=True))
+        real.layers, real.spaces, real.n_adopted = self.layers, self._spaces, sys.maxsize
+        real.memo = {**marks, **{id(space): space for space in self._spaces}, "kept": {}}
+        self.restore(real, snapshot)
 
     def _adopt(self) -> None:
         """Constants that exist by now: some are made by the first reset only."""

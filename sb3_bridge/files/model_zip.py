@@ -3,18 +3,21 @@
 Entries: ``data`` (JSON), one ``<name>.msgpack`` for each tree of parameters, the versions, ``system_info.txt``. A value that
 JSON would change is an object of up to three keys: ``:plain:`` (see :mod:`sb3_bridge.files.plain`, the only one that is read
 back unless ``allow_pickle=True``), ``:type:`` and ``:serialized:`` (SB3's pickle, so that SB3's own tools read the file).
+The zip's comment is a seal: the format's version, and the checksum of all that is before it.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pathlib
 import pickle
 import pkgutil
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -23,19 +26,28 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 import flax
 import jax
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import stable_baselines3
 from flax import serialization
+from flax.traverse_util import flatten_dict
 from stable_baselines3.common import utils
 from stable_baselines3.common.save_util import open_path
 
 import grpo_jax
-from grpo_jax.files import write_atomically
+from grpo_jax.files import check_regular, remove_temporaries, write_atomically
 from grpo_jax.types import PyTree
 from sb3_bridge.files.plain import KIND, NotPlainError, decode, encode, refuse_key, trusted_name
 
 PLAIN, TYPE, PICKLED = ":plain:", ":type:", ":serialized:"
 PARAMETERS = ".msgpack"
+FORMAT = 2
+"""The version of the format; files of version 1 have neither an entry ``_format`` nor a seal."""
+MAX_BYTES = 2**29
+"""The largest file that is read, or written; assign it for larger networks."""
+_UNPACKED = 2**26  # bytes by which a file may grow where somebody compressed it: we store it as it is
+_MOST_ITEMS, _MOST_NAMES = 10**6, 10**4  # in the JSON; in one dict of parameters
+_SEAL = re.compile(rb"grpo-jax model (\d{1,9}) ([0-9a-f]{64})")
 
 File = str | pathlib.Path | io.BufferedIOBase
 
@@ -58,9 +70,19 @@ def save_zip(path: File, data: dict[str, Any], params: dict[str, PyTree]) -> Non
             archive.writestr(_checked_name(name) + PARAMETERS, serialization.msgpack_serialize(plain))
         archive.writestr("_stable_baselines3_version", stable_baselines3.__version__)
         archive.writestr("_grpo_jax_version", grpo_jax.__version__)
+        archive.writestr("_format", str(FORMAT))
         archive.writestr("system_info.txt", info)
+        archive.comment = b"grpo-jax model %d %s" % (FORMAT, b"0" * 64)
+    if content.tell() > MAX_BYTES:
+        raise ValueError(
+            f"{path} would have {content.tell():,} bytes, more than model_zip.MAX_BYTES={MAX_BYTES:,}"
+        )
+    content.seek(-64, os.SEEK_END)
+    content.write(hashlib.sha256(content.getbuffer()[:-64]).hexdigest().encode())
     if isinstance(path, str | pathlib.Path):
-        write_atomically(_target(pathlib.Path(path)), content.getvalue())
+        target = _target(pathlib.Path(path))
+        remove_temporaries(target)
+        write_atomically(target, content.getvalue())
     else:
         open_path(path, "w").write(content.getvalue())
 
@@ -86,18 +108,21 @@ def load_zip(
       data (without what is stored as a pickle only; one warning names all of these), and params (writable NumPy arrays).
 
     Raises:
-      ValueError: not such a file, a damaged one, or another algorithm's: names the path, the entry and the fix.
+      ValueError: not such a file, a damaged one, one that is too large or no file at all, or another algorithm's: names the
+        path, the entry and the fix.
     """
     if custom_objects is not None and not isinstance(custom_objects, dict):
         raise ValueError(f"custom_objects={custom_objects!r} must be a dict (attribute -> object) or None")
     params, attributes = {}, None
     with contextlib.ExitStack() as stack:
-        file: Any = open_path(path, "r", suffix="zip")
-        if isinstance(path, str | pathlib.Path):  # else it is the user's
-            stack.enter_context(file)
+        if isinstance(path, str | pathlib.Path):
+            file: Any = stack.enter_context(_opened(pathlib.Path(path)))
+        else:
+            file = open_path(path, "r")  # the user's
         with _blamed(f"{path} is not a zip file, or is cut off or damaged"):
             archive = stack.enter_context(zipfile.ZipFile(file))
         names = archive.namelist()
+        _check_seal(path, file, archive)
         if print_system_info:
             print("== SAVED MODEL SYSTEM INFO ==")
             known = "system_info.txt" in names
@@ -105,11 +130,14 @@ def load_zip(
         for name in names:
             if name.endswith(PARAMETERS):
                 with _blamed(f"{path}: entry {name!r} is damaged"):
-                    tree = _writable(serialization.msgpack_restore(archive.read(name)))
+                    tree = _restored(archive.read(name))
                 params[name.removesuffix(PARAMETERS)] = tree
         if "data" in names and (load_data or not params):
             with _blamed(f"{path}: entry 'data' is damaged"):
-                attributes = json.loads(archive.read("data").decode())
+                content = archive.read("data")
+                if sum(map(content.count, (b"[", b"{", b","))) > _MOST_ITEMS:
+                    raise ValueError(f"it has more than {_MOST_ITEMS:,} items")
+                attributes = json.loads(content)
                 if not isinstance(attributes, dict):
                     raise TypeError(f"expected an object, got {type(attributes).__name__}")
     if not params:
@@ -119,6 +147,37 @@ def load_zip(
     if attributes is None:
         raise ValueError(f"{path} has no entry 'data': it is not a model's or policy's file, or was damaged")
     return _from_entries(path, attributes, custom_objects or {}, allow_pickle), params
+
+
+def _opened(path: pathlib.Path) -> Any:
+    """Where SB3's ``open_path`` would read; but nothing that is no plain file, and nothing that is too large."""
+    if not path.exists() and path.suffix != ".zip":
+        path = pathlib.Path(f"{path}.zip")
+    check_regular(path, MAX_BYTES)
+    return path.open("rb")
+
+
+def _check_seal(path: File, file: Any, archive: zipfile.ZipFile) -> None:
+    """Raises a ValueError where a byte changed, or where more would be unpacked than the file holds."""
+    size, seal = file.seek(0, os.SEEK_END), _SEAL.fullmatch(archive.comment)
+    if seal is not None:
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - 64
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+        if digest.hexdigest().encode() != seal[2]:
+            raise ValueError(f"{path} is damaged: its checksum does not fit what it holds")
+        if int(seal[1]) != FORMAT:
+            raise ValueError(
+                f"{path} has version {int(seal[1])} of the format, which is newer than {FORMAT}: upgrade grpo-jax"
+            )
+    elif "_format" in archive.namelist():  # else it is of an earlier version
+        raise ValueError(f"{path} is damaged, or was packed anew by another program: its seal is gone")
+    if (unpacked := sum(entry.file_size for entry in archive.infolist())) > min(size, MAX_BYTES) + _UNPACKED:
+        raise ValueError(
+            f"{path} has {size:,} bytes, but would be unpacked to {unpacked:,}: it is no model's file"
+        )
 
 
 def _target(path: pathlib.Path) -> pathlib.Path:
@@ -185,6 +244,22 @@ def _storable(tree: PyTree, where: str) -> PyTree:
     raise TypeError(f"{where} has dtype {array.dtype}, which cannot be stored: cast it to numbers")
 
 
+def _restored(content: bytes) -> PyTree:
+    """Nested dicts of writable arrays and numbers, without NaN."""
+    n_items = 0
+
+    def counted(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal n_items
+        n_items += 1 + len(pairs)
+        if n_items > _MOST_ITEMS:
+            raise ValueError(f"it has more than {_MOST_ITEMS:,} items")
+
+    # Twice: what it holds is counted before it is made.
+    limits: Any = {"max_array_len": _MOST_NAMES, "max_map_len": _MOST_NAMES, "raw": False}
+    msgpack.unpackb(content, object_pairs_hook=counted, ext_hook=lambda code, data: None, **limits)
+    return _writable(serialization.msgpack_restore(content))
+
+
 def _writable(tree: PyTree) -> PyTree:
     if isinstance(tree, dict):
         return {name: _writable(branch) for name, branch in tree.items()}
@@ -193,6 +268,31 @@ def _writable(tree: PyTree) -> PyTree:
     if tree is None or isinstance(tree, bool | int | float | np.generic):
         return tree
     raise TypeError(f"unexpected {type(tree).__name__}")
+
+
+def checked(path: File, params: dict[str, PyTree], own: dict[str, Any]) -> dict[str, PyTree]:
+    """Parameters of a file by owner, where their numbers are of the kinds that a model's ``own`` are, and without NaN.
+
+    Raises:
+      ValueError: names the owner and the leaf. An optimizer may hold infinity, to compare with.
+    """
+    own = own | {"reference": own["policy"]}
+    for owner, tree in params.items():
+        if owner not in own and owner != "world":
+            raise ValueError(f"{path}: Key {owner} is an invalid object name.")
+        for name, leaf in flatten_dict(tree, sep=".").items():
+            array, mine = np.asarray(leaf), own.get(owner, {}).get(name)
+            is_float = array.dtype.kind in "fcV"
+            if mine is not None and (kind := np.asarray(mine).dtype.kind) != array.dtype.kind:
+                raise ValueError(
+                    f"{path}: {owner}[{name!r}] holds {array.dtype}, expected numbers of kind {kind!r}"
+                )
+            may_be_infinite = owner not in ("policy", "reference")
+            if is_float and not (np.isfinite(array) | (may_be_infinite & ~np.isnan(array))).all():
+                raise ValueError(
+                    f"{path}: {owner}[{name!r}] holds NaN or infinity: it was saved by a run that had failed"
+                )
+    return params
 
 
 def _checked_name(name: Any) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from sb3_bridge.functions import host_call
 from sb3_bridge.functions.programs import OwnedJit, borrow
+from sb3_bridge.numbers import BadNumberError
 
 Arguments = tuple[Any, ...]  # of a user's function; each an array, or a dict of arrays
 Framework = Literal["jax", "numpy", "torch"]
@@ -222,7 +223,7 @@ def check_finite(form: UserFunction, results: list[np.ndarray], arguments: Argum
         passes = finite_rows([result])
         if not passes.all():
             row = int(np.argmin(passes))
-            raise ValueError(
+            raise BadNumberError(
                 f"{form.parameter} returned {output.shown(result[row])} for {_shown(form, arguments, row)};"
                 " it must be finite: guard divisions, logarithms and roots"
             )

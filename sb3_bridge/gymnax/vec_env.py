@@ -108,6 +108,22 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         """
         self._pending = where
 
+    def place(self) -> Callable[[], list[np.ndarray]]:
+        """A function that fetches where the environments stand now: streams of random numbers, then leaves ``[n_envs, ...]``."""
+        words, environments = np.array(self._words), self._started("place() was called")
+        return lambda: [words, *jax.device_get([_data(leaf) for leaf in jax.tree.leaves(environments)])]
+
+    def put(self, place: Sequence[np.ndarray]) -> None:
+        """Brings environments that were reset to what ``place()()`` gave; one of another world or number is a ValueError."""
+        leaves, structure = jax.tree.flatten(self._started("put() was called"))
+        own: list[Any] = [self._words, *map(_data, leaves)]
+        kinds = [[(leaf.shape, leaf.dtype) for leaf in one] for one in (own, place)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("the place is one of another world, or of another number of environments")
+        pairs = zip(leaves, place[1:], strict=True)
+        self._words, self._pending, self._actions = jnp.asarray(place[0]), None, None
+        self._environments = jax.tree.unflatten(structure, [_like(leaf, new) for leaf, new in pairs])
+
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds environment ``i`` with ``seed + i``, from the next reset on; None: with random numbers of NumPy."""
         if seed is not None:
@@ -230,6 +246,15 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         if self._environments is None:
             raise RuntimeError(f"{what} before reset(): call reset() first")
         return self._environments
+
+
+def _data(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _like(leaf: jax.Array, data: Any) -> jax.Array:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf)) if is_key else jnp.asarray(data)
 
 
 def _start(world: World, words: jax.Array) -> tuple[jax.Array, Environments]:

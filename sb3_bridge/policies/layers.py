@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from grpo_jax.policies.networks import ACTIVATIONS, Activation, check_activation
 
 NetArch = list[int] | dict[str, list[int]]
+_MOST_LAYERS = 256  # a file may name any number, and each takes a while to compile
 
 
 def to_net_arch(net_arch: Any, convolutional: bool) -> NetArch:
@@ -27,8 +29,8 @@ def to_net_arch(net_arch: Any, convolutional: bool) -> NetArch:
     layers = net_arch if isinstance(net_arch, Mapping) else {"pi": net_arch}
     if not layers.keys() <= {"pi", "vf"} or not all(map(_are_widths, layers.values())):
         raise ValueError(
-            f"net_arch={net_arch!r} must be a list of layer sizes such as [64, 64], or a dict of such lists with the"
-            " keys 'pi' (actor) and 'vf' (critic)"
+            f"net_arch={reprlib.repr(net_arch)} must be a list of at most {_MOST_LAYERS} layer sizes such as [64, 64], or a"
+            " dict of such lists with the keys 'pi' (actor) and 'vf' (critic)"
         )
     return dict(net_arch) if isinstance(net_arch, Mapping) else list(net_arch)
 
@@ -40,8 +42,13 @@ def widths_of(net_arch: NetArch) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _are_widths(widths: Any) -> bool:
-    return isinstance(widths, (list, tuple)) and all(
-        isinstance(width, (int, np.integer)) and not isinstance(width, bool) and width > 0 for width in widths
+    return (
+        isinstance(widths, (list, tuple))
+        and len(widths) <= _MOST_LAYERS
+        and all(
+            isinstance(width, (int, np.integer)) and not isinstance(width, bool) and width > 0
+            for width in widths
+        )
     )
 
 

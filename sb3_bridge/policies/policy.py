@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import flax.linen as nn
@@ -20,8 +24,8 @@ from stable_baselines3.common.utils import ConstantSchedule, get_device
 
 from grpo_jax.policies.networks import CNN
 from grpo_jax.policies.policy import PolicyState, assemble
-from grpo_jax.types import Observation
-from sb3_bridge.files.model_zip import File, load_zip, save_zip
+from grpo_jax.types import Observation, PyTree
+from sb3_bridge.files.model_zip import File, checked, load_zip, save_zip
 from sb3_bridge.policies import layers, spaces
 from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
@@ -39,6 +43,22 @@ _KEPT = (
 )
 """Arguments that a policy keeps under their names, and is saved with."""
 # fmt: on
+
+
+_most_numbers = contextvars.ContextVar("most_numbers", default=math.inf)
+
+
+@contextlib.contextmanager
+def no_larger_than(parameters: PyTree) -> Iterator[None]:
+    """Inside it a policy that is made from a file's arguments is refused, before it is, where the file's parameters are fewer.
+
+    Twice as many are let through: those of a network with some other layers get an error of their own.
+    """
+    token = _most_numbers.set(2 * sum(np.size(leaf) for leaf in jax.tree.leaves(parameters)) + 2**16)
+    try:
+        yield
+    finally:
+        _most_numbers.reset(token)
 
 
 class GRPOPolicy(JaxModel):
@@ -101,7 +121,22 @@ class GRPOPolicy(JaxModel):
         self.optimizer = Optimizer(factory, [{"lr": float(lr_schedule(1))}])
         self.seed(seed)
         words = np.random.SeedSequence(seed).generate_state(2, np.uint32)
+        if (most := _most_numbers.get()) < math.inf:
+            self._check_size(words, most)
         self.state: PolicyState = self._functions.init(words)
+
+    def _check_size(self, words: np.ndarray, most: float) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes beyond 32 bits
+            try:
+                leaves = jax.tree.leaves(jax.eval_shape(self._functions.init, words))
+                n: float = sum(math.prod(leaf.shape) for leaf in leaves)
+            except OverflowError:
+                n = math.inf
+        if n > most:
+            raise ValueError(
+                f"net_arch={self.net_arch} makes {n:,} parameters: the file holds fewer than half as many"
+            )
 
     def seed(self, seed: int | None) -> None:
         """Starts the stream of random numbers that ``predict`` draws from."""
@@ -246,11 +281,13 @@ class GRPOPolicy(JaxModel):
         if "policy_class" in data or "policy" not in params:
             raise ValueError(f"{path} holds a whole model, not a policy alone: use GRPO.load(path).policy")
         try:
-            policy = cls(**data)
+            with no_larger_than(params["policy"]):
+                policy = cls(**data)
         except TypeError as error:
             raise ValueError(
                 f"{path} does not hold what the policy is made from ({error}); pass what is missing in custom_objects"
             ) from error
+        checked(path, params, {"policy": policy.state_dict()})
         policy.load_state_dict(traverse_util.flatten_dict(params["policy"], sep="."))
         return policy.to(get_device(device))
 

@@ -52,15 +52,20 @@ def round_trip(data, params=PARAMS, **kwargs):
     return load_zip(file, **kwargs)
 
 
-def edited(**entries):
-    """A file of ours in which entries were replaced (bytes or text), or removed (None)."""
-    file, changed = io.BytesIO(), io.BytesIO()
-    save_zip(file, {"x": 1}, PARAMS)
+def edited(content=None, **entries):
+    """A file of ours (or that one) in which entries were replaced (bytes or text), or removed (None).
+
+    Packed as earlier versions did, without a seal, unless a ``_format`` is among the entries.
+    """
+    file, changed = io.BytesIO(content or b""), io.BytesIO()
+    if content is None:
+        save_zip(file, {"x": 1}, PARAMS)
     with zipfile.ZipFile(file) as old, zipfile.ZipFile(changed, "w") as new:
-        contents = {name: old.read(name) for name in old.namelist()} | entries
+        contents = {name: old.read(name) for name in old.namelist()} | {"_format": None} | entries
         for name, content in contents.items():
             if content is not None:
                 new.writestr(name, content)
+    changed.seek(0)
     return changed
 
 

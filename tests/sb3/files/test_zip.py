@@ -179,6 +179,7 @@ def test_the_file_says_what_wrote_it(tmp_path, capsys):
             "policy.msgpack",
             "_stable_baselines3_version",
             "_grpo_jax_version",
+            "_format",
             "system_info.txt",
         ]
         assert archive.namelist() == names
@@ -374,19 +375,12 @@ def test_no_zip_at_all_is_said_with_the_path(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_any_damaged_byte_is_an_error_or_harmless(damage):
-    data = {"x": (1, 2.5), "space": spaces.Discrete(3)}
+def test_any_damaged_byte_is_an_error(damage):
     file = io.BytesIO()
-    save_zip(file, data, PARAMS)
-    content, n_errors = file.getvalue(), 0
+    save_zip(file, {"x": (1, 2.5), "space": spaces.Discrete(3)}, PARAMS)
+    content = file.getvalue()
     for i in range(len(content)):
-        broken = (
-            content[:i] if damage == "cut" else content[:i] + bytes([content[i] ^ 0x11]) + content[i + 1 :]
-        )
-        try:
-            loaded = load_zip(io.BytesIO(broken))
-        except ValueError:
-            n_errors += 1
-        else:
-            assert_same(loaded, (data, PARAMS))
-    assert n_errors == len(content) if damage == "cut" else n_errors > len(content) // 2
+        flipped = bytes([content[i] ^ 1 << i % 8])
+        broken = content[:i] if damage == "cut" else content[:i] + flipped + content[i + 1 :]
+        with pytest.raises(ValueError, match="damaged|its seal is gone"):
+            load_zip(io.BytesIO(broken))
