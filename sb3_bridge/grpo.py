@@ -90,9 +90,8 @@ class GRPO(Training):
       trajectory_form: what a group of trajectories compares: ``"outcome"`` or ``"process"``.
       horizon: steps of a branch, the candidate's own included; None: 128 in a simulator or a twin, 64 elsewhere (256 in clones
         whose steps are expensive), 16 there with a ``reward_function``.
-      branch_every: one decision state in so many is branched, others in every rollout; with ``bootstrap`` those that are not
-        are learned from by their lambda-returns, as in PPO. None: all in a simulator or a twin, elsewhere as many as cost 16
-        steps of each candidate for a decision step.
+      branch_every: one decision state in so many is branched, others in every rollout; the rest is learned from as in PPO, with
+        ``bootstrap``. None: all in a simulator or a twin, elsewhere as many as cost 16 steps of each candidate for a decision step.
       n_rollouts: branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
       persistence: probability that the action before is repeated instead of asking the policy, in rollouts and in

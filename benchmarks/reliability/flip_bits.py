@@ -21,8 +21,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import runs
 
+import runs
 from grpo_jax.cli.recorder import Recorder
 from grpo_jax.cli.runs import RunDirectory
 from grpo_jax.files import UnsealedWarning

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
-import runs
 
+import runs
 from grpo_jax.cli.runs import _checksum
 from grpo_jax.files import seal, unseal
 

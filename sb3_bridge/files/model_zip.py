@@ -26,7 +26,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 import flax
 import jax
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 import stable_baselines3
 from flax import serialization
