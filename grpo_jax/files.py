@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -81,6 +82,12 @@ def read_sealed(
         if unsealed or _SEAL.match(content):
             content += file.read(os.fstat(file.fileno()).st_size)  # as much memory is taken before
     return unseal(path, content, kind, versions, unsealed=unsealed)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a plain file begins with a seal; no more than that is read."""
+    with open_plain(path, sys.maxsize) as file:
+        return _SEAL.match(file.read(_LONGEST_SEAL)) is not None
 
 
 def seal(kind: str, version: int, payload: bytes) -> bytes:

@@ -227,6 +227,11 @@ def all_cases(
     for file in READ:
         for name, change in kinds(mark).items():
             yield file, (f"{file} {name}", file, change)
+    for name, change in kinds(mark).items():
+        yield (
+            "best.msgpack",
+            (f"best.msgpack {name}", "", change),
+        )  # it stops nothing: a better one takes its place
     for case in config_cases():
         yield "config.json", case
     for case in checkpoint_cases(directory):
@@ -266,7 +271,7 @@ def attack(root: pathlib.Path, every: int = 1, *, verbose: bool = False) -> Coun
         lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
         refused = ended.status == 2 and len(lines) == 1 and str(folder) in lines[0]
         if named == "" and ended.status == 0:
-            outcome = "link replaced"
+            outcome = "replaced"
         elif named == "" and ended.status == 2 and len(lines) == 1:
             outcome = "refused"
         else:

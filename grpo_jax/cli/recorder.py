@@ -58,7 +58,8 @@ class Recorder:
         self._directory, self._run = directory, run
         self._done = 0 if state is None else int(np.max(np.asarray(state.iteration)))
         steps = 0 if state is None else grpo_jax.count(state.decision_steps) // run.n_seeds
-        notes = read_notes(directory.checkpoint) if self._done else {}
+        size = directory.checkpoint.stat().st_size if self._done else 0
+        notes = read_notes(directory.checkpoint, size) if self._done else {}
         if run.keep > 1:
             check_own_directory(directory.kept)
         rows = _Rows.of(directory, run, self._done, notes, new_metrics=new_metrics)
@@ -71,7 +72,7 @@ class Recorder:
             self._done,
             self._done,
         )
-        self._best = _best_return(directory)
+        self._best = _best_return(directory, max(size, 64 << 20))
         self._troubles: set[str] = set()
 
     def __enter__(self) -> Recorder:
@@ -345,12 +346,16 @@ class _Rows(NamedTuple):
         return cls(header.decode().strip().split(","), n_bytes, digest, None)
 
 
-def _best_return(directory: RunDirectory) -> float:
+def _best_return(directory: RunDirectory, max_bytes: int) -> float:
     """The return of ``best.msgpack``; minus infinity where there is none, or none that can be read."""
     try:
-        return float(read_notes(directory.best)["episode_return"])
+        known = read_notes(directory.best, max_bytes).get("episode_return")
+        if type(known) is float:
+            return known
+        reason = f"{directory.best} names no return"
     except FileNotFoundError:
         return -np.inf
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        progress.warn(f"{error}: the next checkpoint with a return takes its place")
-        return -np.inf
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    progress.warn(f"{reason}: the next checkpoint with a return takes its place")
+    return -np.inf

@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 
 from grpo_jax.config import GRPOConfig
-from grpo_jax.files import UNSEALED, UnsealedWarning, read_sealed, seal, write_atomically
+from grpo_jax.files import UNSEALED, UnsealedWarning, is_sealed, read_sealed, seal, write_atomically
 from grpo_jax.training.loop import TrainState, init
 from grpo_jax.types import PyTree
 from grpo_jax.worlds.base import World
@@ -133,11 +133,18 @@ def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The notes that a checkpoint was saved with; none in files that are older than notes."""
+def read_notes(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> dict[str, Any]:
+    """The notes that a checkpoint was saved with; none in files that are older than notes.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is damaged, no checkpoint, or larger than ``max_bytes``.
+    """
     path = Path(path)
-    notes, _ = _unpack(path, _read(path, path.stat().st_size)[1], 1 << 20)
-    return notes
+    if not is_sealed(path):
+        return {}
+    _, content = read_sealed(path, KIND, (VERSION,), max_bytes)
+    return _unpack(path, content, 1 << 20)[0]
 
 
 _Leaves = dict[str, tuple[tuple[int, ...], str, bytes]]
