@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import runs
 from flax import struct
 
 import grpo_jax
+import runs
 from grpo_jax.spaces import Box, Discrete
 from grpo_jax.training.checkpoint import nonfinite_leaves
 from grpo_jax.worlds.base import RewardOverride, World
