@@ -32,14 +32,18 @@ def envs(number: int):
         return make_vec_env("CartPole-v1", 2)
     if kind == 2:
         return VecNormalize(make_vec_env("CartPole-v1", 2))
-    return make_vec_env("FrozenLake-v1", 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+    return make_vec_env(
+        "FrozenLake-v1", 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}
+    )
 
 
 def one_round(number: int, folder: Path) -> None:
     """Makes a model, with a new lambda where the state is a vector, trains, saves, loads and goes on."""
     settings = dict(SETTINGS)
     if number % 4 in (0, 1):
-        settings["reward_function"] = lambda state, action, next_state: 1.0 - abs(next_state[2]) * (1 + number % 3)
+        settings["reward_function"] = lambda state, action, next_state: (
+            1.0 - abs(next_state[2]) * (1 + number % 3)
+        )
     env = envs(number)
     model = GRPO("MlpPolicy", env, seed=number, **settings)
     model.learn(64)
@@ -67,7 +71,9 @@ def state() -> dict[str, float]:
 
 def main() -> None:
     """Prints the rows, and how much the second half of the time added."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rows", type=int, default=20)
     arguments = parser.parse_args()
