@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from sb3_bridge import GRPO
 from sb3_bridge.clones.processes import WorkerError
 
-LIMIT = 3
+LIMIT = 10
 
 
 class Walk(gym.Env):
@@ -56,6 +56,7 @@ class Walk(gym.Env):
 def outcome(what: str, start: str, where: str, index: int) -> str:
     """What came of it: empty where all is as it must be."""
     env = SubprocVecEnv([functools.partial(Walk, what, 10**9) for _ in range(3)], start_method=start)
+    os.environ.pop("GRPO_JAX_WORKER_TIMEOUT", None)
     dynamics = {"dynamics": "clone"} if where == "branch" else {"candidates": "episodes", "bootstrap": True}
     model = GRPO(
         "MlpPolicy", env, n_steps=16, batch_size=48, horizon=4, policy_kwargs={"net_arch": [8]}, **dynamics
@@ -63,6 +64,7 @@ def outcome(what: str, start: str, where: str, index: int) -> str:
     model.learn(48)
     env.env_method("__setattr__", "left", 5, indices=[index])
     started = time.monotonic()
+    os.environ["GRPO_JAX_WORKER_TIMEOUT"] = str(LIMIT)  # starting takes longer
     try:
         model.learn(480, reset_num_timesteps=False)
         return "nothing happened"
@@ -86,7 +88,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    os.environ["GRPO_JAX_WORKER_TIMEOUT"] = str(LIMIT)
     draw = random.Random(0)
     for start in ("fork", "forkserver", "spawn"):
         counts: Counter[str] = Counter()
