@@ -18,6 +18,7 @@ import pathlib
 import pickle
 import pkgutil
 import re
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ MAX_BYTES = 2**29
 """The largest file that is read, or written; assign it for larger networks."""
 _UNPACKED = 2**26  # bytes by which a file may grow where somebody compressed it: we store it as it is
 _MOST_ITEMS, _MOST_NAMES = 10**6, 10**4  # in the JSON; in one dict of parameters
+_STALE_SECONDS = 600.0
 _SEAL = re.compile(rb"grpo-jax model (\d{1,9}) ([0-9a-f]{64})")
 
 File = str | pathlib.Path | io.BufferedIOBase
@@ -82,6 +84,12 @@ def save_zip(path: File, data: dict[str, Any], params: dict[str, PyTree]) -> Non
     if isinstance(path, str | pathlib.Path):
         target = _target(pathlib.Path(path))
         remove_temporaries(target)
+        for left in target.parent.glob(
+            ".*.zip.????????.tmp"
+        ):  # of killed saves of other names: nobody writes for so long
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    left.unlink()
         write_atomically(target, content.getvalue())
     else:
         open_path(path, "w").write(content.getvalue())

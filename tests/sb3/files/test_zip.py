@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import threading
+import time
 import warnings
 import zipfile
 
@@ -291,6 +292,21 @@ def test_a_disk_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         save_zip(tmp_path / "m", {"x": 2}, PARAMS)
     assert load_zip(tmp_path / "m")[0] == {"x": 1}
     assert os.listdir(tmp_path) == ["m.zip"]
+
+
+def test_what_killed_saves_left_is_removed(tmp_path):
+    for name, seconds in (
+        (".m.zip.abcd1234.tmp", 0),
+        (".n.zip.abcd1234.tmp", 1000),
+        (".o.zip.abcd1234.tmp", 0),
+    ):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - seconds,) * 2)
+    save_zip(tmp_path / "m", {"x": 1}, PARAMS)
+    assert sorted(os.listdir(tmp_path)) == [
+        ".o.zip.abcd1234.tmp",
+        "m.zip",
+    ]  # somebody may be writing the last one
 
 
 def test_a_link_stays_a_link(tmp_path):
