@@ -13,8 +13,7 @@ from gymnasium import wrappers
 from gymnasium.utils import EzPickle, RecordConstructorArgs
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_bridge import decoration
-from sb3_bridge.clones import box2d
+from sb3_bridge.clones import box2d, decoration
 from sb3_bridge.clones.copying import Memo, Unclonable, copy_value
 
 Functions = tuple[Callable[[gymnasium.Env], Any], Callable[[gymnasium.Env, Any], None]]

@@ -18,7 +18,7 @@ from grpo_jax.policies.networks import Flatten
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
 from grpo_jax.types import Environments, Observation, Trajectory
-from sb3_bridge.decoration import decorated, tidy
+from sb3_bridge.clones.decoration import decorated, tidy
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
 from sb3_bridge.policies.spaces import stretch_of

@@ -139,7 +139,7 @@ def test_a_dict_of_one_vector_is_the_vector_bit_for_bit(bootstrap, normalize, ke
     jax.tree.map(np.testing.assert_array_equal, left_gradient, right_gradient)
     if normalize:
         np.testing.assert_array_equal(left.statistics.mean, right.statistics.mean["x"])
-        np.testing.assert_array_equal(left.statistics.sum_squares, right.statistics.sum_squares["x"])
+        np.testing.assert_array_equal(left.statistics.variance, right.statistics.variance["x"])
 
 
 def test_the_draws_of_an_mlp_stay_what_they_were(key):

@@ -121,7 +121,7 @@ def test_the_old_form_of_net_arch_warns_as_in_sb3():
 
 @pytest.mark.parametrize("given", [64, [0], [3.5], ["a"], {"qf": [3]}, {"pi": 3}, [3, {"pi": [3]}], [True]])
 def test_what_is_no_net_arch(given):
-    with pytest.raises(ValueError, match="net_arch=.* must be a list of layer sizes"):
+    with pytest.raises(ValueError, match="net_arch=.* must be a list of at most 256 layer sizes"):
         layers.to_net_arch(given, convolutional=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 import pathlib
@@ -33,6 +34,7 @@ class Ending(Sled):
         if self.left < 0:
             if self.what == "raise":
                 raise OSError("no simulator")
+            faulthandler.disable()  # pytest's: a crash that is meant needs no report
             os.kill(os.getpid(), getattr(signal, self.what))
             time.sleep(0.2)
         return super().step(action)
@@ -94,7 +96,15 @@ def test_in_a_step_of_learning(what, message):
     model.policy.predict(np.zeros((1, *env.observation_space.shape), np.float32))
 
 
-def test_ctrl_c_in_branches_leaves_what_can_learn_again():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of SIGINT, which processes of pytest-xdist ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_branches_leaves_what_can_learn_again(ctrl_c):
     """The terminal's Ctrl-C, which all processes of its group get."""
     env = workers("")
     model = make(env, dynamics="clone", n_steps=64, batch_size=64, horizon=4)

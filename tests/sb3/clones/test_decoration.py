@@ -7,7 +7,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_bridge import GRPO
-from sb3_bridge.decoration import MOST, decorated, tidy
+from sb3_bridge.clones.decoration import MOST, decorated, tidy
 
 pytest.importorskip("Box2D")
 IDS = ("LunarLander-v3", "LunarLanderContinuous-v3")
