@@ -148,6 +148,14 @@ def test_never_is_not_half_of_never():
     assert "took to it on 0 (goal: all of them)" in text
 
 
+@pytest.mark.parametrize(("seconds", "counted"), [(4.9, 1), (5.1, 0)])
+def test_where_ppo_never_is_at_its_median_its_whole_run_counts(seconds, counted):
+    seeds = [make_row("ppo", curve=straight(x), cpu_seconds=10.0) for x in (100.0, 0.0)]  # target 50
+    ours = make_row("grpo", curve=straight(50.0, seconds=seconds), dynamics="clone")
+    text = "\n".join(columns.goals([*seeds, ours], "defaults"))
+    assert f"took to it on {'1 (CartPole-v1)' if counted else '0'} (goal: 10)" in text
+
+
 @pytest.mark.parametrize(
     ("clone", "episodes", "counted"), [(105, 50, 1), (112, 50, 0), (50, 112, 0), (None, 99, 1)]
 )
