@@ -27,10 +27,7 @@ from stable_baselines3.common import utils
 from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 
 import grpo_jax
-from sb3_bridge.files.model_zip import (
-    load_zip,
-    save_zip,
-)
+from sb3_bridge.files.model_zip import load_zip, save_zip
 
 
 def test_parameters_keep_dtype_shape_and_bits():
@@ -295,18 +292,12 @@ def test_a_disk_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_what_killed_saves_left_is_removed(tmp_path):
-    for name, seconds in (
-        (".m.zip.abcd1234.tmp", 0),
-        (".n.zip.abcd1234.tmp", 1000),
-        (".o.zip.abcd1234.tmp", 0),
-    ):
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (time.time() - seconds,) * 2)
+    paths = [tmp_path / f".{name}.zip.abcd1234.tmp" for name in "mno"]
+    for path, seconds in zip(paths, (0, 1000, 0), strict=True):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - seconds,) * 2)
     save_zip(tmp_path / "m", {"x": 1}, PARAMS)
-    assert sorted(os.listdir(tmp_path)) == [
-        ".o.zip.abcd1234.tmp",
-        "m.zip",
-    ]  # somebody may be writing the last one
+    assert sorted(os.listdir(tmp_path)) == [paths[2].name, "m.zip"]  # somebody may be writing that one
 
 
 def test_a_link_stays_a_link(tmp_path):
