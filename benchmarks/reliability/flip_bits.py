@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import cli_runs
 import jax
 import numpy as np
 
-import runs
 from grpo_jax.cli.recorder import Recorder
 from grpo_jax.cli.runs import RunDirectory
 from grpo_jax.files import UnsealedWarning
@@ -68,7 +68,9 @@ def flip(content: bytes, rng: random.Random) -> bytes:
 def flip_all(folder: pathlib.Path, n_flips: int, seed: int) -> dict[str, Counter[str]]:
     """Trains a short run in ``folder`` and flips bits of each of its files in turn; outcomes by file."""
     length = ["--total-timesteps", "4096", "--checkpoint-every", "4"]
-    ended = runs.inside(["train", runs.ENV, "--out", str(folder), *length, *runs.SMALL, "--no-cache"])
+    ended = cli_runs.inside(
+        ["train", cli_runs.ENV, "--out", str(folder), *length, *cli_runs.SMALL, "--no-cache"]
+    )
     assert ended.status == 0, ended.output
     directory, rng = RunDirectory(folder), random.Random(seed)
     read = readers(directory)
@@ -100,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = flip_all(pathlib.Path(folder) / "run", options.flips, options.seed)
-    runs.report("flip_bits", {name: dict(outcomes) for name, outcomes in counts.items()}, options.out)
+    cli_runs.report("flip_bits", {name: dict(outcomes) for name, outcomes in counts.items()}, options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import runs
+import cli_runs
 
 SIZES = (4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 """KiB of the whole run directory."""
@@ -106,19 +106,19 @@ def main() -> None:
     parser.add_argument("--limit-files", action="store_true")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    runs.preload()
+    cli_runs.preload()
     place = limited if options.limit_files else mounted
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         os.environ.setdefault("XDG_CACHE_HOME", str(root / "cache"))
         log, whole, out = root / "log", root / "whole", root / "run"
-        small = [*runs.SMALL, "--checkpoint-every", "4", "--keep", "2", "--total-timesteps", "8192"]
+        small = [*cli_runs.SMALL, "--checkpoint-every", "4", "--keep", "2", "--total-timesteps", "8192"]
 
         def train(path: pathlib.Path) -> list[str]:
-            return ["train", runs.ENV, "--out", str(path), *small]
+            return ["train", cli_runs.ENV, "--out", str(path), *small]
 
-        def count(what: str, ended: runs.Ended, statuses: tuple[int, ...]) -> None:
+        def count(what: str, ended: cli_runs.Ended, statuses: tuple[int, ...]) -> None:
             messages = [line for line in ended.output.splitlines() if line.startswith(("error", "WARNING"))]
             fine = ended.status in statuses and messages and "Traceback" not in ended.output
             counts[f"{what}: {'told, status ' + str(ended.status) if fine else 'WRONG'}"] += 1
@@ -126,23 +126,23 @@ def main() -> None:
                 print(f"{what}: {ended.status}\n{ended.output}", flush=True)
 
         def compare(what: str) -> None:
-            different = runs.differences(whole, out)
+            different = cli_runs.differences(whole, out)
             counts[f"{what}: {'equal' if not different else 'WRONG'}"] += 1
             if different:
                 print(what, different, flush=True)
 
-        reference = runs.command(train(whole), log)
+        reference = cli_runs.command(train(whole), log)
         assert reference.status == 0, reference.output
         for kib in SIZES:
             with place(out, kib) as resize:
-                ended = runs.command(train(out), log)
+                ended = cli_runs.command(train(out), log)
                 if ended.status == 0 and not any(word in ended.output for word in ("WARNING", "error")):
                     counts["directory: large enough"] += 1
                     continue
                 count("directory", ended, (0, 1, 2))
                 resize(1 << 20)
                 again = ["resume", str(out)] if (out / "config.json").exists() else train(out)
-                ended = runs.command(again, log)
+                ended = cli_runs.command(again, log)
                 gap = "lacks iterations" in ended.output
                 counts[f"directory, then resumed: {'a gap, told' if gap else f'status {ended.status}'}"] += 1
                 if not gap:
@@ -150,18 +150,18 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
         if not options.limit_files:
             for name in ("tensorboard", "checkpoints"):
-                ended = runs.command(train(out), log, full_folder(out / name))
+                ended = cli_runs.command(train(out), log, full_folder(out / name))
                 subprocess.run(["umount", out / name], check=True)
                 count(name, ended, (0,))
                 compare(name)
                 shutil.rmtree(out)
             with mounted(out, 1024):
-                ended = runs.command(
+                ended = cli_runs.command(
                     [*train(out), "--checkpoint-every", "1"], log, full_for_a_while(out / "ballast")
                 )
                 count("full for a while", ended, (0,))
                 compare("full for a while")
-    runs.report("full_disk", dict(counts), options.out)
+    cli_runs.report("full_disk", dict(counts), options.out)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cli_runs
 import msgpack
 
-import runs
 from grpo_jax.cli.runs import _checksum
 from grpo_jax.files import seal, unseal
 
@@ -253,7 +253,9 @@ def attack(root: pathlib.Path, every: int = 1, *, verbose: bool = False) -> Coun
     """Runs the cases, or one in ``every``; outcomes."""
     original, folder, outside = root / "original", root / "run", root / "outside" / "mine.txt"
     length = ["--total-timesteps", "256", "--keep", "2", "--checkpoint-every", "2"]
-    ended = runs.inside(["train", runs.ENV, "--out", str(original), *length, *runs.SMALL, "--no-cache"])
+    ended = cli_runs.inside(
+        ["train", cli_runs.ENV, "--out", str(original), *length, *cli_runs.SMALL, "--no-cache"]
+    )
     assert ended.status == 0, ended.output
     outside.parent.mkdir()
     outside.write_text("mine")
@@ -266,7 +268,7 @@ def attack(root: pathlib.Path, every: int = 1, *, verbose: bool = False) -> Coun
         shutil.copytree(original, folder)
         change(folder / file)
         signal.alarm(60)  # a command that hangs ends the script
-        ended = runs.inside(["resume", str(folder), "--total-timesteps", "320", "--no-cache"])
+        ended = cli_runs.inside(["resume", str(folder), "--total-timesteps", "320", "--no-cache"])
         signal.alarm(0)
         lines = [line for line in ended.output.splitlines() if line.startswith("error: ")]
         refused = ended.status == 2 and len(lines) == 1 and str(folder) in lines[0]
@@ -294,7 +296,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         counts = attack(pathlib.Path(root), options.every, verbose=options.verbose)
-    runs.report("hostile_files", dict(counts), options.out)
+    cli_runs.report("hostile_files", dict(counts), options.out)
 
 
 if __name__ == "__main__":

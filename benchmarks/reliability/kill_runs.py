@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import runs
+import cli_runs
 
 
 def die_at(n: int) -> Callable[[], Any]:
@@ -57,12 +57,12 @@ def kill_one(
     """Starts or resumes a run and kills it; what it died of: ``time``, ``call``, or ``""`` if it ended before."""
     log.unlink(missing_ok=True)
     if rng.random() < 0.5:
-        pid = runs.start(arguments, log, die_at(rng.randrange(1, 60)))
-        return "call" if runs.finish(pid, log).status == -signal.SIGKILL else ""
-    pid = runs.start(arguments, log)
+        pid = cli_runs.start(arguments, log, die_at(rng.randrange(1, 60)))
+        return "call" if cli_runs.finish(pid, log).status == -signal.SIGKILL else ""
+    pid = cli_runs.start(arguments, log)
     time.sleep(rng.uniform(0.0, seconds))
     os.kill(pid, signal.SIGKILL)
-    return "time" if runs.finish(pid, log).status == -signal.SIGKILL else ""
+    return "time" if cli_runs.finish(pid, log).status == -signal.SIGKILL else ""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--checkpoint-every", default="10s")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    runs.preload()
+    cli_runs.preload()
     rng = random.Random(options.seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,11 +89,11 @@ def main() -> None:
                 "--checkpoint-every",
                 options.checkpoint_every,
             ]
-            return ["train", runs.ENV, "--out", str(path), *length, *runs.SMALL]
+            return ["train", cli_runs.ENV, "--out", str(path), *length, *cli_runs.SMALL]
 
         for _ in range(2):  # the second one finds its programs in the cache
             clock = time.monotonic()
-            ended = runs.command([*train(whole), "--overwrite"], log)
+            ended = cli_runs.command([*train(whole), "--overwrite"], log)
             assert ended.status == 0, ended.output
             seconds = time.monotonic() - clock
         deadline = time.monotonic() + 60.0 * options.minutes
@@ -108,14 +108,14 @@ def main() -> None:
                     arguments = ["resume", str(out)]
             had_checkpoint = (out / "checkpoint.msgpack").exists()
             counts["with a checkpoint"] += had_checkpoint
-            ended = runs.command(arguments, log)
-            different = runs.differences(whole, out)
+            ended = cli_runs.command(arguments, log)
+            different = cli_runs.differences(whole, out)
             leftover = [path.name for path in out.glob(".*.tmp")]
             equal = ended.status == 0 and not different and not leftover
             counts["runs equal byte for byte" if equal else "runs that differ"] += 1
             if not equal:
                 print(f"status {ended.status}, different {different}, left {leftover}\n{ended.output}")
-    runs.report("kill_runs", dict(counts) | {"seconds of a run": round(seconds, 1)}, options.out)
+    cli_runs.report("kill_runs", dict(counts) | {"seconds of a run": round(seconds, 1)}, options.out)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import cli_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 import grpo_jax
-import runs
 from grpo_jax.spaces import Box, Discrete
 from grpo_jax.training.checkpoint import nonfinite_leaves
 from grpo_jax.worlds.base import RewardOverride, World
@@ -153,7 +153,7 @@ def main() -> None:
         counts[stage][ended[:5] if ended.startswith("WRONG") else ended] += 1
         if ended.startswith("WRONG"):
             print(regime, stage, value, normalize, ended, flush=True)
-    runs.report("spoiled_numbers", {stage: dict(ends) for stage, ends in counts.items()}, options.out)
+    cli_runs.report("spoiled_numbers", {stage: dict(ends) for stage, ends in counts.items()}, options.out)
 
 
 if __name__ == "__main__":

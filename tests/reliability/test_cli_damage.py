@@ -262,7 +262,7 @@ def script() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield load
-    sys.modules.pop("runs", None)
+    sys.modules.pop("cli_runs", None)
 
 
 def test_flipped_bits(script: Any, tmp_path: Path) -> None:
