@@ -108,6 +108,12 @@ def cell(values: Sequence[float | None], form: Any = report.number) -> str:
     return report.spread([value for value in values if value is not None], form)
 
 
+def first(values: Sequence[float | None], form: Any = report.number) -> str:
+    """The median of what it took to get there; ``"1 of 2"`` where not every seed does."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return form(report.median(known)) if len(known) == len(values) else f"{len(known)} of {len(values)}"
+
+
 def kind_of(found: Sequence[rows.Row]) -> str:
     """What GRPO compared, and on how many seeds where they differ."""
     counts = Counter(row["dynamics"] for row in found if row["dynamics"] is not None)
@@ -122,25 +128,17 @@ def summary(results: Sequence[rows.Row], settings: str) -> str:
         if not by_algo["ppo"] or not by_algo["grpo"]:
             continue
         bar = bar_of(by_algo["ppo"])
+        reached = {algo: [measures(row, bar) for row in found] for algo, found in by_algo.items()}
 
-        def of(
-            algo: str, name: str, form: Any = report.number, bar: Any = bar, by_algo: Any = by_algo
-        ) -> str:
-            values = [measures(row, bar)[name] for row in by_algo[algo]]
-            if any(value is None or not np.isfinite(value) for value in values):
-                reached = sum(value is not None and np.isfinite(value) for value in values)
-                return f"{reached} of {len(values)}" if values else ""
-            return form(report.median(values))
+        def each(name: str, algo: str, reached: Any = reached) -> list[float | None]:
+            return [one[name] for one in reached[algo]]
 
         counts = [str(len(by_algo[algo])) for algo in COLOURS]
         lines.append(
             [env_id, kind_of(by_algo["grpo"]), "/".join(counts), report.number(bar.seconds)]
-            + [
-                cell([measures(row, bar)["equal_seconds"] for row in by_algo[algo]]) if by_algo[algo] else ""
-                for algo in COLOURS
-            ]
-            + [of(algo, "seconds_to_target") for algo in ("ppo", "grpo")]
-            + [of(algo, "steps_to_target", report.steps) for algo in ("ppo", "grpo")]
+            + [cell(each("equal_seconds", algo)) if by_algo[algo] else "" for algo in COLOURS]
+            + [first(each("seconds_to_target", algo)) for algo in ("ppo", "grpo")]
+            + [first(each("steps_to_target", algo), report.steps) for algo in ("ppo", "grpo")]
         )
     head = ["Environment", "Alternatives", "Seeds", "CPU s", *(NAMES[algo] for algo in COLOURS)]
     head += ["To PPO's last return, s: PPO", "GRPO", "Decision steps: PPO", "GRPO"]
