@@ -25,6 +25,8 @@ from grpo_jax.cli import main, recorder
 from grpo_jax.cli.runs import RunDirectory
 from grpo_jax.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("looks_often")
+
 SMALL = [
     "--n-envs",
     "4",
@@ -49,15 +51,6 @@ def train(out: Path, *arguments: str, total: int = 320) -> int:
 
 def resume(out: Path, *arguments: str) -> int:
     return main(["resume", str(out), "--total-timesteps", "384", "--no-cache", *arguments])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def looks_often() -> Iterator[None]:
-    """The host looks at each iteration, however fast they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        run = grpo_jax.run
-        patch.setattr(grpo_jax, "run", lambda *args, **kwargs: run(*args, **kwargs, callback_every=1))
-        yield
 
 
 @pytest.fixture(scope="module")

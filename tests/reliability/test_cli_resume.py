@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import grpo_jax
 from grpo_jax.cli import main, recorder
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.training import checkpoint
+
+pytestmark = pytest.mark.usefixtures("looks_often")
 
 SMALL = [
     "--n-envs",
@@ -44,15 +46,6 @@ def resume(out: Path, *arguments: str) -> int:
 def content(out: Path) -> list[bytes]:
     """What does not depend on the clock."""
     return [(out / name).read_bytes() for name in ("metrics.csv", "policy.msgpack", "checkpoint.msgpack")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def looks_often() -> Iterator[None]:
-    """The host looks at each iteration, however fast they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        run = grpo_jax.run
-        patch.setattr(grpo_jax, "run", lambda *args, **kwargs: run(*args, **kwargs, callback_every=1))
-        yield
 
 
 @pytest.fixture(scope="module")
