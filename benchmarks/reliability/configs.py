@@ -3,11 +3,13 @@
     python benchmarks/reliability/configs.py --valid 2000 --invalid 2000
 
 Settings that do not go together count as invalid: they must raise ValueError or TypeError, before anything is trained.
+What compiles a program is drawn anew every ``--draws`` settings; the numbers that a program takes are drawn for each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import typing
 import warnings
@@ -45,6 +47,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "kl_coef": (None, 0.1), "reference_decay": (0.5, 0.99), "target_kl": (None, 0.01), "max_grad_norm": (0.1, 10.0),
     "spread_floor": (0.0, 1e-6), "net_arch": ((), (4,), (4, 4)), "log_std_init": (-1.0, 0.5),
 }  # fmt: skip
+TRACED = {one.name for one in dataclasses.fields(GRPOConfig) if "traced" in one.metadata} & NUMBERS.keys()
 BAD: dict[str, tuple[Any, ...]] = {name: ("nonsense", 3, None, ["ppo"]) for name in NAMES}
 BAD |= dict.fromkeys(
     ("n_envs", "n_steps", "n_epochs", "batch_size", "group_size", "horizon", "n_rollouts", "branch_every"),
@@ -89,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--valid", type=int, default=2000)
     parser.add_argument("--invalid", type=int, default=2000)
+    parser.add_argument("--draws", type=int, default=10, help="of numbers for each program")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -96,16 +100,18 @@ def main() -> None:
     envs = [grpo_jax.make(one) for one in ENVS]
     counts: Counter[str] = Counter()
     while counts["trained"] < arguments.valid and counts["wrong"] < 20:
-        names = draw.sample(sorted(CHOICES | NUMBERS), draw.randint(2, 8))
-        settings = {name: draw.choice((CHOICES | NUMBERS)[name]) for name in names}
+        names = draw.sample(sorted((CHOICES | NUMBERS).keys() - TRACED), draw.randint(2, 8))
+        program = {name: draw.choice((CHOICES | NUMBERS)[name]) for name in names}
         index = draw.randrange(len(envs))
-        came_to = train(settings, envs[index], draw.randrange(2**31))
-        if came_to not in ("trained", "refused"):
-            print(f"{ENVS[index]} {settings}: {came_to}", flush=True)
-            came_to = "wrong"
-        counts[came_to] += 1
-        if counts["trained"] % 20 == 0:
-            jax.clear_caches()
+        for _ in range(arguments.draws):
+            names = draw.sample(sorted(TRACED), draw.randint(1, len(TRACED)))
+            settings = program | {name: draw.choice(NUMBERS[name]) for name in names}
+            came_to = train(settings, envs[index], draw.randrange(2**31))
+            if came_to not in ("trained", "refused"):
+                print(f"{ENVS[index]} {settings}: {came_to}", flush=True)
+                came_to = "wrong"
+            counts[came_to] += 1
+        jax.clear_caches()
     silent = 0
     for _ in range(arguments.invalid):
         name = draw.choice(sorted(BAD))

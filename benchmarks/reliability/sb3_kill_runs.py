@@ -81,6 +81,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", nargs=2)
     arguments = parser.parse_args()
@@ -88,9 +89,9 @@ def main() -> None:
         child(arguments.child[0], Path(arguments.child[1]))
         return
     draw = random.Random(arguments.seed)
-    share = -(-arguments.kills // len(KINDS))
+    share = -(-arguments.kills // len(arguments.kinds))
     n_equal = n_kills = 0
-    for kind in KINDS:
+    for kind in arguments.kinds:
         command = [sys.executable, __file__, "--child", kind]
         with tempfile.TemporaryDirectory() as root:
             whole, killed = Path(root) / "whole", Path(root) / "killed"
@@ -116,7 +117,7 @@ def main() -> None:
             left = [path.name for path in killed.iterdir() if path.name.startswith(".")]
             n_equal, n_kills = n_equal + equal, n_kills + kills
             print(f"{kind}: {kills} kills, equal: {equal}, temporary files left: {len(left)}", flush=True)
-    print(f"{n_kills} kills, {n_equal} of {len(KINDS)} runs equal to the run that was not killed")
+    print(f"{n_kills} kills, {n_equal} of {len(arguments.kinds)} runs equal to the run that was not killed")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sb3_bridge import GRPO
 from sb3_bridge.clones.processes import WorkerError
 
 LIMIT = 10
+STARTS = ("fork", "forkserver", "spawn")
 
 
 class Walk(gym.Env):
@@ -86,10 +87,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     draw = random.Random(0)
-    for start in ("fork", "forkserver", "spawn"):
+    for start in arguments.starts:
         counts: Counter[str] = Counter()
         for what in ("SIGKILL", "SIGSEGV", "SIGSTOP", "raise"):
             for where in ("branch", "step"):
