@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--horizon", type=int, help="None: Plan.of's")
-    parser.add_argument("--rollouts", type=int, default=4)
-    parser.add_argument("--confidence", type=float, default=1.0)
+    parser.add_argument("--rollouts", type=int, default=grpo_jax.Plan.n_rollouts)
+    parser.add_argument("--confidence", type=float, default=grpo_jax.Plan.confidence)
     args = parser.parse_args()
     changes = {"n_rollouts": args.rollouts, "confidence": args.confidence}
     changes |= {} if args.horizon is None else {"horizon": args.horizon}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_type_hints
 
 from grpo_jax.config import GRPOConfig, Schedule
+from grpo_jax.groups.plan import Plan
 from grpo_jax.presets import DEFAULT_TIMESTEPS, preset, preset_ids, preset_timesteps
 
 FINAL_EPISODES = 128
@@ -76,7 +77,7 @@ class Evaluate:
     """Act by comparison: follow the candidates of every state before one is taken."""
     plan_horizon: int | None = None
     """Steps of these branches; None: 64, or the run's own horizon where that is longer."""
-    plan_rollouts: int = 4
+    plan_rollouts: int = Plan.n_rollouts
     """Branches of each candidate."""
     seed: int | None = None
     """Seed of the episodes; None: the run's, which plays those of the table at the end of training."""

@@ -2,8 +2,8 @@
 
 Rollout policy improvement (Tesauro & Galperin, NeurIPS 1996): one step of policy iteration, made where the policy acts. Taking
 whatever did best in a few branches loses to the policy where they are noisy, or short and judged by a wrong critic. Here the
-policy acts as ever, and gives way only to what was better by more than the noise of the differences, in branches that are long
-beside those of training.
+policy acts as ever, and gives way only to what was better beyond the noise of the differences, in branches that are long
+beside those of training. ``docs/planning.md`` has what that brings, and what did not hold.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Plan(struct.PyTreeNode):
     """
 
     horizon: int = struct.field(pytree_node=False, default=HORIZON)
-    n_rollouts: int = struct.field(pytree_node=False, default=4)
+    n_rollouts: int = struct.field(pytree_node=False, default=8)
     group_size: int = struct.field(pytree_node=False, default=8)
     max_enumerated: int = struct.field(pytree_node=False, default=GRPOConfig.max_enumerated)
     past_truncation: bool = struct.field(pytree_node=False, default=False)
     gamma: float | jax.Array = GRPOConfig.gamma
-    confidence: float | jax.Array = 1.0
+    confidence: float | jax.Array = 3.0
 
     def __post_init__(self) -> None:
         for name, least in (("horizon", 1), ("n_rollouts", 2), ("group_size", 2)):
@@ -164,9 +164,7 @@ def propose(
     return candidates.sample_actions(distribution, parameters, own, bits_to_uniform(draw_bits(key, shape)))
 
 
-def choose(
-    returns: jax.Array, valid: jax.Array, own: jax.Array, confidence: float | jax.Array = 1.0
-) -> jax.Array:
+def choose(returns: jax.Array, valid: jax.Array, own: jax.Array, confidence: float | jax.Array) -> jax.Array:
     """The candidate that is surely best, the policy's own where none is surely better.
 
     Random numbers are shared, so the difference to the own action is taken branch by branch; its mean, less ``confidence``

@@ -87,7 +87,7 @@ def test_the_reward_function_judges_and_sees_what_was_not_normalized():
 def test_an_untrained_policy_keeps_the_pole_up(kind):
     made = GymnaxVecEnv("CartPole-v1", 2, seed=0) if kind == "simulator" else None
     model = GRPO("MlpPolicy", made or make_vec_env("CartPole-v1", 2, seed=0), **SMALL)
-    planner = Planner(model, horizon=40, n_rollouts=2, seed=0)
+    planner = Planner(model, horizon=40, n_rollouts=4, confidence=1.0, seed=0)
     alone, planned = (
         evaluate_policy(one, planner.get_env(), n_eval_episodes=2, deterministic=False)[0]
         for one in (model, planner)
