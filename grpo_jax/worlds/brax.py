@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 from flax import struct
 
 from grpo_jax.spaces import Box, Space
 from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import World, strong
 from grpo_jax.worlds.classic import TimeLimited
-from grpo_jax.worlds.suites import floats, fresh_key, load, making, once, real, settled
+from grpo_jax.worlds.suites import box, floats, fresh_key, load, making, once, settled
 
 
 @struct.dataclass
@@ -49,8 +48,8 @@ class BraxWorld(World):
 def wrap(env: Any, episode_length: int, observation: str | None = None) -> TimeLimited:
     """The world of a bare environment with Brax' interface, whose episodes are cut after ``episode_length`` steps."""
     seen = jax.eval_shape(env.reset, jax.random.key(0)).obs
-    space = real((seen if observation is None else seen[observation]).shape)
-    world = BraxWorld(env, observation, space, Box(np.float32(-1), np.float32(1), (env.action_size,)))
+    space = box((seen if observation is None else seen[observation]).shape)
+    world = BraxWorld(env, observation, space, box((env.action_size,), -1, 1))
     return TimeLimited(world, episode_length)
 
 

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from grpo_jax.spaces import ActionSpace, Space, from_gymnasium

@@ -13,7 +13,7 @@ from grpo_jax.spaces import Dict, Discrete, MultiDiscrete, Space
 from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import World, strong
 from grpo_jax.worlds.classic import NO_LIMIT, TimeLimited
-from grpo_jax.worlds.suites import floats, fresh_key, load, making, once, real, settled
+from grpo_jax.worlds.suites import box, floats, fresh_key, load, making, once, settled
 
 _LAST = 2
 """The type of an episode's last step."""
@@ -110,9 +110,9 @@ def from_id(name: str, **options: Any) -> World:
     parts = tuple(int(n) for n in nvec)
     seen = jax.eval_shape(lambda tree: _see(tree)[0], first)
     space: Space = (
-        Dict(tuple((field, real(leaf.shape)) for field, leaf in seen.items()))
+        Dict(tuple((field, box(leaf.shape)) for field, leaf in seen.items()))
         if isinstance(seen, dict)
-        else real(seen.shape)
+        else box(seen.shape)
     )
     mask = _fields(first).get("action_mask")
     actions = _actions(name, parts, None if mask is None else mask.shape)

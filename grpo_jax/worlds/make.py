@@ -73,8 +73,8 @@ def env_ids(suite: str = "gymnax") -> list[str]:
 def _from_suite(prefix: str, name: str, options: dict[str, Any]) -> World:
     env_id = f"{prefix}/{name}"
     suite = _suite(prefix, f"env={env_id!r}")
-    if name not in suite.ids():
-        raise unknown_id(env_id, env_ids(prefix), f"an id of {prefix}")
+    if name not in (known := suite.ids()):
+        raise unknown_id(env_id, known, f"an id of {prefix}")
     signature = inspect.signature(suite.from_id)
     try:
         signature.bind(name, **options)

@@ -10,7 +10,7 @@ from flax import struct
 from grpo_jax.spaces import Discrete, Space
 from grpo_jax.types import PyTree, Step
 from grpo_jax.worlds.base import World, strong
-from grpo_jax.worlds.suites import fresh_key, load, making, once, one_hot, settled, unit
+from grpo_jax.worlds.suites import box, fresh_key, load, making, once, one_hot, settled
 
 SIZES = (11, 6, 4)
 """Tags, colours and states of entities (their direction included)."""
@@ -69,7 +69,7 @@ def from_id(
         raise ValueError(f"observation={observation!r} must be 'symbolic' or 'symbolic_first_person'")
     env = _environment(name, observation, **options)
     shape = jax.eval_shape(env.reset, jax.random.key(0)).observation.shape
-    return NavixWorld(env, unit((*shape[:2], sum(SIZES))), Discrete(len(env.action_set)))
+    return NavixWorld(env, box((*shape[:2], sum(SIZES)), 0, 1), Discrete(len(env.action_set)))
 
 
 @once

@@ -16,7 +16,7 @@ from flax import struct
 from grpo_jax.spaces import Discrete, Space
 from grpo_jax.types import PyTree, Step
 from grpo_jax.worlds.base import World, strong
-from grpo_jax.worlds.suites import floats, load, making, once, real, settled, unit
+from grpo_jax.worlds.suites import box, floats, load, making, once, settled
 
 Opponent = Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
 """``(opponent_params, key, observation [*O], action_mask bool [n]) -> action int []``, for one state, in JAX."""
@@ -115,7 +115,8 @@ def from_id(name: str, *, opponent: Opponent | str = "random", opponent_params: 
             " -> action"
         )
     state = jax.eval_shape(env.init, jax.random.key(0))
-    space = (unit if state.observation.dtype == bool else real)(state.observation.shape)
+    bounds = (0, 1) if state.observation.dtype == bool else ()
+    space = box(state.observation.shape, *bounds)
     return PgxWorld(strong(opponent_params), env, opponent, space, Discrete(*state.legal_action_mask.shape))
 
 

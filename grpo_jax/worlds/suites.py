@@ -11,7 +11,7 @@ import difflib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from grpo_jax.spaces import Box
 from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import strong
 
-_P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
@@ -43,8 +42,9 @@ def load(module: str, suite: str) -> Any:
 
 
 def unknown_id(env_id: str, known: Sequence[str], what: str) -> ValueError:
-    """The error for an id that there is not; it suggests the nearest ones."""
-    near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.4)
+    """The error for an id that there is not; suggests the nearest of the ``known`` ones, which lack the suite's prefix."""
+    prefix, slash, name = env_id.rpartition("/")
+    near = [f"{prefix}{slash}{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.4)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known ids: {', '.join(known)}"
     return ValueError(f"env={env_id!r} is not {what}; {hint}")
 
@@ -68,12 +68,12 @@ def making(env_id: str) -> Iterator[None]:
         ) from error
 
 
-def once(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def once(function: Callable[..., _R]) -> Callable[..., _R]:
     """Remembers what was made of arguments that can be hashed: worlds with one environment object share their traces."""
     remembered = functools.lru_cache(maxsize=128, typed=True)(function)
 
     @functools.wraps(function)
-    def made(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def made(*args: Any, **kwargs: Any) -> _R:
         try:
             hash((args, tuple(kwargs.items())))
         except TypeError:
@@ -113,14 +113,9 @@ def floats(observation: Any) -> jax.Array:
     return jnp.asarray(observation, jnp.result_type(float))
 
 
-def real(shape: Sequence[int]) -> Box:
-    """Real numbers without bounds."""
-    return Box(np.float32(-np.inf), np.float32(np.inf), tuple(shape))
-
-
-def unit(shape: Sequence[int]) -> Box:
-    """Real numbers from 0 to 1."""
-    return Box(np.float32(0), np.float32(1), tuple(shape))
+def box(shape: Sequence[int], low: float = -np.inf, high: float = np.inf) -> Box:
+    """Real numbers from ``low`` to ``high``."""
+    return Box(np.asarray(low), np.asarray(high), tuple(shape))
 
 
 def one_hot(grid: jax.Array, sizes: Sequence[int]) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import struct
 from grpo_jax.spaces import Discrete, Space
 from grpo_jax.types import PyTree, Step
 from grpo_jax.worlds.base import World, strong
-from grpo_jax.worlds.suites import fresh_key, load, making, once, one_hot, settled, unit
+from grpo_jax.worlds.suites import box, fresh_key, load, making, once, one_hot, settled
 
 _LAST = 2
 """The type of an episode's last step."""
@@ -65,7 +65,7 @@ def from_id(name: str, *, params: PyTree = None, **options: Any) -> XMiniGridWor
     sizes = (int(tiles.NUM_TILES), int(tiles.NUM_COLORS))
     height, width, _ = env.observation_shape(params)
     return XMiniGridWorld(
-        params, env, sizes, unit((height, width, sum(sizes))), Discrete(int(env.num_actions(params)))
+        params, env, sizes, box((height, width, sum(sizes)), 0, 1), Discrete(int(env.num_actions(params)))
     )
 
 

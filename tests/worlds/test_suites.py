@@ -113,7 +113,9 @@ def native_xminigrid(world, name, limit):
 
 def symbols(grid, sizes):
     """Categories as one-hot maps, in NumPy; a category that there is not is an IndexError."""
-    return np.concatenate([np.eye(n, dtype=np.float32)[np.asarray(grid)[..., i]] for i, n in enumerate(sizes)], -1)
+    return np.concatenate(
+        [np.eye(n, dtype=np.float32)[np.asarray(grid)[..., i]] for i, n in enumerate(sizes)], -1
+    )
 
 
 def native_jumanji(world, name, limit):
@@ -191,7 +193,7 @@ class Case(NamedTuple):
     env_id: str
     limit: int | None  # steps of an episode, or None: no time limit
     options: dict[str, Any]
-    is_random: bool  # whether steps draw random numbers
+    is_random: bool | None  # whether steps draw random numbers; None: too seldom to be seen here
     terminates: bool  # whether some of the random episodes end by themselves
     tolerance: float = 1e-6
 
@@ -203,12 +205,12 @@ CASES = [
     Case("pgx/kuhn_poker", None, {"opponent": first_allowed}, False, True),
     Case("pgx/leduc_holdem", None, {"opponent": first_allowed}, False, True),
     Case("navix/Navix-Empty-5x5-v0", 20, {"max_steps": 20}, False, True),
-    Case("navix/Navix-Dynamic-Obstacles-5x5-v0", 20, {"max_steps": 20}, True, True),
-    Case("xminigrid/MiniGrid-Empty-5x5", 20, {"max_steps": 20}, False, True),
-    Case("jumanji/Snake-v1", 9, {"time_limit": 9}, True, True),
+    Case("navix/Navix-Dynamic-Obstacles-5x5-v0", 5, {"max_steps": 5}, True, True),
+    Case("xminigrid/MiniGrid-EmptyRandom-5x5", 20, {"max_steps": 20}, False, True),
+    Case("jumanji/Snake-v1", 9, {"time_limit": 9}, None, False),
     Case("jumanji/Game2048-v1", None, {}, True, True),
     Case("jumanji/Tetris-v0", 12, {"time_limit": 12}, True, True),
-    Case("jumanji/Connector-v3", 10, {"time_limit": 10}, False, True),
+    Case("jumanji/Connector-v3", 10, {"time_limit": 10}, False, False),
     Case("jumanji/RubiksCube-v0", 15, {"time_limit": 15}, False, False),
     Case("craftax/Craftax-Classic-Symbolic-v1", 70, {"max_timesteps": 70}, True, False),
     Case("brax/inverted_pendulum", 12, {"episode_length": 12, "backend": "spring"}, False, True, 1e-4),
@@ -252,7 +254,9 @@ def draw_action(rng, world, mask):
     space = world.action_space
     if isinstance(space, spaces.Box):
         return jnp.asarray(rng.uniform(space.low, space.high), jnp.float32)
-    masks = np.split(np.ones(sum(space.nvec)) if mask is None else np.asarray(mask, float), np.cumsum(space.nvec)[:-1])
+    masks = np.split(
+        np.ones(sum(space.nvec)) if mask is None else np.asarray(mask, float), np.cumsum(space.nvec)[:-1]
+    )
     drawn = [rng.choice(len(part), p=part / part.sum()) for part in masks]
     return jnp.asarray(drawn[0] if isinstance(space, spaces.Discrete) else drawn, jnp.int32)
 
@@ -260,7 +264,9 @@ def draw_action(rng, world, mask):
 def assert_equal(ours, native, tolerance, what):
     ours, native = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (ours, native))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=what), ours, native
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=what),
+        ours,
+        native,
     )
 
 
@@ -315,7 +321,11 @@ def test_the_protocol(case):
     reached = jax.eval_shape(world.step, key, state, action)
     for leaf in jax.tree.leaves((observation, state, reached)):
         assert not leaf.weak_type
-    for value, dtype in ((reached.reward, jnp.float32), (reached.terminated, bool), (reached.truncated, bool)):
+    for value, dtype in (
+        (reached.reward, jnp.float32),
+        (reached.terminated, bool),
+        (reached.truncated, bool),
+    ):
         assert (value.shape, value.dtype) == ((), dtype)
     encoded = jax.eval_shape(lambda x: spaces.encode(world.observation_space, x), observation)
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(encoded))
@@ -330,22 +340,22 @@ def test_a_key_is_all_that_a_step_draws_from(case):
     """Equal keys, equal steps; other keys, other steps, where the world draws random numbers at all."""
     world = world_of(case.env_id)
     reset, step, see_mask = programs(case.env_id)
-    _, state = reset(as_key(jax.random.key(1)))
-    action = draw_action(np.random.default_rng(1), world, see_mask(state))
-    keys = [as_key(key) for key in jax.random.split(jax.random.key(2), 12)]
+    _, first = reset(as_key(jax.random.key(1)))
+    all_keys = [as_key(key) for key in jax.random.split(jax.random.key(2), 60)]
 
     def future(keys):
         """What is observed and earned in some steps: randomness may show late."""
-        here, seen = state, []
+        state, rng, seen = first, np.random.default_rng(1), []
         for key in keys:
-            reached = step(key, here, action)
-            seen += [*map(np.asarray, jax.tree.leaves(reached.observation)), np.asarray(reached.reward)]
-            here = reached.state
-        return np.concatenate([leaf.ravel() for leaf in seen])
+            reached = step(key, state, draw_action(rng, world, see_mask(state)))
+            seen += [*map(np.ravel, jax.tree.leaves(reached.observation)), np.ravel(reached.reward)]
+            state = reached.state
+        return np.concatenate(seen)
 
-    futures = [future(keys[:6]), future(keys[:6]), future(keys[6:])]
-    np.testing.assert_array_equal(futures[0], futures[1])
-    assert np.array_equal(futures[0], futures[2]) != case.is_random
+    one, again, other = future(all_keys[:30]), future(all_keys[:30]), future(all_keys[30:])
+    np.testing.assert_array_equal(one, again)
+    if case.is_random is not None:
+        assert np.array_equal(one, other) != case.is_random
 
 
 @every_case
