@@ -24,6 +24,19 @@ Opponent = Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
 LEARNER = 0
 """Pgx draws at a reset which player begins."""
 
+ALTERNATING = (
+    "animal_shogi",
+    "chess",
+    "connect_four",
+    "gardner_chess",
+    "go_9x9",
+    "go_19x19",
+    "hex",
+    "kuhn_poker",
+)
+ALTERNATING += ("othello", "shogi", "tic_tac_toe")
+"""Games in which two players move by turns; in others one of them may move twice."""
+
 
 def random_opponent(
     params: PyTree, key: jax.Array, observation: jax.Array, action_mask: jax.Array
@@ -68,8 +81,6 @@ class PgxWorld(World):
 
     def _others(self, key: jax.Array, state: PyTree) -> PyTree:
         """Until it is the learner's turn; ``rewards`` are then those of all moves since the learner's, and of it."""
-        if self.env.num_players == 1:
-            return state
 
         def is_on(carry: tuple[jax.Array, PyTree]) -> jax.Array:
             on: jax.Array = (carry[1].current_player != LEARNER) & ~(carry[1].terminated | carry[1].truncated)
@@ -78,12 +89,16 @@ class PgxWorld(World):
         def move(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
             key, old = carry
             key, move_key, chance_key = jax.random.split(key, 3)
-            action = self.opponent(
-                self.opponent_params, move_key, floats(old.observation), old.legal_action_mask
-            )
+            seen, mask = floats(old.observation), old.legal_action_mask
+            action = self.opponent(self.opponent_params, move_key, seen, mask)
             new = strong(self.env.step(old, action, chance_key), like=old)
             return key, new.replace(rewards=old.rewards + new.rewards)
 
+        if self.env.num_players == 1:
+            return state
+        if self.env.id in ALTERNATING:  # half of a loop's price
+            moved = move((key, state))[1]
+            return jax.tree.map(lambda one, other: jnp.where(is_on((key, state)), one, other), moved, state)
         return jax.lax.while_loop(is_on, move, (key, state))[1]
 
 

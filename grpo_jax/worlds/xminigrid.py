@@ -58,8 +58,16 @@ def from_id(name: str, *, params: PyTree = None, **options: Any) -> XMiniGridWor
       name: as XLand-MiniGrid has it, such as ``"MiniGrid-DoorKey-5x5"``.
       params: its ``EnvParams``, with the ruleset that an XLand environment needs; None: the default ones.
       options: fields of ``EnvParams`` to replace, such as ``max_steps``.
+
+    Raises:
+      ValueError: an XLand environment without a ruleset, in which there is nothing to reach.
     """
     env, default = _environment(name)
+    if params is None and hasattr(default, "ruleset") and "ruleset" not in options:
+        raise ValueError(
+            f"env='xminigrid/{name}' has no goal without a ruleset: give one, such as"
+            " ruleset=xminigrid.load_benchmark('trivial-1m').sample_ruleset(key)"
+        )
     params = strong((default if params is None else params).replace(**options))
     tiles = load("xminigrid.core.constants", "xminigrid")
     sizes = (int(tiles.NUM_TILES), int(tiles.NUM_COLORS))
