@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from grpo_jax.spaces import Discrete, Space
@@ -12,8 +13,11 @@ from grpo_jax.types import PyTree, Step
 from grpo_jax.worlds.base import World, strong
 from grpo_jax.worlds.suites import box, fresh_key, load, making, once, one_hot, settled
 
-SIZES = (11, 6, 4)
-"""Tags, colours and states of entities (their direction included)."""
+SIZES = (11, 7, 5)
+"""Tags, colours and states (directions included); the last colour and the last state stand for all unknown ones.
+
+The locked doors of KeyCorridor have the state 254.
+"""
 
 
 @struct.dataclass
@@ -32,14 +36,18 @@ class NavixWorld(World):
 
     def reset(self, key: jax.Array) -> tuple[jax.Array, PyTree]:
         first = strong(_slim(self.env.reset(key)))
-        return one_hot(first.observation, SIZES), first
+        return _see(first), first
 
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> Step:
         inner = state.state.replace(key=fresh_key(state.state.key, key))
         # step() starts over by itself at the step behind an end.
         new = self.env._step(state.replace(state=inner), action)
-        seen = one_hot(new.observation, SIZES)
-        return settled(state, seen, _slim(new), new.reward, new.is_termination(), new.is_truncation())
+        return settled(state, _see(new), _slim(new), new.reward, new.is_termination(), new.is_truncation())
+
+
+def _see(timestep: PyTree) -> jax.Array:
+    largest = jnp.asarray(SIZES, timestep.observation.dtype) - 1
+    return one_hot(jnp.minimum(timestep.observation, largest), SIZES)
 
 
 def _slim(timestep: PyTree) -> PyTree:

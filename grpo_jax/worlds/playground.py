@@ -35,7 +35,7 @@ def from_id(
       options: fields of the environment's config to replace.
 
     Raises:
-      ValueError: there is no such observation.
+      ValueError: there is no such observation, or no such field of the config.
     """
     env, default_length = _environment(name, impl=impl, **options)
     seen = jax.eval_shape(env.reset, jax.random.key(0)).obs
@@ -51,5 +51,7 @@ def _environment(name: str, **options: Any) -> tuple[Any, int]:
     registry = load("mujoco_playground", "playground").registry
     with making(f"playground/{name}"):
         config = registry.get_default_config(name)
+        if unknown := [option for option in options if option not in config]:
+            raise ValueError(f"{', '.join(unknown)}: the config of playground/{name} has {', '.join(config)}")
         config.update(options)
         return registry.load(name, config=config), int(config.episode_length)

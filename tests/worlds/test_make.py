@@ -18,7 +18,8 @@ from grpo_jax.cli import main
 from grpo_jax.noise import as_key
 from grpo_jax.types import Step
 from grpo_jax.worlds import gymnax
-from grpo_jax.worlds.base import World
+from grpo_jax.worlds.base import World, check_world
+from grpo_jax.worlds.brax import wrap
 from grpo_jax.worlds.make import SUITES
 from grpo_jax.worlds.suites import fresh_key, making, once, one_hot
 
@@ -107,6 +108,50 @@ def test_options_reach_the_suite(walks):
     paid = grpo_jax.make("brax/walk", reward_function=lambda state, action, next_state: next_state[0] * 10)
     _, state = paid.reset(as_key(jax.random.key(0)))
     assert float(paid.step(as_key(jax.random.key(1)), state, jnp.int32(1)).reward) == 10
+
+
+class Robot(struct.PyTreeNode):
+    """A state of Brax' kind."""
+
+    obs: dict
+    info: dict
+    reward: jax.Array
+    done: jax.Array
+
+
+class RobotEnv:
+    """Brax' interface: it writes into the dict that it is given, draws from it, and ends never."""
+
+    action_size = 2
+
+    def reset(self, key):
+        return Robot(
+            self.see(jnp.zeros(3)), {"rng": jax.random.key_data(key)}, jnp.float32(0), jnp.float32(0)
+        )
+
+    def see(self, x):
+        return {"state": x, "privileged_state": jnp.concatenate([x, x])}
+
+    def step(self, state, action):
+        noise_key, state.info["rng"] = jax.random.split(jax.random.wrap_key_data(state.info["rng"]))
+        state.info["rng"] = jax.random.key_data(state.info["rng"])
+        return state.replace(obs=self.see(state.obs["state"] + jax.random.normal(noise_key, (3,))))
+
+
+@pytest.mark.parametrize(("observation", "size"), [("state", 3), ("privileged_state", 6)])
+def test_a_robots_step_draws_from_its_key_and_leaves_the_state_before_it_alone(observation, size):
+    world = wrap(RobotEnv(), 2, observation)
+    check_world(world)
+    assert world.observation_space.shape == (size,)
+    first = world.reset(as_key(jax.random.key(0)))[1]
+    words = np.array(first.inner.info["rng"])
+    one, again, other = (world.step(as_key(jax.random.key(n)), first, jnp.zeros(2)) for n in (1, 1, 2))
+    np.testing.assert_array_equal(first.inner.info["rng"], words)
+    np.testing.assert_array_equal(one.observation, again.observation)
+    assert one.observation.shape == (size,) and not np.allclose(one.observation, other.observation)
+    assert not one.truncated and not one.terminated
+    late = world.step(as_key(jax.random.key(3)), one.state, jnp.zeros(2))
+    assert late.truncated and not late.terminated
 
 
 def test_gymnax_can_be_named():

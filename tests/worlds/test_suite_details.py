@@ -20,9 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def needs(module):
     """Skips a test, visibly, where a suite is not installed."""
-    return pytest.importorskip(
-        module, reason=f"{module} is not installed: pip install '.[{module}]'", exc_type=ImportError
-    )
+    reason = f"{module} is not installed: pip install '.[{module.removeprefix('mujoco_')}]'"
+    return pytest.importorskip(module, reason=reason, exc_type=ImportError)
 
 
 def in_column(params, key, observation, action_mask):
@@ -130,7 +129,23 @@ def test_navix_does_not_start_over_behind_an_end():
         grpo_jax.make("navix/Navix-Empty-5x5-v0", observation="rgb")
     assert grpo_jax.make(
         "navix/Navix-Empty-5x5-v0", observation="symbolic_first_person"
-    ).observation_space.shape == (7, 7, 21)
+    ).observation_space.shape == (7, 7, 23)
+
+
+def test_every_symbol_of_navix_is_seen():
+    """The state of a locked door is 254 in KeyCorridor."""
+    needs("navix")
+    world = grpo_jax.make("navix/Navix-KeyCorridorS3R1-v0")
+    observation, _ = jax.jit(world.reset)(as_key(jax.random.key(0)))
+    door = np.asarray(observation)[..., -1] == 1
+    assert door.any() and np.all(np.asarray(observation)[door][:, 4] == 1)  # the tag of doors
+    assert np.all(np.asarray(observation).sum(axis=-1) == 3)
+
+
+def test_playground_refuses_what_its_config_does_not_have():
+    needs("mujoco_playground")
+    with pytest.raises(ValueError, match="colour: the config of playground/CartpoleBalance has ctrl_dt"):
+        grpo_jax.make("playground/CartpoleBalance", colour="red")
 
 
 def test_an_xland_environment_needs_a_ruleset():

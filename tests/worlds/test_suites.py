@@ -90,7 +90,7 @@ def native_navix(world, name, limit):
 
     def see(timestep):
         done, terminated = timestep.is_done(), timestep.is_termination()
-        return symbols(timestep.observation, (11, 6, 4)), timestep.reward, done, terminated, None
+        return symbols(timestep.observation, (11, 7, 5)), timestep.reward, done, terminated, None
 
     return Native(jax.jit(env.reset), jax.jit(step), see)
 
