@@ -25,16 +25,9 @@ LEARNER = 0
 """Pgx draws at a reset which player begins."""
 
 ALTERNATING = (
-    "animal_shogi",
-    "chess",
-    "connect_four",
-    "gardner_chess",
-    "go_9x9",
-    "go_19x19",
-    "hex",
-    "kuhn_poker",
+    *("animal_shogi", "chess", "connect_four", "gardner_chess", "go_9x9", "go_19x19"),
+    *("hex", "kuhn_poker", "othello", "shogi", "tic_tac_toe"),
 )
-ALTERNATING += ("othello", "shogi", "tic_tac_toe")
 """Games in which two players move by turns; in others one of them may move twice."""
 
 
