@@ -46,7 +46,13 @@ class BraxWorld(World):
 
 
 def wrap(env: Any, episode_length: int, observation: str | None = None) -> TimeLimited:
-    """The world of a bare environment with Brax' interface, whose episodes are cut after ``episode_length`` steps."""
+    """The world of a bare environment with Brax' interface, whose episodes are cut after ``episode_length`` steps.
+
+    Raises:
+      ValueError: ``episode_length`` is no integer of at least 1.
+    """
+    if isinstance(episode_length, bool) or not isinstance(episode_length, int) or episode_length < 1:
+        raise ValueError(f"episode_length={episode_length!r} must be an integer of at least 1")
     seen = jax.eval_shape(env.reset, jax.random.key(0)).obs
     space = box((seen if observation is None else seen[observation]).shape)
     world = BraxWorld(env, observation, space, box((env.action_size,), -1, 1))

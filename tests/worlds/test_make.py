@@ -154,6 +154,12 @@ def test_a_robots_step_draws_from_its_key_and_leaves_the_state_before_it_alone(o
     assert late.truncated and not late.terminated
 
 
+@pytest.mark.parametrize("length", [0, -1, 2.5, True, None])
+def test_a_length_that_no_episode_has_is_refused(length):
+    with pytest.raises(ValueError, match=rf"episode_length={length} must be an integer"):
+        wrap(RobotEnv(), length, "state")
+
+
 def test_gymnax_can_be_named():
     assert grpo_jax.make("gymnax/CartPole-v1") is not None
     assert grpo_jax.env_ids("gymnax") == gymnax.env_ids() == grpo_jax.env_ids()
@@ -185,6 +191,14 @@ def test_the_command_line_takes_the_same_ids(walks, capsys, tmp_path):
     assert main(command) == 0
     assert "brax/walk" in capsys.readouterr().out
     assert main(["evaluate", out, "--n-episodes", "4", "--no-cache"]) == 0  # the run's file has the id
+
+
+def test_sb3s_object_takes_the_same_ids(walks):
+    from sb3_bridge import GRPO, GymnaxVecEnv
+
+    assert GymnaxVecEnv("brax/walk", n_envs=2).world == Walk()
+    model = GRPO("MlpPolicy", "brax/walk", n_steps=8, batch_size=8)
+    assert isinstance(model.get_env(), GymnaxVecEnv) and model.get_env().world == Walk()
 
 
 @pytest.mark.parametrize("missing", ["is_truncated", "registered_envs"])
