@@ -54,4 +54,6 @@ def _environment(name: str, **options: Any) -> tuple[Any, int]:
         if unknown := [option for option in options if option not in config]:
             raise ValueError(f"{', '.join(unknown)}: the config of playground/{name} has {', '.join(config)}")
         config.update(options)
+        if (repeat := config.get("action_repeat", 1)) != 1:  # a bare environment takes no notice of it
+            raise ValueError(f"action_repeat={repeat!r} must be 1; raise ctrl_dt instead")
         return registry.load(name, config=config), int(config.episode_length)

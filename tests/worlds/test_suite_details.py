@@ -144,8 +144,12 @@ def test_every_symbol_of_navix_is_seen():
 
 def test_playground_refuses_what_its_config_does_not_have():
     needs("mujoco_playground")
-    with pytest.raises(ValueError, match="colour: the config of playground/CartpoleBalance has ctrl_dt"):
+    with pytest.raises(
+        ValueError, match="colour: the config of playground/CartpoleBalance has action_repeat"
+    ):
         grpo_jax.make("playground/CartpoleBalance", colour="red")
+    with pytest.raises(ValueError, match="action_repeat=2 must be 1"):
+        grpo_jax.make("playground/CartpoleBalance", action_repeat=2)
 
 
 def test_an_xland_environment_needs_a_ruleset():
