@@ -24,8 +24,8 @@ from grpo_jax.training.train import Result, train
 from grpo_jax.types import Batch, Group, Step
 from grpo_jax.worlds.base import World, override_reward
 from grpo_jax.worlds.function import from_function
-from grpo_jax.worlds.gymnax import GymnaxWorld, env_ids
-from grpo_jax.worlds.make import make
+from grpo_jax.worlds.gymnax import GymnaxWorld
+from grpo_jax.worlds.make import env_ids, make
 
 __all__ = [
     "Advantages",

@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
 from grpo_jax.presets import preset
+from grpo_jax.worlds.make import SUITES
 from sb3_bridge import regime
 from sb3_bridge.files.model import arrays_of, fit_to_env, read_model, read_parameters
 from sb3_bridge.files.model_zip import File, checked, save_zip
@@ -46,7 +47,7 @@ class GRPO(Training):
 
     Args:
       policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class derived from ``sb3_bridge``'s.
-      env: Gymnasium id, ``"gymnax/<id>"``, Gymnasium env or SB3 VecEnv.
+      env: Gymnasium id, ``"gymnax/<id>"`` or another suite's (``"brax/ant"``), Gymnasium env or SB3 VecEnv.
       learning_rate: a number, or a function of the remaining progress (1 to 0).
       n_steps: steps of each environment in a rollout; None: 512 where candidates are followed in a twin, in clones or in a
         function of yours, else 2048.
@@ -181,7 +182,7 @@ class GRPO(Training):
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         given["policy"] = to_policy_class(policy)
-        if isinstance(env, str) and env.startswith(f"{NAMESPACE}/"):
+        if isinstance(env, str) and env.startswith(tuple(f"{suite}/" for suite in (NAMESPACE, *SUITES))):
             given["env"] = GymnaxVecEnv(env.removeprefix(f"{NAMESPACE}/"), render_mode="rgb_array")
         of_base = inspect.signature(OnPolicyAlgorithm).parameters
         super().__init__(

@@ -25,6 +25,7 @@ from grpo_jax.files import UnsealedWarning
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.run import first_state
 from grpo_jax.worlds.base import World
+from grpo_jax.worlds.make import SUITES
 
 _EVALUATION = 0xE7A1
 """Folded into the seed, so that no evaluation plays the episodes of the training."""
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case Evaluate():
                     return _evaluate(options)
                 case _:
-                    return _envs()
+                    return _envs(options.suite)
     except SystemExit as stop:  # the parser's help and complaints
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
@@ -288,7 +289,10 @@ def _play(
         print(f"planned: {steps:,} simulator steps, {steps / decisions:,.0f} for a decision")
 
 
-def _envs() -> int:
+def _envs(suite: str) -> int:
+    if suite != "gymnax":  # making one takes seconds
+        print("\n".join(grpo_jax.env_ids(suite)))
+        return 0
     rows, presets = [], grpo_jax.preset_ids()
     for env_id in grpo_jax.env_ids():
         world = grpo_jax.make(env_id)
@@ -305,6 +309,7 @@ def _envs() -> int:
     progress.print_table(columns, rows)  # fits 80 characters
     print("timesteps: decision steps of the preset's run; -: no preset, the default settings")
     print("score, sec: median return to expect of it, sampled policy; seconds of training on one CPU core")
+    print(f"--suite NAME lists those of another suite, where it is installed: {', '.join(SUITES)}")
     return 0
 
 

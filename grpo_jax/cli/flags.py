@@ -20,10 +20,10 @@ FINAL_EPISODES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train on a gymnax environment, from the settings of its preset."""
+    """Train in an environment of gymnax, from the settings of its preset, or of another suite."""
 
     env: str
-    """Environment id; `grpo-jax envs` lists them."""
+    """Environment id, such as CartPole-v1 or brax/ant; `grpo-jax envs` lists them."""
     total_timesteps: int
     """Decision steps of each seed, rounded up to whole iterations."""
     out: Path
@@ -90,6 +90,9 @@ class Evaluate:
 @dataclasses.dataclass(frozen=True)
 class Envs:
     """List the environments."""
+
+    suite: str = "gymnax"
+    """Whose: gymnax or another suite that is installed, such as brax."""
 
 
 Command = Train | Resume | Evaluate | Envs

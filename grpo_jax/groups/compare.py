@@ -263,4 +263,5 @@ def _batch(flat: Trajectory, group: Group, advantages: Advantages, alive: jax.Ar
 
 def _flat(tree: Any) -> Any:
     """Leaves ``[T, N, ...]`` as ``[T * N, ...]``."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+    # Not -1: MJX has empty arrays.
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), tree)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from grpo_jax.spaces import ActionSpace, Space, from_gymnasium
 from grpo_jax.types import Observation, PyTree, Step
 from grpo_jax.worlds.base import World, strong
+from grpo_jax.worlds.suites import settled, unknown_id
 
 EXCLUDED = ("MNISTBandit-bsuite",)
 """Ids that need a download."""
@@ -47,14 +47,8 @@ class GymnaxWorld(World):
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> Step:
         # step_env knows no time limit and never resets; what it pays after the end is the caller's to mask.
         observation, next_state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
-        next_state = strong(next_state, like=state)
-        return Step(
-            observation=strong(observation),
-            state=next_state,
-            reward=jnp.asarray(reward, jnp.result_type(float)).reshape(()),
-            terminated=jnp.asarray(terminated, bool).reshape(()),
-            truncated=jnp.asarray(self.env.is_truncated(next_state, self.params), bool).reshape(()),
-        )
+        truncated = self.env.is_truncated(strong(next_state, like=state), self.params)
+        return settled(state, observation, next_state, reward, terminated, truncated)
 
 
 class _Lazily(importlib.abc.MetaPathFinder):
@@ -89,6 +83,13 @@ def import_gymnax() -> ModuleType:
             sys.meta_path.remove(finder)
     import gymnax
 
+    environment = importlib.import_module("gymnax.environments.environment").Environment
+    if not (hasattr(gymnax, "registered_envs") and hasattr(environment, "is_truncated")):
+        raise ImportError(
+            f"{gymnax.__file__} is not the gymnax that is needed: another package put its own files there"
+            " (popgym-arcade does). Keep that package in another environment, and here run:"
+            " pip install --force-reinstall --no-deps 'gymnax>=1.0.1,<2'"
+        )
     return cast(ModuleType, gymnax)
 
 
@@ -111,10 +112,8 @@ def from_id(env_id: str, params: PyTree | None = None) -> GymnaxWorld:
     """
     known = env_ids()
     if env_id not in known:
-        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known ids: {', '.join(known)}"
         why = " (it downloads a data set)" if env_id in EXCLUDED else ""
-        raise ValueError(f"env={env_id!r} is not a gymnax id that can be used here{why}; {hint}")
+        raise unknown_id(env_id, known, f"a gymnax id that can be used here{why}")
     return from_environment(_environment(env_id), params)
 
 

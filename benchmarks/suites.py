@@ -1,0 +1,193 @@
+"""What a world costs over its suite's own loop: steps per CPU second, both vmapped and compiled, random actions.
+
+    python benchmarks/suites.py [ID ...] [--n-envs 1024] [--n-steps 60]
+
+The suite's loop steps native states with the suite's own functions and never resets; the world's does the same through
+``world.step``, from the same keys. Loops begin at fresh states again and again, so that games of Pgx are
+not over. The best of three runs counts. A suite that is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import grpo_jax
+from grpo_jax import spaces
+from grpo_jax.noise import as_key, split
+
+IDS = (
+    "CartPole-v1",
+    "pgx/connect_four",
+    "navix/Navix-DoorKey-5x5-v0",
+    "xminigrid/MiniGrid-DoorKey-5x5",
+    "jumanji/Snake-v1",
+    "jumanji/Game2048-v1",
+    "craftax/Craftax-Classic-Symbolic-v1",
+    "brax/inverted_pendulum",
+    "brax/ant",
+    "playground/CartpoleBalance",
+)
+N_STEPS = 5
+"""Steps of a loop."""
+OPTIONS: dict[str, dict[str, Any]] = {"brax": {"backend": "spring"}}
+
+Functions = tuple[Callable[[jax.Array], Any], Callable[[jax.Array, Any, jax.Array], Any]]
+"""``key -> state`` and ``(key, state, action) -> state`` for one state."""
+
+
+def native(env_id: str) -> Functions:
+    """The suite's own functions; they draw from the keys in their states, where they have some."""
+    prefix, slash, name = env_id.partition("/")
+    if not slash:
+        import gymnax
+
+        env, params = gymnax.make(env_id)
+        return (
+            lambda key: env.reset_env(key, params)[1],
+            lambda key, state, action: env.step_env(key, state, action, params)[:3],
+        )
+    if prefix == "pgx":
+        import pgx
+
+        env = pgx.make(name)
+
+        def turn(key: jax.Array, state: Any, action: jax.Array) -> Any:
+            """A move and a random answer to it."""
+            state = env.step(state, action, key)
+            logits = jnp.where(state.legal_action_mask, 0.0, -jnp.inf)
+            return env.step(state, jax.random.categorical(key, logits), key)
+
+        return env.init, turn
+    if prefix == "navix":
+        import navix
+
+        env = navix.make(name)
+        return env.reset, lambda key, state, action: env._step(state, action)
+    if prefix == "xminigrid":
+        import xminigrid
+
+        env, params = xminigrid.make(name)
+        return (
+            lambda key: env.reset(params, key),
+            lambda key, state, action: env.step(params, state, action),
+        )
+    if prefix == "jumanji":
+        import jumanji
+
+        env = jumanji.make(name)
+        return lambda key: env.reset(key)[0], lambda key, state, action: env.step(state, action)
+    if prefix == "craftax":
+        from craftax.craftax_env import make_craftax_env_from_name
+
+        env = make_craftax_env_from_name(name, auto_reset=False)
+        params = env.default_params
+        return (
+            lambda key: env.reset_env(key, params)[1],
+            lambda key, state, action: env.step_env(key, state, action, params)[:3],
+        )
+    if prefix == "brax":
+        from brax import envs
+
+        env = envs.get_environment(name, **OPTIONS["brax"])
+    else:
+        import mujoco_playground
+
+        env = mujoco_playground.registry.load(name, config_overrides={"impl": "jax"})
+    return env.reset, lambda key, state, action: env.step(jax.tree.map(lambda leaf: leaf, state), action)
+
+
+def of_world(world: grpo_jax.World) -> Functions:
+    """The same of a world."""
+
+    def step(key: jax.Array, state: Any, action: jax.Array) -> Any:
+        stepped = world.step(key, state, action)
+        return stepped.observation, stepped.state, stepped.reward
+
+    return lambda key: world.reset(key)[1], step
+
+
+def state_of(stepped: Any) -> Any:
+    """The state in what a step returns: the whole, or a part of a tuple."""
+    if type(stepped) is tuple:
+        return stepped[1] if len(stepped) == 3 else stepped[0]
+    return stepped
+
+
+def draw(space: spaces.ActionSpace, key: jax.Array, state: Any) -> jax.Array:
+    """A random action; an allowed one in a game of Pgx, which an illegal one would end."""
+    if isinstance(space, spaces.Box):
+        return jax.random.uniform(key, space.shape, minval=-1.0, maxval=1.0)
+    if hasattr(state, "legal_action_mask"):
+        return jax.random.categorical(key, jnp.where(state.legal_action_mask, 0.0, -jnp.inf))
+    return jax.random.randint(key, space.shape, 0, jnp.asarray(space.nvec if space.shape else space.nvec[0]))
+
+
+def rate(functions: Functions, space: spaces.ActionSpace, n_envs: int, n_steps: int) -> float:
+    """Steps per CPU second; everything that a step returns is computed."""
+    reset, step = functions
+
+    @jax.jit
+    def loop(states: Any, key: jax.Array) -> Any:
+        def body(states: Any, key: jax.Array) -> tuple[Any, Any]:
+            keys = split(key, 2 * n_envs).reshape(2, n_envs)
+            actions = jax.vmap(functools.partial(draw, space))(keys[0], states)
+            stepped = jax.vmap(step)(keys[1], states, actions)
+            new = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), state_of(stepped), states)
+            return new, [jnp.sum(leaf, dtype=float) for leaf in jax.tree.leaves(stepped) if is_number(leaf)]
+
+        return jax.lax.scan(body, states, split(key, N_STEPS))
+
+    states = jax.jit(jax.vmap(reset))(split(as_key(jax.random.key(0)), n_envs))
+    states = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), states)
+    jax.block_until_ready(loop(states, as_key(jax.random.key(1))))
+    best, n_loops = float("inf"), -(-n_steps // N_STEPS)
+    for _ in range(3):
+        start = time.process_time()
+        for seed in range(n_loops):
+            jax.block_until_ready(loop(states, as_key(jax.random.key(seed))))
+        best = min(best, time.process_time() - start)
+    return n_loops * N_STEPS * n_envs / best
+
+
+def is_number(leaf: jax.Array) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.size > 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ids", nargs="*", default=IDS)
+    parser.add_argument("--n-envs", type=int, default=1024)
+    parser.add_argument("--n-steps", type=int, default=60)
+    options = parser.parse_args()
+    print(
+        "| id | suite's own, steps/s | world.step, steps/s | ratio | state, bytes |\n|---|---:|---:|---:|---:|"
+    )
+    for env_id in options.ids:
+        try:
+            world = grpo_jax.make(env_id, **OPTIONS.get(env_id.partition("/")[0], {}))
+        except ImportError as error:
+            print(f"{env_id}: {error}")
+            continue
+        rates = [
+            rate(functions, world.action_space, options.n_envs, options.n_steps)
+            for functions in (native(env_id), of_world(world))
+        ]
+        state = jax.eval_shape(world.reset, as_key(jax.random.key(0)))[1]
+        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        print(
+            f"| {env_id} | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[0] / rates[1]:.2f} | {n_bytes} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What the worlds of other suites share; ``make`` knows the suites, each has a file of its own.
+
+A suite's file has ``ids()``, the ids without the suite's prefix, and ``from_id(name, ...)``, the world of one of them.
+It imports its suite where one of the two is called, never before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.spaces import Box
+from grpo_jax.types import Observation, PyTree, Step
+from grpo_jax.worlds.base import strong
+
+_R = TypeVar("_R")
+
+
+def load(module: str, suite: str) -> Any:
+    """A module of a suite.
+
+    Raises:
+      ImportError: it cannot be imported; says what to install.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(package)
+        why = "is not installed" if is_missing else f"cannot be imported ({error})"
+        raise ImportError(
+            f"env='{suite}/...' needs {package}, which {why}: pip install 'grpo-jax[{suite}]' (in a clone: '.[{suite}]')"
+        ) from error
+
+
+def unknown_id(env_id: str, known: Sequence[str], what: str) -> ValueError:
+    """The error for an id that there is not; suggests the nearest of the ``known`` ones, which lack the suite's prefix."""
+    prefix, slash, name = env_id.rpartition("/")
+    near = [f"{prefix}{slash}{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.4)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known ids: {', '.join(known)}"
+    return ValueError(f"env={env_id!r} is not {what}; {hint}")
+
+
+@contextlib.contextmanager
+def making(env_id: str) -> Iterator[None]:
+    """Says of an environment that its suite cannot make why that may be.
+
+    Raises:
+      RuntimeError: whatever the suite raised, wrong arguments (TypeError, ValueError) apart.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError):
+        raise
+    except Exception as error:  # a suite may raise anything
+        raise RuntimeError(
+            f"env={env_id!r} could not be made ({type(error).__name__}: {str(error).strip() or 'no reason given'})."
+            " Some environments download robots or data when they are made for the first time: make it once where"
+            " the network can be reached"
+        ) from error
+
+
+def once(function: Callable[..., _R]) -> Callable[..., _R]:
+    """Remembers what was made of arguments that can be hashed: worlds with one environment object share their traces."""
+    remembered = functools.lru_cache(maxsize=128, typed=True)(function)
+
+    @functools.wraps(function)
+    def made(*args: Any, **kwargs: Any) -> _R:
+        try:
+            hash((args, tuple(kwargs.items())))
+        except TypeError:
+            return function(*args, **kwargs)
+        return remembered(*args, **kwargs)
+
+    return made
+
+
+def settled(
+    like: PyTree, observation: Observation, state: PyTree, reward: Any, terminated: Any, truncated: Any
+) -> Step:
+    """A step whose dtypes never change: those of the state ``like`` before it, floating rewards, bool flags, all ``[]``."""
+    return Step(
+        observation=strong(observation),
+        state=strong(state, like=like),
+        reward=jnp.asarray(reward, jnp.result_type(float)).reshape(()),
+        terminated=jnp.asarray(terminated, bool).reshape(()),
+        truncated=jnp.asarray(truncated, bool).reshape(()),
+    )
+
+
+def fresh_key(old: jax.Array, key: jax.Array) -> jax.Array:
+    """The key of a step, in the form in which a state holds its own.
+
+    A state's own key would give every branch the future that is going to happen, and all branches of a candidate the
+    same one.
+    """
+    words = jax.random.key_data(key)
+    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(old))
+    return words
+
+
+def floats(observation: Any) -> jax.Array:
+    """Bits and integers as JAX's default float."""
+    return jnp.asarray(observation, jnp.result_type(float))
+
+
+def box(shape: Sequence[int], low: float = -np.inf, high: float = np.inf) -> Box:
+    """Real numbers from ``low`` to ``high``."""
+    return Box(np.asarray(low), np.asarray(high), tuple(shape))
+
+
+def one_hot(grid: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Categories ``[H, W, C]`` as feature maps, float ``[H, W, sum(sizes)]``; ``sizes`` has one entry a channel."""
+    return jnp.concatenate([jax.nn.one_hot(grid[..., i], n) for i, n in enumerate(sizes)], axis=-1)
