@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import gymnasium
@@ -42,6 +43,13 @@ class OfOneWorld:
             )
         self.world, self.render_mode = make_world(env), render_mode
         self._env_id = env if isinstance(env, str) else None
+        if _has_mask(self.world):
+            warnings.warn(
+                f"env={env!r} forbids some actions. GRPO learns none of them here, but SB3's predict, and so evaluate_policy, does"
+                " not know which they are and may play them: judge the policy with grpo_jax.evaluate or a Planner",
+                UserWarning,
+                stacklevel=4,
+            )
         return to_gymnasium(self.world.observation_space), to_gymnasium(self.world.action_space)
 
     def _frame(self, state: PyTree) -> np.ndarray:
@@ -133,6 +141,13 @@ _make_once = functools.lru_cache(maxsize=128)(grpo_jax.make)
 def make_world(env: Any) -> World:
     """``grpo_jax.make``, which is run once for an id: worlds are immutable, and checking one takes a while."""
     return _make_once(env) if isinstance(env, str) else grpo_jax.make(env)
+
+
+def _has_mask(world: World) -> bool:
+    if type(world).action_mask is World.action_mask:
+        return False
+    states = jax.eval_shape(world.reset, jax.random.key(0))[1]
+    return jax.eval_shape(world.action_mask, states) is not None
 
 
 def check_options(options: dict[str, Any] | None) -> None:

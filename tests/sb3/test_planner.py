@@ -12,7 +12,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from toys import MaskedLine
 
+from grpo_jax.spaces import Discrete
 from sb3_bridge import GRPO, GymnaxVecEnv, Planner
 
 SMALL = {"n_steps": 16, "batch_size": 16, "policy_kwargs": {"net_arch": [4]}, "seed": 0}
@@ -113,6 +115,13 @@ def test_another_environment_than_the_models():
     assert planner.get_env().num_envs == 1
     action, state = planner.predict(planner.get_env().reset()[0], state=None)
     assert action.shape == () and state is None
+
+
+def test_forbidden_actions_are_not_taken():
+    with pytest.warns(UserWarning, match=r"forbids some actions.*Planner"):
+        env = GymnaxVecEnv(MaskedLine(Discrete(2)), 8)
+    planner = Planner(GRPO("MlpPolicy", env, **SMALL), **SHORT)
+    np.testing.assert_array_equal(planner.predict(env.reset())[0], 1)
 
 
 def test_a_seed_repeats_it():
