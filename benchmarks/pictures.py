@@ -34,7 +34,7 @@ COLOURS = {
     "rejax": "#CC79A7",
     "purejaxrl": "#7B3F98",
     "mctx": "#E69F00",
-    SEARCHES: "#56B4E9",
+    SEARCHES: "#8C510A",
 }
 
 PNG_DPI = 110

@@ -89,7 +89,7 @@ def met(env: str, rows: Sequence[Row], references: References) -> str:
 
 
 def summary(env: str, rows: Sequence[Row], references: References) -> str:
-    """The line of an environment under ``HEAD``; ``AHEAD`` where a peer wins, and by which play."""
+    """The line of an environment under ``HEAD``."""
     ours, known = select(rows, OURS, env), references.get(env, {})
     cells = [env, interval(score_of(ours)), *_costs(ours), best_cell(known), published_cell(known)]
     return f"| {' | '.join([*cells, _peer_cell(env, rows, references)])} |"
@@ -102,18 +102,18 @@ def _costs(group: Sequence[Row]) -> list[str]:
 
 
 def _peer_cell(env: str, rows: Sequence[Row], references: References) -> str:
-    """The best peer; where that plays with a search, the best that plays without one as well."""
+    """The best peer; where that plays with a search, the best that plays without one as well. Marked if ahead of ours."""
     best = best_peer(env, rows)
     if not best:
         return "-"
-    won = winners(env, rows, references)
     bare = [row for row in rows if row["library"] != SEARCHES]
     told = [best] if best[0]["library"] != SEARCHES else [best, best_peer(env, bare)]
     cells = []
     for group in told:
         decisions, simulated, train, all_seconds = _costs(group)
         count = f"{decisions} steps" + (f" and {simulated} simulated" if simulated != "0" else "")
-        ahead = f"{AHEAD} " if won and OURS not in won and group[0]["library"] in won else ""
+        won = winners(env, [*select(rows, OURS, env), *group], references)
+        ahead = f"{AHEAD} " if won and OURS not in won else ""
         name = f"{peer_name(group[0])}, {count}, {train} s (cold {all_seconds})"
         cells.append(f"{ahead}{interval(score_of(group))} {name}")
     return "; ".join(cells)
@@ -144,7 +144,14 @@ def summary_section(rows: Sequence[Row], references: References) -> str:
 def scores_section(rows: Sequence[Row], references: References) -> str:
     """One row an environment: what is possible, what was asked for, and every library's score."""
     libraries = libraries_of(rows)
-    head = ["Environment", "Random", "Best possible", "Published", "Target", *map(LIBRARIES.get, libraries)]
+    head = [
+        "Environment",
+        "Random",
+        "Best possible",
+        "Published",
+        "Target",
+        *map(LIBRARIES.__getitem__, libraries),
+    ]
     body = []
     for env in environments_of(rows, references):
         known, best = references.get(env, {}), winners(env, rows, references)
@@ -174,7 +181,7 @@ def scores_section(rows: Sequence[Row], references: References) -> str:
         f" best score, and scores within {LEVEL:.0%} of the way from a random policy to the reference (the best possible"
         " score, or else the best here); a target without a threshold counts as met within the same."
         f" {AHEAD} marks a row where a peer is ahead ({behind} of {len(body)}).\n\n"
-        + table([*head, "Target met by ours", "Ahead"], body)  # type: ignore[list-item]
+        + table([*head, "Target met by ours", "Ahead"], body)
     )
 
 

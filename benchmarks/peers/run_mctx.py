@@ -176,8 +176,10 @@ class AlphaZero:
         def loss(params: Any, batch: Any) -> jax.Array:
             observations, weights, targets = batch
             logits, values = self.network.apply(params, observations)
-            cross_entropy = -(weights * jax.nn.log_softmax(logits)).sum(-1).mean()
-            return cross_entropy + self.config["vf_coef"] * jnp.square(values - targets).mean()
+            log_probabilities = jax.nn.log_softmax(logits)
+            bonus = self.config["ent_coef"] * jnp.exp(log_probabilities)
+            policy_loss = ((bonus * log_probabilities) - weights * log_probabilities).sum(-1).mean()
+            return policy_loss + self.config["vf_coef"] * jnp.square(values - targets).mean()
 
         def update(state: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], None]:
             params, optimizer = state
