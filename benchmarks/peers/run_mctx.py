@@ -77,6 +77,7 @@ class State(NamedTuple):
     observations: jax.Array
     states: Any
     key: jax.Array
+    iteration: jax.Array
 
 
 class Step(NamedTuple):
@@ -96,7 +97,7 @@ class AlphaZero:
 
     Attributes:
       config: the fields of ``mctx.toml``.
-      n_iterations: of the whole training; the learning rate falls linearly to 0 over them.
+      n_iterations: of the whole training; learning rate and entropy bonus fall linearly to 0 over them.
     """
 
     def __init__(self, world: World, config: dict[str, Any], n_iterations: int) -> None:
@@ -112,7 +113,7 @@ class AlphaZero:
         key, reset_key, network_key = jax.random.split(key, 3)
         observations, states = self.world.reset(reset_key, self.config["n_envs"])
         params = self.network.init(network_key, observations)
-        return State(params, self.optimizer.init(params), observations, states, key)
+        return State(params, self.optimizer.init(params), observations, states, key, jnp.int32(0))
 
     def search(
         self, params: Any, key: jax.Array, observations: jax.Array, states: Any, gumbel_scale: float = 1.0
@@ -168,6 +169,7 @@ class AlphaZero:
     def iterate(self, state: State) -> State:
         """A rollout, and ``n_epochs`` over it in minibatches."""
         state, steps = self.rollout(state)
+        ent_coef = self.config["ent_coef"] * (1.0 - state.iteration / self.n_iterations)
         targets = lambda_returns(steps, self.config["gamma"], self.config["lambda"])
         batch = jax.tree.map(
             lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (steps.observations, steps.weights, targets)
@@ -176,9 +178,8 @@ class AlphaZero:
         def loss(params: Any, batch: Any) -> jax.Array:
             observations, weights, targets = batch
             logits, values = self.network.apply(params, observations)
-            log_probabilities = jax.nn.log_softmax(logits)
-            bonus = self.config["ent_coef"] * jnp.exp(log_probabilities)
-            policy_loss = ((bonus * log_probabilities) - weights * log_probabilities).sum(-1).mean()
+            logs = jax.nn.log_softmax(logits)
+            policy_loss = ((ent_coef * jnp.exp(logs) - weights) * logs).sum(-1).mean()
             return policy_loss + self.config["vf_coef"] * jnp.square(values - targets).mean()
 
         def update(state: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], None]:
@@ -193,7 +194,7 @@ class AlphaZero:
         key, epoch_key = jax.random.split(state.key)
         keys = jax.random.split(epoch_key, self.config["n_epochs"])
         (params, optimizer), _ = jax.lax.scan(epoch, (state.params, state.optimizer), keys)
-        return state._replace(params=params, optimizer=optimizer, key=key)
+        return state._replace(params=params, optimizer=optimizer, key=key, iteration=state.iteration + 1)
 
     def returns(self, params: Any, key: jax.Array, n_episodes: int, with_search: bool) -> jax.Array:
         """Undiscounted returns, ``[n_episodes]``: side by side, each until its first end."""

@@ -102,7 +102,11 @@ class LikePureJaxRL(PPO):
         state = super().init_state(rng)
         params = orthogonal((state.actor_ts.params, state.critic_ts.params), jax.random.fold_in(rng, 1))
         states = [TrainState.create(apply_fn=(), params=of, tx=_last_gradient()) for of in params]
-        return state.replace(actor_ts=states[0], critic_ts=states[1], joint=self.optimizer.init(params))
+        # rejax starts with integers here, which no scan takes once they have become floats.
+        rewards = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), state.rew_rms_state)
+        return state.replace(
+            actor_ts=states[0], critic_ts=states[1], joint=self.optimizer.init(params), rew_rms_state=rewards
+        )
 
     @register_init
     def initialize_joint(self, rng: jax.Array) -> dict[str, Any]:
