@@ -3,7 +3,8 @@
     python benchmarks/bench.py --out runs/bench [--short] [--libraries grpo_jax mctx ...] [--envs ID ...] [--seeds 5]
                                [--peer-seeds 5] [--jobs 1] [--device gpu --n-envs 65536]
 
-The whole benchmark (@HOURS@), the tables and pictures from its rows, and the pages that hold lines of them:
+The whole benchmark takes some four hours of one quiet core, about half with two jobs, and minutes more to install the
+peers. Then the tables and pictures of its rows, and the pages that hold lines of the tables:
 
     python benchmarks/bench.py --out runs/bench --seeds 10 --peer-seeds 5 --jobs 2 --report docs/results
     python benchmarks/report.py runs/bench --out docs/results --pages README.md README.ja.md docs/benchmark.md docs/benchmark.ja.md
