@@ -31,7 +31,6 @@ class World:
     def __init__(self, env_id: str) -> None:
         self.env, self.params = gymnax.make(env_id)
         self.n_actions = int(self.env.action_space(self.params).n)
-        self.max_steps = int(self.params.max_steps_in_episode)
 
     def reset(self, key: jax.Array, n: int) -> tuple[jax.Array, Any]:
         """Observations, float32 ``[n, n_features]``, and states."""
