@@ -180,7 +180,13 @@ PPO |= {"clip_eps": float, "ent_coef": float, "vf_coef": float}
 NORMALISE = {"normalize_observations": bool, "normalize_rewards": bool}
 ALPHA_ZERO = {"n_envs": int, "n_steps": int, "n_simulations": int, "n_epochs": int, "n_minibatches": int}
 ALPHA_ZERO |= {"learning_rate": float, "max_grad_norm": float, "gamma": float, "lambda": float}
-ALPHA_ZERO |= {"vf_coef": float, "ent_coef": float, "value_scale": float, "rescale_values": bool, "layers": list}
+ALPHA_ZERO |= {
+    "vf_coef": float,
+    "ent_coef": float,
+    "value_scale": float,
+    "rescale_values": bool,
+    "layers": list,
+}
 SCHEMAS = {"rejax": PPO, "purejaxrl": PPO | {"anneal": bool}, "mctx": ALPHA_ZERO}
 
 
