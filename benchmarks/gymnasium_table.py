@@ -35,7 +35,7 @@ import bench
 import cells
 import gymnasium_runs
 import numpy as np
-import pictures
+import plots
 import rows
 import scores
 from gymnasium_columns import CPU, MEASURES, RETURN, STEP, bar_of, goals, measures, select
@@ -56,9 +56,9 @@ EXTRAS = {
 
 SBX_VENV = "sbx-gymnasium"
 COLOURS = {
-    "ppo": pictures.COLOURS["sb3"],
-    "sbx": pictures.COLOURS["sbx"],
-    "grpo": pictures.COLOURS["grpo_jax"],
+    "ppo": plots.COLOURS["sb3"],
+    "sbx": plots.COLOURS["sbx"],
+    "grpo": plots.COLOURS["grpo_jax"],
 }
 NAMES = {"ppo": "SB3 PPO", "sbx": "SBX PPO", "grpo": "GRPO", "grpo-clone": "GRPO, dynamics='clone'"}
 NAMES["grpo-episodes"] = "GRPO, candidates='episodes'"
@@ -270,7 +270,7 @@ def draw_some(results: list[rows.Row], settings: str, ids: Sequence[str], path: 
         )
         for panel, (x, label, end) in zip(column, axes, strict=True):
             lines = {algo: band(of_algo, x) for algo, of_algo in found.items()}
-            pictures.draw_panel(panel, {algo: line for algo, line in lines.items() if line.size}, COLOURS)
+            plots.draw_panel(panel, {algo: line for algo, line in lines.items() if line.size}, COLOURS)
             panel.axvline(end, color="black", linestyle=":", linewidth=1, zorder=1)
             panel.set_xlabel(label + (" (log)" if panel.get_xscale() == "log" else ""), fontsize=9)
         column[0].set_title(env_id, fontsize=10)
@@ -281,7 +281,7 @@ def draw_some(results: list[rows.Row], settings: str, ids: Sequence[str], path: 
     figure.supylabel(
         f"return, last {gymnasium_runs.N_EPISODES} training episodes: median and range of seeds", fontsize=10
     )
-    figure.savefig(path, dpi=pictures.PNG_DPI)
+    figure.savefig(path, dpi=plots.PNG_DPI)
 
 
 def main() -> None:

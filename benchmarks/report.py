@@ -3,7 +3,7 @@
     python benchmarks/report.py runs/bench [--out docs/results] [--pages README.md README.ja.md docs/benchmark*.md]
 
 Writes ``<out>/benchmark_table.md`` and ``<out>/images/bench_*.png``. The numbers are made in ``scores.py``, the tables in
-``sections.py``, the plots in ``pictures.py``. What the environments allow is in ``references.toml``.
+``sections.py``, the plots in ``plots.py``. What the environments allow is in ``references.toml``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-import pictures
+import plots
 import sections
 from scores import (
     OURS,
@@ -53,15 +53,15 @@ def write(rows: Sequence[Row], references: References, out: pathlib.Path) -> str
     images.mkdir(parents=True, exist_ok=True)
     shown = at_best_settings(players(rows))
     seeds = one_row_a_seed(shown)
-    for name in pictures.AXES:
-        pictures.draw_curves(name, seeds, references, images / f"bench_{name}.png")
+    for name in plots.AXES:
+        plots.draw_curves(name, seeds, references, images / f"bench_{name}.png")
     curves = [
-        f"![Return against {label}](images/bench_{name}.png)" for name, (label, _) in pictures.AXES.items()
+        f"![Return against {label}](images/bench_{name}.png)" for name, (label, _) in plots.AXES.items()
     ]
     comparisons = compare(seeds, references)
     aggregate = sections.aggregate_section(seeds, references)
     if comparisons:
-        pictures.draw_aggregate(comparisons, images / "bench_aggregate.png")
+        plots.draw_aggregate(comparisons, images / "bench_aggregate.png")
         aggregate += "\n![Interquartile means](images/bench_aggregate.png)\n"
     report = "\n".join(
         [

@@ -16,9 +16,7 @@ import grpo_jax
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
-    scores, sections, pictures, report = map(
-        importlib.import_module, ("scores", "sections", "pictures", "report")
-    )
+    scores, sections, plots, report = map(importlib.import_module, ("scores", "sections", "plots", "report"))
 finally:
     sys.path.remove(str(BENCHMARKS))
 
@@ -287,9 +285,9 @@ def test_of_several_settings_the_best_are_shown():
 def test_curves_are_medians_over_seeds():
     rows = [make_row(seed=0, returns=(1.0, 2.0, 9.0)), make_row(seed=1, returns=(3.0, float("nan")))]
     expected = [[6000.0, 12000.0], [2.0, 2.0], [1.0, 2.0], [3.0, 2.0]]
-    np.testing.assert_array_equal(pictures.curve(rows, pictures.AXES["all_steps"][1]), expected)
-    assert pictures.AXES["total_seconds"][1](rows[0], rows[0]["curve"][0]) == 6.0
-    assert pictures.curve([], pictures.AXES["all_steps"][1]).shape == (4, 0)
+    np.testing.assert_array_equal(plots.curve(rows, plots.AXES["all_steps"][1]), expected)
+    assert plots.AXES["total_seconds"][1](rows[0], rows[0]["curve"][0]) == 6.0
+    assert plots.curve([], plots.AXES["all_steps"][1]).shape == (4, 0)
 
 
 def test_a_gpu_is_named_or_said_to_be_missing():

@@ -1,4 +1,4 @@
-"""The benchmark's pictures: curves against steps and seconds, and interquartile means."""
+"""The benchmark's plots: curves against steps and seconds, and interquartile means."""
 
 from __future__ import annotations
 
