@@ -8,6 +8,7 @@ from grpo_jax.counter import to_int as count
 from grpo_jax.groups.advantage import Advantages, group_advantages
 from grpo_jax.groups.branch import Branches, group_returns
 from grpo_jax.groups.candidates import enumerate_actions, sample_actions
+from grpo_jax.groups.plan import Plan
 from grpo_jax.groups.trajectory import trajectory_advantages
 from grpo_jax.learning import losses
 from grpo_jax.learning.update import Learner, update
@@ -39,6 +40,7 @@ __all__ = [
     "Learner",
     "NoSpreadWarning",
     "NonFiniteError",
+    "Plan",
     "Policy",
     "PolicyState",
     "Result",

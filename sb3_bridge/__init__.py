@@ -3,6 +3,7 @@
 from sb3_bridge.grpo import GRPO
 from sb3_bridge.gymnax.registration import register_envs
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.planner import Planner
 from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.twins.registry import register_twin
 
@@ -12,6 +13,7 @@ __all__ = [
     "GymnaxVecEnv",
     "MlpPolicy",
     "MultiInputPolicy",
+    "Planner",
     "register_envs",
     "register_twin",
 ]

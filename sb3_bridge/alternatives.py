@@ -135,19 +135,11 @@ class Clones:
         structure, state = policy.structure, policy.state
         bare = trajectory.replace(environments=trajectory.environments.replace(state=None))
         group, actions = _propose(config, structure, state, bare, words)
-        act, is_box = acting(structure), isinstance(policy.action_space, spaces.Box)
-
-        def choose(observations: Any, uniforms: np.ndarray) -> np.ndarray:
-            acted = act(state, observations, uniforms)
-            return np.asarray(acted.stretched if is_box else acted.choice)
-
-        def value(observations: Any) -> np.ndarray:
-            return np.asarray(functions_of(structure).value(state, observations))
-
+        act, value = branch_functions(policy)
         returns, n_steps = self.brancher.branch(
             self._handles,
             np.asarray(actions),
-            choose,
+            act,
             horizon=config.horizon,
             gamma=float(config.gamma),
             n_uniforms=structure.distribution.n_uniforms,
@@ -347,6 +339,21 @@ class Function:
 
 Alternatives = Clones | Twins | Learned | Function
 """Somewhere to follow candidates: ``follow`` does, or says where they can be followed."""
+
+
+def branch_functions(policy: GRPOPolicy) -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]:
+    """What branches on the host ask of the policy as it is now: its actions in env units, and its critic's values."""
+    structure, state = policy.structure, policy.state
+    act, is_box = acting(structure), isinstance(policy.action_space, spaces.Box)
+
+    def choose(observations: Any, uniforms: np.ndarray) -> np.ndarray:
+        acted = act(state, observations, uniforms)
+        return np.asarray(acted.stretched if is_box else acted.choice)
+
+    def value(observations: Any) -> np.ndarray:
+        return np.asarray(functions_of(structure).value(state, observations))
+
+    return choose, value
 
 
 def _never(*_: Any) -> Any:

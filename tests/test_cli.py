@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -325,6 +326,14 @@ def test_evaluate(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = capsys.readouterr().out
     assert main([*command, "--seed", "2"]) == 0
     assert first.splitlines()[-2] != capsys.readouterr().out.splitlines()[-2]
+
+
+def test_evaluate_with_a_plan(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(finished), "--n-episodes", "2", "--no-cache", "--plan"]
+    assert main([*command, "--plan-horizon", "3", "--plan-rollouts", "2"]) == 0
+    assert re.search(r"planned: [\d,]+ simulator steps, 12 for a decision", capsys.readouterr().out)
+    assert main([*command, "--plan-rollouts", "1"]) == 2
+    assert "n_rollouts=1" in capsys.readouterr().err
 
 
 def test_render(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,21 +241,40 @@ def _evaluate(options: Evaluate) -> int:
         )
     key = _evaluation_key(run.seed if options.seed is None else options.seed)
     print(f"{run.env}, {directory.path} at iteration {_iterations(state)}")
-    _play(run, world, state, key, options.n_episodes, deterministic=options.deterministic)
+    deterministic, plan = options.deterministic, _plan_of(run, options)
+    _play(run, world, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
     if options.render is not None:
         one = state if run.vmapped is None else jax.tree.map(lambda leaf: leaf[0], state)
-        n_frames, earned = render.render(one, world, key, options.render, deterministic=options.deterministic)
+        n_frames, earned = render.render(
+            one, world, key, options.render, deterministic=deterministic, plan=plan
+        )
         print(f"{options.render}: {n_frames} frames, return {earned:.2f}")
     return 0
 
 
+def _plan_of(run: Run, options: Evaluate) -> grpo_jax.Plan | None:
+    if not options.plan:
+        return None
+    changes = {} if options.plan_horizon is None else {"horizon": options.plan_horizon}
+    return grpo_jax.Plan.of(run.config, n_rollouts=options.plan_rollouts, **changes)
+
+
 def _play(
-    run: Run, world: World, state: TrainState, key: jax.Array, n_episodes: int, *, deterministic: bool
+    run: Run,
+    world: World,
+    state: TrainState,
+    key: jax.Array,
+    n_episodes: int,
+    *,
+    deterministic: bool,
+    plan: grpo_jax.Plan | None = None,
 ) -> None:
     """Plays episodes of every seed and prints what they earned."""
 
     def play(state: TrainState, key: jax.Array) -> grpo_jax.Episodes:
-        return grpo_jax.evaluate_episodes(state, world, key, n_episodes, deterministic=deterministic)
+        return grpo_jax.evaluate_episodes(
+            state, world, key, n_episodes, deterministic=deterministic, plan=plan
+        )
 
     start = time.perf_counter()
     if run.vmapped is None:
@@ -264,6 +283,9 @@ def _play(
         episodes = jax.vmap(play)(state, jax.random.split(key, run.n_seeds))
     jax.block_until_ready(episodes)
     progress.print_results(episodes, time.perf_counter() - start, deterministic=deterministic)
+    if plan is not None:
+        steps, decisions = grpo_jax.count(episodes.simulator_steps), int(episodes.lengths.sum())
+        print(f"planned: {steps:,} simulator steps, {steps / decisions:,.0f} for a decision")
 
 
 def _envs() -> int:

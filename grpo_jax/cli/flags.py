@@ -72,6 +72,12 @@ class Evaluate:
     """Episodes of each seed."""
     deterministic: bool = False
     """Take the most probable action (or the mean) instead of a sampled one."""
+    plan: bool = False
+    """Act by comparison: follow the candidates of every state before one is taken."""
+    plan_horizon: int | None = None
+    """Steps of these branches; None: 64, or the run's own horizon where that is longer."""
+    plan_rollouts: int = 4
+    """Branches of each candidate."""
     seed: int | None = None
     """Seed of the episodes; None: the run's, which plays those of the table at the end of training."""
     render: Path | None = None

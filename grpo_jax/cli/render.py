@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.groups.plan import Plan
+from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, PolicyState
+from grpo_jax.training.evaluate import play_step
 from grpo_jax.training.loop import TrainState
 from grpo_jax.types import Observation, PyTree
 from grpo_jax.worlds.base import World
@@ -50,7 +52,13 @@ def check(world: World, path: Path) -> None:
 
 
 def render(
-    state: TrainState, world: World, key: jax.Array, path: Path, *, deterministic: bool = False
+    state: TrainState,
+    world: World,
+    key: jax.Array,
+    path: Path,
+    *,
+    deterministic: bool = False,
+    plan: Plan | None = None,
 ) -> tuple[int, float]:
     """Writes one episode, at most ``MAX_FRAMES`` pictures of it, as a GIF; all or not at all.
 
@@ -60,6 +68,7 @@ def render(
       key: PRNG key.
       path: a ``.gif`` file.
       deterministic: the most probable action (or the mean) instead of a sampled one.
+      plan: acts by comparison; see ``evaluate``.
 
     Returns:
       The number of frames and the return up to the last of them.
@@ -68,7 +77,7 @@ def render(
       ValueError, ModuleNotFoundError: as :func:`check`.
     """
     check(world, path)
-    states, returns = episode(state, world, key, deterministic=deterministic)
+    states, returns = episode(state, world, key, deterministic=deterministic, plan=plan)
     with contextlib.closing(Renderer()) as renderer:
         frames = (
             caption(renderer.frame(world, state), f"step {step}, return {earned:.2f}")
@@ -84,6 +93,7 @@ def episode(
     key: jax.Array,
     *,
     deterministic: bool = False,
+    plan: Plan | None = None,
     max_frames: int = MAX_FRAMES,
 ) -> tuple[list[PyTree], np.ndarray]:
     """The world states of one episode, after each step, and the return up to each.
@@ -93,11 +103,12 @@ def episode(
       world: the world to play in.
       key: PRNG key.
       deterministic: the most probable action (or the mean) instead of a sampled one.
+      plan: acts by comparison; see ``evaluate``.
       max_frames: where to cut.
     """
     policy_state = state.learner.policy
     states, rewards, ended = jax.device_get(
-        _play(state.policy, policy_state, world, as_key(key), deterministic, max_frames)
+        _play(state.policy, policy_state, world, as_key(key), deterministic, max_frames, plan)
     )
     length = int(np.argmax(ended)) + 1 if np.any(ended) else max_frames
     returns = np.cumsum(np.asarray(rewards[:length], np.float64))
@@ -112,21 +123,27 @@ def _play(
     key: jax.Array,
     deterministic: bool,
     max_frames: int,
+    plan: Plan | None,
 ) -> tuple[PyTree, jax.Array, jax.Array]:
     """States, the rewards that led to them, and whether they are an end; ``[max_frames, ...]``."""
     reset_key, play_key = split(key, 2)
 
-    def body(carry: tuple[Observation, PyTree], k: jax.Array) -> tuple[Any, Any]:
-        observation, world_state = carry
-        words = draw_bits(jax.random.fold_in(play_key, k), (2 + policy.distribution.n_uniforms,))
-        parameters = policy.parameters(policy_state, observation, world.action_mask(world_state))
-        if deterministic:
-            action = policy.distribution.mode(parameters)
-        else:
-            action = policy.distribution.sample(parameters, bits_to_uniform(words[2:]))
-        step = world.step(bits_to_keys(words[:2]), world_state, policy.to_world(action))
-        reward = step.counted_reward
-        ended = step.terminated | step.truncated
-        return (step.observation, step.state), (step.state, reward, ended)
+    def body(carry: tuple[Observation, PyTree, jax.Array], k: jax.Array) -> tuple[Any, Any]:
+        observation, states, alive = carry
+        step, _ = play_step(
+            policy,
+            policy_state,
+            world,
+            jax.random.fold_in(play_key, k),
+            states,
+            observation,
+            deterministic=deterministic,
+            plan=plan,
+            alive=alive,
+        )
+        reward, ended = step.counted_reward, step.terminated | step.truncated
+        shown = jax.tree.map(lambda leaf: leaf[0], (step.state, reward, ended))
+        return (step.observation, step.state, alive & ~ended), shown
 
-    return jax.lax.scan(body, world.reset(reset_key), jnp.arange(max_frames))[1]
+    first = jax.tree.map(lambda leaf: leaf[None], world.reset(reset_key))
+    return jax.lax.scan(body, (*first, jnp.ones(1, bool)), jnp.arange(max_frames))[1]

@@ -196,6 +196,10 @@ class GRPOPolicy(JaxModel):
             shape = (len(jax.tree.leaves(batch)[0]), self.structure.distribution.n_uniforms)
             words = self._generator.integers(0, 2**32, shape, np.uint32)
             chosen = self._functions.sample(self.state, batch, words)
+        return self.to_env(chosen)
+
+    def to_env(self, chosen: Any) -> np.ndarray:
+        """Actions of the device, in the action space's dtype and within its bounds."""
         space = self.action_space
         actions = np.asarray(chosen).astype(space.dtype)
         if isinstance(space, gymnasium.spaces.Box):

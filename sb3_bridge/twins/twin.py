@@ -142,6 +142,10 @@ class Twin:
         except Unclonable as error:
             raise NoTwin(str(error)) from error
 
+    def present(self) -> TimeLimitedState:
+        """The states that the environments are in, as the world has them: leaves ``[N, ...]``; raises NoTwin."""
+        return _as_world(self.take())
+
     def compare(self, rows: list[tuple[Any, ...]]) -> TimeLimitedState:
         """The states of T steps, as the world has them: leaves ``[T, N, ...]``.
 
@@ -153,7 +157,7 @@ class Twin:
           NoTwin: the world does not do what the environments did.
         """
         shape = len(rows), self._env.num_envs
-        states = TimeLimitedState(*jax.tree.map(_cast, _stacked([state for row in rows for state in row[0]])))
+        states = _as_world([state for row in rows for state in row[0]])
         actions, observations, rewards, terminated, truncated = (
             jax.tree.map(lambda *parts: np.concatenate(parts), *column)
             for column in list(zip(*rows, strict=True))[1:]
@@ -170,6 +174,10 @@ class Twin:
                 f"environment {index}, after its action {actions[found[0]]} at step {step}: {found[1]}"
             )
         return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), states)
+
+
+def _as_world(states: list[Any]) -> TimeLimitedState:
+    return TimeLimitedState(*jax.tree.map(_cast, _stacked(states)))
 
 
 def _stacked(trees: Any) -> Any:
