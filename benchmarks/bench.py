@@ -1,11 +1,19 @@
 """The benchmark: ours and its peers on every environment, a process and a JSON row for each run, then the report.
 
-    python benchmarks/bench.py --out runs/bench [--short] [--libraries grpo_jax sb3 sbx rejax] [--envs ID ...]
-                               [--seeds 5] [--jobs 1] [--device gpu --n-envs 65536]
+    python benchmarks/bench.py --out runs/bench [--short] [--libraries grpo_jax mctx ...] [--envs ID ...] [--seeds 5]
+                               [--peer-seeds 5] [--jobs 1] [--device gpu --n-envs 65536]
 
-Peers live in virtual environments of their own, made from ``peers/requirements-*.txt``. What has a row is not run
-again, so a benchmark that was killed goes on where it was. Rows know nothing of the code they measured but its
-version: take another folder for other code.
+The whole benchmark takes some four hours of one quiet core, about half with two jobs, and minutes more to install the
+peers. Then the tables and pictures of its rows, and the pages that hold lines of the tables:
+
+    python benchmarks/bench.py --out runs/bench --seeds 10 --peer-seeds 5 --jobs 2 --report docs/results
+    python benchmarks/report.py runs/bench --out docs/results --pages README.md README.ja.md docs/benchmark.md docs/benchmark.ja.md
+
+Peers: Stable-Baselines3's and SBX's PPO ("sb3", "sbx") with RL Zoo's settings, rejax's PPO with its own ("rejax") and
+with PureJaxRL's ("purejaxrl"), and Gumbel AlphaZero on the simulator ("mctx"). They live in virtual environments of their
+own, made from ``peers/requirements-*.txt``; settings are in ``peers/*.toml``. What has a row is not run again, so a
+benchmark that was killed goes on where it was: start the same command again. Rows know nothing of the code they measured
+but its version: take another folder for other code.
 """
 
 from __future__ import annotations
@@ -31,17 +39,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS = HERE / "peers"
-LIBRARIES = ("grpo_jax", "sb3", "sbx", "rejax")
-SCRIPTS = {"grpo_jax": "run_grpo_jax.py", "sb3": "run_sb3.py", "sbx": "run_sb3.py", "rejax": "run_rejax.py"}
+OURS = "grpo_jax"
+SCRIPTS = {
+    OURS: "run_grpo_jax.py",
+    "sb3": "run_sb3.py",
+    "sbx": "run_sb3.py",
+    "rejax": "run_rejax.py",
+    "purejaxrl": "run_rejax.py",
+    "mctx": "run_mctx.py",
+}
+LIBRARIES = tuple(SCRIPTS)
+VENVS = {"purejaxrl": "rejax"}
+"""Where a library's virtual environment has not its own name."""
+
+SETTINGS = {"sb3": "zoo", "sbx": "zoo", "mctx": "mctx"}
+"""Files of the settings of those that run only what these name; all others run everything."""
 
 CACHED_ENVS = ("CartPole-v1",)
 """Where ours runs with a cold and a warm compilation cache instead of none."""
 
 MIN_CACHED_SECONDS = "0.5"
 """Programs that compile faster are not kept in the cache; as in ``grpo-jax train``."""
-
-GYMNAX1_ENVS = ("SimpleBandit-bsuite", "Seaquest-MinAtar", "FrozenLake-misc")
-"""What gymnax 0.0.9 does not have, or does not run (see ``peers/missing.toml``): rejax on gymnax 1.0.1."""
 
 SHORT = {
     "grpo_jax": ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "Catch-bsuite"),
@@ -87,12 +105,7 @@ class Job:
     @property
     def venv(self) -> str | None:
         """Name of its virtual environment; None: the one of this process."""
-        if self.library == OURS:
-            return None
-        return "rejax-gymnax1" if self.library == "rejax" and self.env in GYMNAX1_ENVS else self.library
-
-
-OURS = "grpo_jax"
+        return None if self.library == OURS else VENVS.get(self.library, self.library)
 
 
 # What to run
@@ -105,8 +118,11 @@ def environments() -> list[str]:
 
 
 def can_run(library: str, env: str) -> bool:
-    """Whether a library has the environment: those on Gymnasium run what RL Zoo has settings for."""
-    return library in (OURS, "rejax") or env in tomllib.loads((PEERS / "zoo.toml").read_text())
+    """Whether a library has the environment, or settings for its family."""
+    if library not in SETTINGS:
+        return True
+    known = tomllib.loads((PEERS / f"{SETTINGS[library]}.toml").read_text())
+    return not known.keys().isdisjoint((env, env.rsplit("-", 1)[1]))
 
 
 def caches(library: str, env: str, device: str = "cpu") -> tuple[str, ...]:
@@ -120,15 +136,16 @@ def jobs_of(
     device: str = "cpu",
     n_envs: int | None = None,
     total_timesteps: int | None = None,
+    n_peer_seeds: int | None = None,
 ) -> list[Job]:
-    """All runs, environment by environment."""
+    """All runs, environment by environment; peers with as many seeds where it is not said."""
     return [
         Job(library, env, seed, cache, device, n_envs, total_timesteps)
         for env in envs
         for library in libraries
         if can_run(library, env)
         for cache in caches(library, env, device)
-        for seed in range(n_seeds)
+        for seed in range(n_seeds if library == OURS or n_peer_seeds is None else n_peer_seeds)
     ]
 
 
@@ -302,18 +319,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
     parser.add_argument("--envs", nargs="+", choices=environments(), default=environments(), metavar="ID")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--peer-seeds", type=int, help="how many for peers; default: --seeds")
     parser.add_argument("--jobs", type=int, default=1, help="side by side, each on a core of its own")
     parser.add_argument("--short", action="store_true", help="some minutes: few environments, two seeds")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--n-envs", type=int, help="in place of the settings' own (ours and rejax)")
+    parser.add_argument(
+        "--n-envs", type=int, help="in place of the settings' own (ours, rejax and purejaxrl)"
+    )
     parser.add_argument("--total-timesteps", type=int, help="in place of the settings' own")
     parser.add_argument("--venvs", type=pathlib.Path, default=pathlib.Path("runs/venvs"))
     parser.add_argument("--report", type=pathlib.Path, help="folder of the report; default: --out")
     parsed = parser.parse_args(arguments)
     if parsed.device == "gpu" and list(parsed.libraries) != [OURS]:
         parser.error("--device gpu: peers' virtual environments are for CPUs, add --libraries grpo_jax")
-    if parsed.n_envs and not {*parsed.libraries} <= {OURS, "rejax"}:
-        parser.error("--n-envs: add --libraries with grpo_jax or rejax only")
+    if parsed.n_envs and not {*parsed.libraries} <= {OURS, "rejax", "purejaxrl"}:
+        parser.error("--n-envs: add --libraries with grpo_jax, rejax or purejaxrl only")
     return parsed
 
 
@@ -327,6 +347,7 @@ def selected(arguments: argparse.Namespace) -> list[Job]:
         arguments.device,
         arguments.n_envs,
         arguments.total_timesteps,
+        arguments.peer_seeds,
     )
 
 

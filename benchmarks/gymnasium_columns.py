@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import cells
 import numpy as np
-import report
+import scores
 from gymnasium_runs import ALGORITHMS, STEPS
 
-Row = report.Row
+Row = scores.Row
 
 LEVEL = 0.01
 """Medians that differ by no more than this share of the larger one are level."""
@@ -37,8 +38,8 @@ def select(results: Iterable[Row], settings: str, env_id: str, algo: str) -> lis
 
 def bar_of(ppo: Sequence[Row]) -> Bar:
     """What the others are measured by; minus infinity stands for a run too short for a return."""
-    target = report.median(row["curve"][-1][RETURN] if row["curve"] else -math.inf for row in ppo)
-    return Bar(target, report.median(row["cpu_seconds"] for row in ppo), ppo[0]["total_timesteps"])
+    target = scores.median(row["curve"][-1][RETURN] if row["curve"] else -math.inf for row in ppo)
+    return Bar(target, scores.median(row["cpu_seconds"] for row in ppo), ppo[0]["total_timesteps"])
 
 
 def measures(row: Row, bar: Bar) -> dict[str, float | None]:
@@ -74,7 +75,7 @@ def measures(row: Row, bar: Bar) -> dict[str, float | None]:
 def middle(found: Sequence[Row], bar: Bar, name: str) -> float:
     """Median of a measure over seeds; minus infinity stands for a return that a seed does not have."""
     values = (measures(row, bar)[name] for row in found)
-    return report.median(-math.inf if value is None else value for value in values)
+    return scores.median(-math.inf if value is None else value for value in values)
 
 
 def compare(ours: float, theirs: float) -> str:
@@ -166,7 +167,7 @@ def lander(
     in_both = [one for one in in_steps if at_most(one["seconds_to_target"], bar.seconds)]
     return [
         f"- LunarLander-v3 at {target:g} within {most_steps:,} decision steps: {len(in_steps)} of {len(found)} seeds (goal: 4 of 5);"
-        f" in no more CPU seconds than PPO's {report.number(bar.seconds)} for {bar.total_timesteps:,} steps as well: {len(in_both)}."
+        f" in no more CPU seconds than PPO's {cells.number(bar.seconds)} for {bar.total_timesteps:,} steps as well: {len(in_both)}."
     ]
 
 

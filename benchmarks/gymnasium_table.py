@@ -32,10 +32,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import bench
+import cells
 import gymnasium_runs
 import numpy as np
-import report
+import plots
 import rows
+import scores
 from gymnasium_columns import CPU, MEASURES, RETURN, STEP, bar_of, goals, measures, select
 from gymnasium_runs import ALGORITHMS, SEEDS, STEPS, ZOO
 from matplotlib.figure import Figure
@@ -53,7 +55,11 @@ EXTRAS = {
 """Module and package that environments need, by the beginning of their ids."""
 
 SBX_VENV = "sbx-gymnasium"
-COLOURS = {"ppo": report.COLOURS["sb3"], "sbx": report.COLOURS["sbx"], "grpo": report.COLOURS["grpo_jax"]}
+COLOURS = {
+    "ppo": plots.COLOURS["sb3"],
+    "sbx": plots.COLOURS["sbx"],
+    "grpo": plots.COLOURS["grpo_jax"],
+}
 NAMES = {"ppo": "SB3 PPO", "sbx": "SBX PPO", "grpo": "GRPO", "grpo-clone": "GRPO, dynamics='clone'"}
 NAMES["grpo-episodes"] = "GRPO, candidates='episodes'"
 
@@ -75,7 +81,7 @@ def train(
     job: dict[str, Any] = {"settings": settings, "algo": algo, "env_id": env_id, "seed": seed}
     job |= {"total_timesteps": total_timesteps, "budget": None}
     if algo != "ppo":
-        found = select(report.read(pathlib.Path(out)), settings, env_id, "ppo")
+        found = select(scores.read(pathlib.Path(out)), settings, env_id, "ppo")
         if not found:
             raise SystemExit(f"{env_id}, {settings}: {algo} gets PPO's seconds; run --algos ppo first")
         job["budget"] = bar_of(found).seconds
@@ -100,18 +106,18 @@ def check_packages(ids: Iterable[str]) -> None:
 # Reporting
 
 
-def cell(values: Sequence[float | None], form: Any = report.number) -> str:
+def cell(values: Sequence[float | None], form: Any = cells.number) -> str:
     """``median (min to max)``; how many seeds are without a value, where there are such."""
     missing = sum(value is None for value in values)
     if missing:
         return f"not reached by {missing} of {len(values)}"
-    return report.spread([value for value in values if value is not None], form)
+    return cells.spread([value for value in values if value is not None], form)
 
 
-def first(values: Sequence[float | None], form: Any = report.number) -> str:
+def first(values: Sequence[float | None], form: Any = cells.number) -> str:
     """The median of what it took to get there; ``"1 of 2"`` where not every seed does."""
     known = [value for value in values if value is not None and np.isfinite(value)]
-    return form(report.median(known)) if len(known) == len(values) else f"{len(known)} of {len(values)}"
+    return form(scores.median(known)) if len(known) == len(values) else f"{len(known)} of {len(values)}"
 
 
 def kind_of(found: Sequence[rows.Row]) -> str:
@@ -135,14 +141,14 @@ def summary(results: Sequence[rows.Row], settings: str) -> str:
 
         counts = [str(len(by_algo[algo])) for algo in COLOURS]
         lines.append(
-            [env_id, kind_of(by_algo["grpo"]), "/".join(counts), report.number(bar.seconds)]
+            [env_id, kind_of(by_algo["grpo"]), "/".join(counts), cells.number(bar.seconds)]
             + [cell(each("equal_seconds", algo)) if by_algo[algo] else "" for algo in COLOURS]
             + [first(each("seconds_to_target", algo)) for algo in ("ppo", "grpo")]
-            + [first(each("steps_to_target", algo), report.steps) for algo in ("ppo", "grpo")]
+            + [first(each("steps_to_target", algo), cells.steps) for algo in ("ppo", "grpo")]
         )
     head = ["Environment", "Alternatives", "Seeds", "CPU s", *(NAMES[algo] for algo in COLOURS)]
     head += ["To PPO's last return, s: PPO", "GRPO", "Decision steps: PPO", "GRPO"]
-    return report.table(head, lines)
+    return cells.table(head, lines)
 
 
 def section(results: Sequence[rows.Row], settings: str) -> list[str]:
@@ -167,14 +173,14 @@ def section(results: Sequence[rows.Row], settings: str) -> list[str]:
             )
             all_steps = [row["decision_steps"] + row["simulator_steps"] for row in found]
             costs.append(
-                [*head, *(cell(of[name], report.steps) for name in ("steps_then", "all_steps_then"))]
+                [*head, *(cell(of[name], cells.steps) for name in ("steps_then", "all_steps_then"))]
                 + [
-                    cell([row["decision_steps"] for row in found], report.steps),
-                    cell(all_steps, report.steps),
+                    cell([row["decision_steps"] for row in found], cells.steps),
+                    cell(all_steps, cells.steps),
                 ]
                 + [cell([row[name] for row in found]) for name in ("cpu_seconds", "compile_seconds")]
                 + [cell(of[name]) for name in ("seconds_to_target", "no_compile_to_target")]
-                + [cell(of["steps_to_target"], report.steps)]
+                + [cell(of["steps_to_target"], cells.steps)]
             )
     if not returns:
         return []
@@ -190,9 +196,9 @@ def section(results: Sequence[rows.Row], settings: str) -> list[str]:
         "\n### Summary\n",
         summary(results, settings),
         "### Return\n",
-        report.table(head, returns),
+        cells.table(head, returns),
         "### Cost\n",
-        report.table(cost_head, costs),
+        cells.table(cost_head, costs),
         *notes,
         "",
     ]
@@ -229,7 +235,7 @@ def table(results: list[rows.Row]) -> str:
     return "\n".join([*lines, rows.provenance(results)]) + "\n"
 
 
-def band(found: Sequence[rows.Row], column: int) -> report.Floats:
+def band(found: Sequence[rows.Row], column: int) -> scores.Floats:
     """x, and median, lowest and highest return over seeds, ``[4, n]``, where every seed has a curve."""
     curves = [
         np.array(row["curve"], dtype=np.float64)[:, [column, RETURN]].T for row in found if row["curve"]
@@ -264,7 +270,7 @@ def draw_some(results: list[rows.Row], settings: str, ids: Sequence[str], path: 
         )
         for panel, (x, label, end) in zip(column, axes, strict=True):
             lines = {algo: band(of_algo, x) for algo, of_algo in found.items()}
-            report.draw_panel(panel, {algo: line for algo, line in lines.items() if line.size}, COLOURS)
+            plots.draw_panel(panel, {algo: line for algo, line in lines.items() if line.size}, COLOURS)
             panel.axvline(end, color="black", linestyle=":", linewidth=1, zorder=1)
             panel.set_xlabel(label + (" (log)" if panel.get_xscale() == "log" else ""), fontsize=9)
         column[0].set_title(env_id, fontsize=10)
@@ -275,7 +281,7 @@ def draw_some(results: list[rows.Row], settings: str, ids: Sequence[str], path: 
     figure.supylabel(
         f"return, last {gymnasium_runs.N_EPISODES} training episodes: median and range of seeds", fontsize=10
     )
-    figure.savefig(path, dpi=report.PNG_DPI)
+    figure.savefig(path, dpi=plots.PNG_DPI)
 
 
 def main() -> None:

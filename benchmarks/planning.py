@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import cells
 import jax
 import numpy as np
-import report
 import rows
 
 import grpo_jax
@@ -59,17 +59,14 @@ def table(results: Sequence[rows.Row]) -> str:
             [
                 env_id,
                 str(len(found)),
-                *(
-                    report.spread([row[name] for row in found], report.number)
-                    for name in ("alone", "planned")
-                ),
+                *(cells.spread([row[name] for row in found], cells.number) for name in ("alone", "planned")),
                 f"{sum(z > 2 for z in better)} / {sum(z < -2 for z in better)}",
-                report.number(float(np.median([row["steps_per_decision"] for row in found]))),
+                cells.number(float(np.median([row["steps_per_decision"] for row in found]))),
             ]
         )
     head = ["Environment", "Seeds", "Policy alone", "With a plan", "Better / worse by two standard errors"]
     return (
-        report.table([*head, "Simulator steps a decision"], lines)
+        cells.table([*head, "Simulator steps a decision"], lines)
         + "\n"
         + rows.provenance(list(results))
         + "\n"

@@ -23,8 +23,8 @@ import jax
 import numpy as np
 import stable_baselines3
 import torch
-from report import read
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from scores import read
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 

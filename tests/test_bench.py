@@ -8,6 +8,9 @@ import pathlib
 import sys
 import tomllib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import grpo_jax
@@ -47,13 +50,23 @@ def test_different_runs_have_different_names():
 def test_everything_that_can_run_is_run():
     jobs = bench.jobs_of(bench.LIBRARIES, bench.environments(), 2)
     ran = {library: {job.env for job in jobs if job.library == library} for library in bench.LIBRARIES}
-    assert ran["grpo_jax"] == ran["rejax"] == set(bench.environments()) and len(ran["rejax"]) == 25
+    everything = set(bench.environments())
+    assert ran["grpo_jax"] == ran["rejax"] == ran["purejaxrl"] == everything and len(everything) == 25
     assert ran["sb3"] == ran["sbx"] and len(ran["sb3"]) == 5
+    games = {env for env in everything if env.endswith("MinAtar")}
+    assert ran["mctx"] == {"CartPole-v1", "Acrobot-v1", "Catch-bsuite", *games} and len(games) == 5
     ours = [(job.cache, job.seed) for job in jobs if (job.library, job.env) == ("grpo_jax", "CartPole-v1")]
     assert sorted(ours) == [("cold", 0), ("cold", 1), ("warm", 0), ("warm", 1)]
 
 
-@pytest.mark.parametrize("library", ["sb3", "sbx", "rejax"])
+def test_peers_may_have_fewer_seeds():
+    parsed = bench.parse(["--seeds", "10", "--peer-seeds", "5", "--envs", "Catch-bsuite"])
+    counts = [(job.library, job.seed) for job in bench.selected(parsed)]
+    assert max(seed for library, seed in counts if library == "grpo_jax") == 9
+    assert {seed for library, seed in counts if library == "mctx"} == set(range(5))
+
+
+@pytest.mark.parametrize("library", sorted({*bench.LIBRARIES} - {"grpo_jax"}))
 def test_peers_have_what_they_need(library):
     for env in bench.environments():
         if bench.can_run(library, env):
@@ -161,12 +174,110 @@ def test_numbers_that_json_has_not_are_none():
     assert made["final_returns"] == [None] and made["nonfinite"]
 
 
-def test_settings_of_peers_name_known_environments():
-    for name in ("zoo", "rejax"):
-        table = tomllib.loads((bench.PEERS / f"{name}.toml").read_text())
-        if name == "rejax":  # test_gymnasium_table.py looks at the Zoo's
-            assert set(table) - {"MinAtar", "defaults"} <= set(bench.environments())
-        assert all(known["total_timesteps"] > 0 for known in table.values())
+PPO = {"agent_kwargs": dict, "num_envs": int, "num_steps": int, "num_epochs": int, "num_minibatches": int}
+PPO |= {"learning_rate": float, "max_grad_norm": (int, float), "gamma": float, "gae_lambda": float}
+PPO |= {"clip_eps": float, "ent_coef": float, "vf_coef": float}
+NORMALISE = {"normalize_observations": bool, "normalize_rewards": bool}
+ALPHA_ZERO = {"n_envs": int, "n_steps": int, "n_simulations": int, "n_epochs": int, "n_minibatches": int}
+ALPHA_ZERO |= {"learning_rate": float, "max_grad_norm": float, "gamma": float, "lambda": float}
+ALPHA_ZERO |= {
+    "vf_coef": float,
+    "ent_coef": float,
+    "value_scale": float,
+    "rescale_values": bool,
+    "layers": list,
+}
+SCHEMAS = {"rejax": PPO, "purejaxrl": PPO | {"anneal": bool}, "mctx": ALPHA_ZERO}
+
+
+@pytest.mark.parametrize("library", SCHEMAS)
+def test_settings_of_each_game_are_complete(library):
+    schema = SCHEMAS[library]
+    for env in filter(lambda env: bench.can_run(library, env), bench.environments()):
+        config, total, settings = record.settings_of({"library": library, "env": env})
+        assert isinstance(total, int) and total > 0 and settings
+        if settings == "rejax's defaults":
+            assert not config
+            continue
+        assert schema.keys() <= config.keys() <= schema.keys() | NORMALISE.keys(), env
+        for name, value in config.items():
+            assert isinstance(value, (schema | NORMALISE)[name]), (env, name)
+        n = "n_" if library == "mctx" else "num_"
+        assert config[f"{n}envs"] * config[f"{n}steps"] % config[f"{n}minibatches"] == 0, env
+    tables = tomllib.loads((bench.PEERS / f"{library}.toml").read_text())
+    named = {*tables} | {env for known in tables.values() for env in known.get("envs", ())}
+    assert named - {"MinAtar", "continuous", "defaults"} <= {*bench.environments()}  # no misspelt id
+
+
+class Fork:
+    """Action 0 ends the episode and pays nothing; action 1 pays 1 with the step after it, which ends it too.
+
+    Like gymnax's environments it goes on paying behind an end. Its state is what it is observed as.
+    """
+
+    n_actions = 2
+
+    def reset(self, key, n):
+        state = jnp.zeros((n, 1))
+        return state, state
+
+    def step(self, key, states, actions):
+        at = states[:, 0]
+        behind_the_end = jnp.where(at == 2, 100.0, 0.0)
+        rewards = jnp.where(at == 1, 1.0, behind_the_end)
+        terminated = (at > 0) | (actions == 0)
+        states = jnp.where(terminated, 2.0, 1.0)[:, None]
+        return states, states, rewards, terminated, jnp.zeros_like(terminated)
+
+
+@pytest.fixture(scope="module")
+def alpha_zero():
+    """mctx's module, and a learner in a ``Fork``."""
+    pytest.importorskip("mctx", reason="the peer: pip install mctx")
+    module = load("run_mctx", BENCHMARKS / "peers" / "run_mctx.py")
+    config, _, _ = record.settings_of({"library": "mctx", "env": "CartPole-v1"})
+    config |= {"n_envs": 8, "n_steps": 4, "n_minibatches": 2, "layers": [8], "learning_rate": 0.03}
+    return module, module.AlphaZero(Fork(), config, 40)
+
+
+def test_a_search_finds_what_pays_two_steps_on_and_nothing_behind_an_end(alpha_zero):
+    learner = alpha_zero[1]
+    state = learner.init(jax.random.key(0))
+    found = jax.jit(learner.search)(state.params, state.key, state.observations, state.states, 0.0)
+    np.testing.assert_array_equal(found.action, 1)
+    assert np.all(found.action_weights[:, 1] > 0.9)
+    roots = found.search_tree.node_values[:, 0]
+    assert np.all(np.abs(roots) < 1)  # nothing of the 100 behind the ends
+
+
+def test_the_bare_policy_learns_what_the_search_plays(alpha_zero):
+    learner = alpha_zero[1]
+    state = learner.init(jax.random.key(1))
+    advance = jax.jit(lambda state: jax.lax.fori_loop(0, 40, lambda _, state: learner.iterate(state), state))
+    returns = jax.jit(learner.returns, static_argnums=(2, 3))
+    before = returns(state.params, jax.random.key(2), 64, False)
+    after = advance(state).params
+    assert 0.2 < before.mean() < 0.8 < 0.95 < returns(after, jax.random.key(2), 64, False).mean()
+    np.testing.assert_array_equal(returns(state.params, jax.random.key(2), 64, True), 1.0)
+
+
+def test_lambda_returns_by_hand(alpha_zero):
+    module = alpha_zero[0]
+    # One environment, four steps: a time limit behind the second, a termination behind the third.
+    columns = {
+        "root_values": [1.0, 2.0, 3.0, 4.0],
+        "rewards": [10.0, 20.0, 30.0, 40.0],
+        "terminated": [0.0, 0.0, 1.0, 0.0],
+        "truncated": [0.0, 1.0, 0.0, 0.0],
+        "last_values": [5.0, 6.0, 7.0, 8.0],
+    }
+    arrays = {name: jnp.array(values)[:, None] for name, values in columns.items()}
+    arrays["truncated"] = arrays["truncated"].astype(bool)
+    steps = module.Step(observations=None, weights=None, **arrays)
+    fourth, third, second = 40 + 0.5 * 8, 30.0, 20 + 0.5 * 6
+    first = 10 + 0.5 * (0.75 * 2 + 0.25 * second)
+    found = module.lambda_returns(steps, gamma=0.5, mix=0.25)
+    np.testing.assert_allclose(found[:, 0], [first, second, third, fourth])
 
 
 def ours():

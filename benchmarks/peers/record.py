@@ -16,6 +16,7 @@ import platform
 import resource
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -183,6 +184,23 @@ def peak_memory_mb() -> float:
     """Largest resident memory of the process so far, in 1e6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1.0 if sys.platform == "darwin" else 1024.0) / 1e6
+
+
+def settings_of(job: Job) -> tuple[dict[str, Any], int, str]:
+    """Settings of a job's library, decision steps and where the settings are from.
+
+    Read from the library's TOML beside this file: the table of the environment's id, or one that names it in ``envs``, or
+    that of its family (what stands behind the id's last hyphen), or ``defaults``.
+    """
+    tables = tomllib.loads(pathlib.Path(__file__).with_name(f"{job['library']}.toml").read_text())
+    env = job["env"]
+    names = [env, *(name for name, known in tables.items() if env in known.get("envs", ()))]
+    names += [env.rsplit("-", 1)[1], "defaults"]
+    known = next(tables[name] for name in names if name in tables)
+    config = {
+        name: value for name, value in known.items() if name not in ("envs", "settings", "total_timesteps")
+    }
+    return config, job.get("total_timesteps") or known["total_timesteps"], known["settings"]
 
 
 def every(n_iterations: int, n_points: int = N_POINTS) -> int:

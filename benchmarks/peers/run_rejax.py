@@ -1,7 +1,8 @@
 """One run of rejax's PPO on gymnax. Started by ``benchmarks/bench.py`` in the peer's virtual environment.
 
 rejax evaluates within its one program. Here its own ``train_iteration`` runs in chunks and the evaluation is a program
-of its own, so that the time of each can be told.
+of its own, so that the time of each can be told. The library "purejaxrl" is rejax's PPO as well, with PureJaxRL's
+published settings and with what those need and rejax has not: see ``LikePureJaxRL``.
 """
 
 import record
@@ -10,19 +11,20 @@ if __name__ == "__main__":
     JOB, PATH = record.read_job()  # before JAX makes its threads
 
 import functools
-import importlib.metadata
-import pathlib
-import tomllib
+import zlib
 from typing import Any
 
 import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rejax
+import optax
+from flax import struct
+from flax.training.train_state import TrainState
+from rejax.algos import PPO
+from rejax.algos.algorithm import register_init
 from rejax.evaluate import evaluate_single
 
-GYMNAX = importlib.metadata.version("gymnax")
 PACKAGES = ("rejax", "gymnax", "jax", "jaxlib", "flax", "distrax")
 
 
@@ -62,23 +64,101 @@ class OfGymnax1:
 
 
 def make(env_id: str) -> tuple[Any, Any]:
-    """The environment and its parameters, in either version of gymnax."""
+    """The environment and its parameters."""
     env, params = gymnax.make(env_id)
-    return (env, params) if GYMNAX.startswith("0.") else (OfGymnax1(env, params), params)
+    return OfGymnax1(env, params), params
+
+
+def _last_gradient() -> optax.GradientTransformation:
+    """Moves nothing and keeps the gradient as its state."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradient, state, params=None: (jax.tree.map(jnp.zeros_like, gradient), gradient),
+    )
+
+
+class LikePureJaxRL(PPO):
+    """rejax's PPO with PureJaxRL's start and optimizer.
+
+    Orthogonal layers; one Adam (epsilon 1e-5) for policy and critic, their gradient clipped by its joint norm (rejax
+    clips every entry); a learning rate that may fall linearly to 0, a step an iteration. The losses are rejax's, which are
+    the same as PureJaxRL's.
+    """
+
+    n_iterations: int | None = struct.field(pytree_node=False, default=None)
+    """Iterations over which the learning rate falls; None: it stays."""
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        def rate(count: jax.Array) -> Any:
+            if self.n_iterations is None:
+                return self.learning_rate
+            iteration = count // (self.num_epochs * self.num_minibatches)
+            return self.learning_rate * (1.0 - iteration / self.n_iterations)
+
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optax.adam(rate, eps=1e-5))
+
+    def init_state(self, rng: jax.Array) -> Any:
+        state = super().init_state(rng)
+        params = orthogonal((state.actor_ts.params, state.critic_ts.params), jax.random.fold_in(rng, 1))
+        states = [TrainState.create(apply_fn=(), params=of, tx=_last_gradient()) for of in params]
+        # rejax starts with integers here, which no scan takes once they have become floats.
+        rewards = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), state.rew_rms_state)
+        return state.replace(
+            actor_ts=states[0], critic_ts=states[1], joint=self.optimizer.init(params), rew_rms_state=rewards
+        )
+
+    @register_init
+    def initialize_joint(self, rng: jax.Array) -> dict[str, Any]:
+        """A field of the training state; ``init_state`` fills it."""
+        return {"joint": ()}
+
+    def update(self, ts: Any, batch: Any) -> Any:
+        ts = super().update(ts, batch)  # keeps the two gradients
+        params = ts.actor_ts.params, ts.critic_ts.params
+        moves, joint = self.optimizer.update(
+            (ts.actor_ts.opt_state, ts.critic_ts.opt_state), ts.joint, params
+        )
+        actor, critic = optax.apply_updates(params, moves)
+        return ts.replace(
+            actor_ts=ts.actor_ts.replace(params=actor),
+            critic_ts=ts.critic_ts.replace(params=critic),
+            joint=joint,
+        )
+
+
+def orthogonal(params: Any, key: jax.Array) -> Any:
+    """PureJaxRL's start: kernels orthogonal of scale sqrt(2), the policy's last 0.01, the critic's last 1."""
+
+    def draw(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if not name.endswith("['kernel']"):
+            return leaf
+        scale = 0.01 if "action" in name else 1.0 if leaf.shape[-1] == 1 else 2**0.5
+        return jax.nn.initializers.orthogonal(scale)(
+            jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape
+        )
+
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 def settings_of(job: record.Job) -> tuple[dict[str, Any], int, str]:
-    """Settings, decision steps and where they are from: rejax's own of that id, of its family, or its defaults."""
-    tables = tomllib.loads(pathlib.Path(__file__).with_name("rejax.toml").read_text())
-    family = job["env"].rsplit("-", 1)[1]
-    known = next((tables[name] for name in (job["env"], family) if name in tables), tables["defaults"])
-    config = {name: value for name, value in known.items() if name not in ("settings", "total_timesteps")}
-    settings = known["settings"]
+    """Settings, decision steps and where they are from."""
+    config, total, settings = record.settings_of(job)
     if job.get("n_envs"):
         config["num_envs"], settings = job["n_envs"], f"{settings}, num_envs {job['n_envs']}"
-    if not GYMNAX.startswith("0."):
-        settings += f"; gymnax {GYMNAX} through an adapter"
-    return config, job.get("total_timesteps") or known["total_timesteps"], settings
+    return config, total, settings
+
+
+def algorithm_of(job: record.Job, config: dict[str, Any], total: int) -> Any:
+    """The algorithm, in the job's environment."""
+    env, params = make(job["env"])
+    if job["library"] == "rejax":
+        return PPO.create(env=env, env_params=params, **config)
+    config = dict(config)
+    if config.pop("anneal"):
+        config["n_iterations"] = -(-total // (config["num_envs"] * config["num_steps"]))
+    return LikePureJaxRL.create(env=env, env_params=params, **config)
 
 
 def strong(tree: Any) -> Any:
@@ -103,8 +183,7 @@ def evaluator(algorithm: Any, n_episodes: int) -> Any:
 def run(job: record.Job, clock: record.Clock) -> record.Row:
     """Trains in chunks, and evaluates the sampled policy between them."""
     config, total, settings = settings_of(job)
-    env, params = make(job["env"])
-    algorithm = rejax.get_algo("ppo").create(env=env, env_params=params, **config)
+    algorithm = algorithm_of(job, config, total)
     steps = algorithm.num_envs * algorithm.num_steps
     n_iterations = -(-total // steps)
     key, evaluate_key = jax.random.split(jax.random.PRNGKey(job["seed"]))

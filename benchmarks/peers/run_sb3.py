@@ -36,7 +36,7 @@ def settings_of(job: record.Job) -> tuple[dict[str, Any], int, str]:
     table = tomllib.loads(pathlib.Path(__file__).with_name("zoo.toml").read_text())
     config = dict(table[job["env"]])
     total, zoo_total = config.pop("total_timesteps"), config.pop("zoo_timesteps", None)
-    notes = ["RL Zoo"]
+    notes = ["RL Zoo's"]
     if zoo_total is not None:
         notes.append(f"{total:,} of its {zoo_total:,} steps")
     if SBX and config.get("use_sde"):
