@@ -48,6 +48,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "spread_floor": (0.0, 1e-6), "net_arch": ((), (4,), (4, 4)), "log_std_init": (-1.0, 0.5),
 }  # fmt: skip
 TRACED = {one.name for one in dataclasses.fields(GRPOConfig) if "traced" in one.metadata} & NUMBERS.keys()
+TRACED = {name for name in TRACED if None not in NUMBERS[name]}  # None is another program
 BAD: dict[str, tuple[Any, ...]] = {name: ("nonsense", 3, None, ["ppo"]) for name in NAMES}
 BAD |= dict.fromkeys(
     ("n_envs", "n_steps", "n_epochs", "batch_size", "group_size", "horizon", "n_rollouts", "branch_every"),
