@@ -47,7 +47,7 @@ STEPS = {
     "Walker2d-v5": 100_000,
     "FrozenLake-v1": 50_000,
     "Taxi-v4": 100_000,
-    "ALE/Pong-v5": 200_000,
+    "ALE/Pong-v5": 50_000,
     trading.ID: 60_000,
 }
 """Decision steps of PPO with its defaults; with the Zoo's settings they are in ``peers/zoo.toml``."""
