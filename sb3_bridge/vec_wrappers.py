@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.processes import died, reach
+from sb3_bridge.clones.processes import died, reach, uninterrupted
 from sb3_bridge.numbers import LARGEST, BadNumberError, bad_entry
 
 _KNOWN = (VecNormalize, VecTransposeImage, VecExtractDictObs)
@@ -66,14 +66,17 @@ def _stepped(env: VecEnv, actions: np.ndarray) -> Any:
     if not isinstance(base, SubprocVecEnv) or type(env).step is not VecEnv.step:
         return env.step(actions)
     try:
-        env.step_async(actions)
         try:
+            with uninterrupted():
+                env.step_async(actions)
             for index in range(base.num_envs):
                 reach(base, index, "")
+            with uninterrupted():
+                return env.step_wait()
         except KeyboardInterrupt:
-            base.step_wait()
+            if base.waiting:
+                base.step_wait()
             raise
-        return env.step_wait()
     except (EOFError, ConnectionError) as error:
         raise died(base) from error
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -261,12 +261,15 @@ class Workers:
         try:
             for index, message in enumerate(messages):
                 if message is not None:
-                    reach(self._env, index, "send", message)
-                    waiting.append(index)
+                    with uninterrupted():
+                        reach(self._env, index, "send", message)
+                        waiting.append(index)
             while waiting:
-                answer = reach(self._env, waiting[0], "recv")
-                if is_answer(answer):  # else one that an interrupted call left
-                    answers[waiting.pop(0)] = answer
+                reach(self._env, waiting[0], "")
+                with uninterrupted():
+                    answer = reach(self._env, waiting[0], "recv")
+                    if is_answer(answer):  # else one that an interrupted call left
+                        answers[waiting.pop(0)] = answer
         except WorkerError:
             raise
         except BaseException:
@@ -279,6 +282,23 @@ class Workers:
 
 class WorkerError(RuntimeError):
     """A worker of a SubprocVecEnv that died, or gave no answer in time; all its workers were ended."""
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end: half of a message, or an answer that nobody noted, would spoil all that come after it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    caught: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        before(*caught[-1])
 
 
 def reach(env: SubprocVecEnv, index: int, method: str, *arguments: Any) -> Any:

@@ -226,7 +226,9 @@ def test_two_branchers_on_one_subprocess_env_do_not_meet():
     env.close()
 
 
-def test_an_interrupt_leaves_no_answer_in_the_pipes(monkeypatch):
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("moment", ["send", "", "recv"])
+def test_an_interrupt_leaves_no_answer_in_the_pipes(moment, number, monkeypatch):
     env = forked([kinds.Counter] * 2)
     brancher = Brancher(env)
     env.reset()
@@ -235,14 +237,15 @@ def test_an_interrupt_leaves_no_answer_in_the_pipes(monkeypatch):
 
     def interrupted(env: Any, index: int, method: str, *arguments: Any) -> Any:
         calls.append(method)
-        if calls.count("recv") == 1 and calls[-1] == "recv":
-            raise KeyboardInterrupt
+        if method == moment and calls.count(method) == number:
+            signal.raise_signal(signal.SIGINT)  # while a message is written, awaited, read
         return reach(env, index, method, *arguments)
 
     monkeypatch.setattr(servers, "reach", interrupted)
     with pytest.raises(KeyboardInterrupt):
         brancher.branch(handles, np.zeros((2, 3), int), still, horizon=3, gamma=1.0)
     monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not any(remote.poll(0.2) for remote in env.remotes)
     observation, *_ = env.step(np.array([1, 2]))
     assert observation.tolist() == [[2.0], [3.0]] and agrees(env, brancher, np.array([0, 1]))

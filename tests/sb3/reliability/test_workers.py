@@ -16,6 +16,7 @@ import pytest
 from sb3.sleds import Sled, make
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
+from sb3_bridge import vec_wrappers
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.processes import WorkerError
 
@@ -166,3 +167,22 @@ def is_zombie(pid):
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+@pytest.mark.parametrize("moment", ["step_async", "step_wait"])
+def test_an_interrupt_of_a_step_leaves_no_answer_in_the_pipes(moment, monkeypatch):
+    env = workers("", n=2)
+    env.reset()
+    whole, actions = getattr(env, moment), np.stack([env.action_space.sample()] * 2)
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return whole(*arguments)
+
+    monkeypatch.setattr(env, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vec_wrappers.step(env, actions, 1)
+    monkeypatch.undo()
+    assert not env.waiting and not any(remote.poll(0.2) for remote in env.remotes)
+    assert vec_wrappers.step(env, actions, 1).observation.shape == (2, *env.observation_space.shape)
+    env.close()
