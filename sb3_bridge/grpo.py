@@ -17,12 +17,11 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from grpo_jax.config import Backup, Baseline, KLEstimator, Reference, Scale, Surrogate, TrajectoryForm
 from grpo_jax.presets import preset
-from grpo_jax.worlds.make import SUITES
 from sb3_bridge import regime
 from sb3_bridge.files.model import arrays_of, fit_to_env, read_model, read_parameters
 from sb3_bridge.files.model_zip import File, checked, save_zip
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
-from sb3_bridge.gymnax.registration import NAMESPACE
+from sb3_bridge.gymnax.registration import world_id
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
 from sb3_bridge.place import go_on, keeper_of
 from sb3_bridge.policies import torch_policy
@@ -182,8 +181,8 @@ class GRPO(Training):
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         given["policy"] = to_policy_class(policy)
-        if isinstance(env, str) and env.startswith(tuple(f"{suite}/" for suite in (NAMESPACE, *SUITES))):
-            given["env"] = GymnaxVecEnv(env.removeprefix(f"{NAMESPACE}/"), render_mode="rgb_array")
+        if isinstance(env, str) and (world := world_id(env)) is not None:
+            given["env"] = GymnaxVecEnv(world, render_mode="rgb_array")
         of_base = inspect.signature(OnPolicyAlgorithm).parameters
         super().__init__(
             **{name: value for name, value in given.items() if name in of_base}

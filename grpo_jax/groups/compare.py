@@ -63,13 +63,9 @@ def follow(
         rows = jnp.flatnonzero(wanted, size=config.n_states // config.branch_every)
         states, actions = jax.tree.map(lambda leaf: leaf[rows], (states, actions))
 
-    def act(observation: Any, mask: jax.Array | None, uniforms: jax.Array) -> jax.Array:
-        parameters = policy.parameters(policy_state, observation, mask)
-        return policy.to_world(distribution.sample(parameters, uniforms))
-
     branches = group_returns(
         env,
-        act,
+        functools.partial(policy.act, policy_state),
         key,
         states,
         actions,

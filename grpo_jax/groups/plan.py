@@ -23,7 +23,7 @@ from grpo_jax.groups.branch import group_returns
 from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
 from grpo_jax.policies.distributions import Categorical
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Counter, Group, Observation, PyTree
+from grpo_jax.types import Counter, Group, PyTree
 from grpo_jax.worlds.base import World
 
 HORIZON = 64
@@ -80,12 +80,10 @@ class Planned(NamedTuple):
 
     Attributes:
       action: ``[N, *A]`` in the policy's units.
-      changed: bool ``[N]``, where it is not the policy's own.
       simulator_steps: world steps that this took.
     """
 
     action: jax.Array
-    changed: jax.Array
     simulator_steps: Counter
 
 
@@ -118,18 +116,13 @@ def plan_actions(
     n_states = len(own)
     group = propose(plan, policy, parameters, own, jax.vmap(world.action_mask)(states), draw_key)
 
-    def act(observation: Observation, mask: jax.Array | None, uniforms: jax.Array) -> jax.Array:
-        its = policy.parameters(policy_state, observation, mask)
-        return policy.to_world(policy.distribution.sample(its, uniforms))
-
-    def repeated(
-        leaf: jax.Array,
-    ) -> jax.Array:  # each branch is a state of its own: their returns are wanted one by one
+    def repeated(leaf: jax.Array) -> jax.Array:
+        # A state for each branch: their returns are wanted one by one.
         return jnp.repeat(leaf, plan.n_rollouts, axis=0)
 
     branches = group_returns(
         world,
-        act,
+        functools.partial(policy.act, policy_state),
         branch_key,
         jax.tree.map(repeated, states),
         policy.to_world(repeated(group.action)),
@@ -143,7 +136,7 @@ def plan_actions(
     returns = branches.returns.reshape(n_states, plan.n_rollouts, -1)
     best = choose(returns, group.valid, group.executed, plan.confidence)
     action = jax.vmap(lambda actions, i: actions[i])(group.action, best)
-    return Planned(action.astype(own.dtype), best != group.executed, branches.simulator_steps)
+    return Planned(action.astype(own.dtype), branches.simulator_steps)
 
 
 def propose(

@@ -141,6 +141,13 @@ class Policy:
         assert isinstance(value, jax.Array)
         return value
 
+    def act(
+        self, state: PolicyState, observation: Observation, action_mask: jax.Array | None, uniforms: jax.Array
+    ) -> jax.Array:
+        """Sampled actions ``[..., *A]`` in the world's units, by uniform numbers ``[..., n_uniforms]``."""
+        parameters = self.parameters(state, observation, action_mask)
+        return self.to_world(self.distribution.sample(parameters, uniforms))
+
     def to_world(self, action: jax.Array) -> jax.Array:
         """The policy's action in the world's units, within its bounds."""
         space = self.action_space

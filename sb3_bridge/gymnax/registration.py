@@ -9,8 +9,16 @@ from __future__ import annotations
 import gymnasium
 
 from grpo_jax.presets import preset_ids
+from grpo_jax.worlds.make import SUITES
 
 NAMESPACE = "gymnax"
+
+
+def world_id(env_id: str) -> str | None:
+    """What ``grpo_jax.make`` takes for ``"gymnax/<id>"`` or an id of another suite; None for Gymnasium's own ids."""
+    suite, slash, _ = env_id.partition("/")
+    is_one = bool(slash) and suite in (NAMESPACE, *SUITES)
+    return env_id.removeprefix(f"{NAMESPACE}/") if is_one else None
 
 
 def register_envs() -> None:
