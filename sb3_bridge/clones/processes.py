@@ -274,8 +274,9 @@ class Workers:
             raise
         except BaseException:
             for index in waiting:
+                reach(self._env, index, "")
                 while not is_answer(reach(self._env, index, "recv")):
-                    pass
+                    reach(self._env, index, "")
             raise
         return answers
 
@@ -302,7 +303,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def reach(env: SubprocVecEnv, index: int, method: str, *arguments: Any) -> Any:
-    """``remotes[index].send(*arguments)`` or ``.recv()``, or None where the ``method`` is empty: only waits for an answer.
+    """``remotes[index].send(*arguments)`` or ``.recv()``; an empty ``method`` waits for an answer, which comes before ``recv``.
 
     Raises:
       WorkerError: which environment's worker died, and of what; or gave no answer for as many seconds as the environment
@@ -311,7 +312,7 @@ def reach(env: SubprocVecEnv, index: int, method: str, *arguments: Any) -> Any:
     remote, process = env.remotes[index], env.processes[index]
     seconds = float(os.environ.get("GRPO_JAX_WORKER_TIMEOUT") or _TIMEOUT)
     try:
-        if method != "send" and not _is_ready(remote.fileno(), process.sentinel, seconds or None):
+        if not method and not _is_ready(remote.fileno(), process.sentinel, seconds or None):
             raise died(env, index, f"gave no answer for {seconds:g} s (GRPO_JAX_WORKER_TIMEOUT)")
         return getattr(remote, method)(*arguments) if method else None
     except (EOFError, ConnectionError) as error:
