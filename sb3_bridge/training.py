@@ -34,7 +34,7 @@ from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulat
 from sb3_bridge.rollout.host import collect_on_host
 from sb3_bridge.settings import as_schedule, config_of, jax_device
 from sb3_bridge.twins import pace
-from sb3_bridge.update import improve, next_key, record
+from sb3_bridge.update import follow, improve, next_key, record
 
 _NOT_SAVED: tuple[str, ...] = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory")
 _NOT_SAVED += ("_reference", "_world", "_keeper")
@@ -319,20 +319,15 @@ class Training(OnPolicyAlgorithm):
             if simulator is None:  # what the reward function saw is of no more use
                 environments = trajectory.environments.replace(state=followed.states)
                 trajectory = trajectory.replace(environments=environments)
-            state, metrics = improve.of(*followed.owners)(
-                config,
-                followed.world,
-                self.policy.structure,
-                learner,
-                trajectory,
-                self.key_words,
-                self._n_iterations,
-                followed.branches,
-            )
+            rest = self.policy.structure, learner, trajectory, self.key_words, self._n_iterations
+            branches = followed.branches
+            if followed.world is not None and config.candidates not in ("episodes", "trajectory"):
+                branches = follow.of(*followed.owners)(config, followed.world, *rest)
+            state, metrics = improve(config, *rest, branches)
             metrics, n_simulator_steps, words, n_updates = jax.device_get(
                 (metrics, state.simulator_steps, state.key, state.learner.n_updates)
             )
-            check_update(metrics, trajectory, followed.branches and followed.branches[1].returns)
+            check_update(metrics, trajectory, branches and branches[1].returns)
         keeper_of(self).is_within = False
         self._pace = pace.noted(config, self._pace, metrics)
         self.policy.state = state.learner.policy

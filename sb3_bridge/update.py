@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,9 +21,36 @@ from sb3_bridge.numbers import nan_parts
 from sb3_bridge.rollout.device import train_state
 
 
-def _improve(
+def _follow(
     config: GRPOConfig,
-    world: World | None,
+    world: World,
+    policy: Policy,
+    learner: Learner,
+    trajectory: Trajectory,
+    words: jax.Array,
+    iteration: int,
+) -> tuple[Group, Branches]:
+    """The candidates of a rollout, and what came of them in the ``world``.
+
+    Without states in the trajectory ``[n_steps, n_envs]`` the world gives those of the observations. ``words`` uint32
+    ``[2]`` are the iteration's key's.
+    """
+    state = train_state(policy, learner, None, words, iteration)
+    if trajectory.state is None:
+        environments = trajectory.environments.replace(state=world.at(trajectory.observation))
+        trajectory = trajectory.replace(environments=environments)
+    return loop.evaluate_candidates(config, world, state, trajectory)
+
+
+follow = OwnedJit(_follow, static_argnames="policy")
+"""``follow.of(*owners)`` is the program that branches; its owners are the user's functions that are part of the world.
+
+It is not one with the update: a function on the host keeps a program out of the compilation cache."""
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def improve(
+    config: GRPOConfig,
     policy: Policy,
     learner: Learner,
     trajectory: Trajectory,
@@ -30,24 +58,13 @@ def _improve(
     iteration: int,
     branches: tuple[Group, Branches] | None,
 ) -> tuple[loop.TrainState, Metrics]:
-    """Groups and update of a rollout: the state afterwards (its key as words), and scalar metrics.
-
-    Candidates are followed in the ``world`` where there are no ``branches`` yet. Without states in the trajectory
-    ``[n_steps, n_envs]`` the world gives those of the observations. ``words`` uint32 ``[2]`` are the iteration's key's.
-    """
+    """Groups and update of a rollout: the state afterwards (its key as words), and scalar metrics."""
     state = train_state(policy, learner, None, words, iteration)
-    if world is not None and trajectory.state is None:
-        environments = trajectory.environments.replace(state=world.at(trajectory.observation))
-        trajectory = trajectory.replace(environments=environments)
-    comparison = loop.compare(config, world, state, trajectory, evaluated=branches)
+    comparison = loop.compare(config, None, state, trajectory, evaluated=branches)
     state, metrics = loop.improve(config, state, comparison)
     learner = state.learner
     metrics["nan_parts"] = nan_parts(learner.policy, learner.optimizer, learner.reference)
     return state.replace(key=jax.random.key_data(state.key)), metrics
-
-
-improve = OwnedJit(_improve, static_argnames="policy")
-"""``improve.of(*owners)`` is the program of an update; its owners are the user's functions that are part of the world."""
 
 
 @jax.jit

@@ -201,15 +201,16 @@ def initialise(
     """Parameters of a module; ``{}`` where it has none.
 
     Modules of this file start with orthogonal kernels and zero biases, with gains as in Andrychowicz et al. 2021
-    (arXiv:2006.05990): sqrt(2) for relu-like and tanh hidden layers, a small one for the actor's output. All kernels
-    come from one draw, since XLA compiles every draw anew. Any other module starts as its own initialisers say.
+    (arXiv:2006.05990): sqrt(2) for relu-like and tanh hidden layers, a small one for the actor's output. All of a module
+    comes from one draw, since XLA compiles every draw anew. Any other module starts as its own initialisers say.
 
     Args:
       module: a features extractor, an actor or a critic.
       key: PRNG key.
       example: one encoded observation, or its shape and dtype; with a batch axis for modules that need one.
       output_gain: gain of the layer named ``output``.
-      orthogonal: False: flax's own initialisers.
+      orthogonal: False: kernels and biases are uniform within 1 / sqrt(inputs of a unit), as those of torch's layers,
+        with which RL Zoo's settings for ``ortho_init=False`` were found.
 
     Raises:
       ValueError: the module keeps more than parameters, such as running statistics.
@@ -224,25 +225,29 @@ def initialise(
     shapes = variables.get("params", {})
     if not shapes:
         return {}
-    if not (orthogonal and is_own(module)):
+    if not is_own(module):
         examples = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
         # One after the other under vmap: flax's own orthogonal initialiser calls LAPACK, see _orthogonal.
         return jax.custom_batching.sequential_vmap(module.init)(key, examples)["params"]
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    sizes = [math.prod(leaf.shape) for _, leaf in leaves]
-    normal = jax.scipy.special.ndtri(bits_to_uniform(draw_bits(key, (sum(sizes),))))
-    filled, start = [], 0
-    for (path, leaf), size in zip(leaves, sizes, strict=True):
-        names = [str(entry.key) for entry in path]
-        if names[-1] == "kernel":
-            gain = output_gain if names[-2] == "output" else math.sqrt(2.0)
-            filled.append(gain * _orthogonal(normal[start : start + size].reshape(-1, leaf.shape[-1])))
-        elif names[-1] == "log_std":
-            filled.append(jnp.full(leaf.shape, getattr(module, "log_std_init", 0.0)))
+    by_name = {tuple(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+    sizes = [math.prod(leaf.shape) for leaf in by_name.values()]
+    uniform = bits_to_uniform(draw_bits(key, (sum(sizes),)))
+    normal, filled, start = jax.scipy.special.ndtri(uniform) if orthogonal else uniform, [], 0
+    for (*layer, name), leaf in by_name.items():
+        size = math.prod(leaf.shape)
+        drawn = normal[start : start + size]
+        if name == "log_std":
+            drawn = jnp.full(leaf.shape, getattr(module, "log_std_init", 0.0))
+        elif not orthogonal:
+            drawn = (2 * drawn - 1) / math.sqrt(math.prod(by_name[*layer, "kernel"].shape[:-1]))
+        elif name == "kernel":
+            gain = output_gain if layer[-1] == "output" else math.sqrt(2.0)
+            drawn = gain * _orthogonal(drawn.reshape(-1, leaf.shape[-1]))
         else:
-            assert names[-1] == "bias", names
-            filled.append(jnp.zeros(leaf.shape))
-        filled[-1] = filled[-1].reshape(leaf.shape).astype(leaf.dtype)
+            assert name == "bias", name
+            drawn = jnp.zeros(leaf.shape)
+        filled.append(drawn.reshape(leaf.shape).astype(leaf.dtype))
         start += size
     return jax.tree_util.tree_unflatten(structure, filled)
 

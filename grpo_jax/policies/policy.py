@@ -59,7 +59,7 @@ class Policy:
       actor: head on the features.
       critic: head on the features, or None.
       normalize_observations: whether running statistics are kept.
-      orthogonal: how the modules of this package start; False: as flax's own initialisers say.
+      orthogonal: how the modules of this package start, see ``networks.initialise``.
     """
 
     observation_space: spaces.Space
@@ -278,7 +278,7 @@ def assemble(
       activation: behind the dense layers.
       log_std_init: start of a Gaussian's log standard deviations.
       normalize_observations: whether running statistics are kept.
-      orthogonal: False: flax's own initialisers.
+      orthogonal: how the modules of this package start, see ``networks.initialise``.
 
     Raises:
       TypeError: an activation or an extractor of the wrong kind.

@@ -251,15 +251,28 @@ def compare(
             raise ValueError(
                 f"candidates={config.candidates!r} needs a world to branch in: env=None has none"
             )
-        group, branch_key = draw_group(config, policy, learner.policy, trajectory, state.key)
-        persistence = _persistence(config, learner, progress)
-        branches = follow(
-            config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
-        )
-    else:
-        group, branches = evaluated
+        evaluated = evaluate_candidates(config, env, state, trajectory, progress)
+    group, branches = evaluated
     batch, advantages = compare_branches(config, policy, learner.policy, trajectory, group, branches, wanted)
     return Comparison(batch, advantages, branches.simulator_steps)
+
+
+def evaluate_candidates(
+    config: GRPOConfig,
+    env: World,
+    state: TrainState,
+    trajectory: Trajectory,
+    progress: jax.Array | float = 0.0,
+) -> tuple[Group, Branches]:
+    """The candidates of all decision states, and the group returns of those that are branched; arguments of ``compare``."""
+    policy, learner = state.policy, state.learner
+    trajectory = _with_distribution(policy, learner.policy, trajectory)
+    wanted = branched(config, state.iteration)
+    group, branch_key = draw_group(config, policy, learner.policy, trajectory, state.key)
+    persistence = _persistence(config, learner, progress)
+    return group, follow(
+        config, env, policy, learner.policy, trajectory, group, wanted, branch_key, persistence
+    )
 
 
 def draw_group(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from grpo_jax.noise import as_key
 from grpo_jax.policies import networks
@@ -218,15 +219,26 @@ def test_what_has_no_parameters_starts_with_none():
     assert networks.initialise(Combined((("x", 1),)), key, {"x": jnp.zeros(3)}) == {}
 
 
-def test_without_orthogonal_kernels_flax_decides():
-    key = as_key(jax.random.key(0))
-    actor = Actor((16,), "tanh", 2, gaussian=True, log_std_init=-1.0)
-    params = initialise(actor, key, jnp.zeros(8), 0.01, False)
-    expected = jax.jit(actor.init)(key, jnp.zeros(8))["params"]
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
-    kernel = np.asarray(params["MLP_0"]["Dense_0"]["kernel"])
-    assert not np.allclose(kernel @ kernel.T, 2 * np.eye(8), atol=0.1)
-    np.testing.assert_array_equal(params["log_std"], [-1.0, -1.0])
+@pytest.mark.parametrize(
+    ("module", "example", "layers"),
+    [
+        (Actor((64,), "tanh", 40, gaussian=True, log_std_init=-1.0), jnp.zeros(50), {"output": 64}),
+        (CNN("relu", 16), jnp.zeros((36, 40, 3)), {"Conv_0": 8 * 8 * 3, "Dense_0": None}),
+    ],
+)
+def test_without_orthogonal_kernels_layers_start_as_in_torch(module, example, layers):
+    params = initialise(module, as_key(jax.random.key(0)), example, 0.01, False)
+    for name, n_inputs in layers.items():
+        layer = params[name]
+        n_inputs = n_inputs or layer["kernel"].shape[0]
+        assert layer["kernel"].size == n_inputs * layer["bias"].size
+        bound = 1 / np.sqrt(n_inputs)
+        reference = torch.nn.Linear(n_inputs, layer["bias"].size)  # the start of convolutions is the same
+        for mine, its in ((layer["kernel"], reference.weight), (layer["bias"], reference.bias)):
+            assert bound * 0.8 < np.abs(mine).max() < bound
+            assert np.std(mine) == pytest.approx(its.detach().numpy().std(), rel=0.3)
+    if "log_std" in params:
+        np.testing.assert_array_equal(params["log_std"], np.full(40, -1.0))
 
 
 def test_other_modules_start_as_they_say():
