@@ -197,6 +197,8 @@ class Twins:
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """Keeps what really happened."""
         if not self.failure:
+            if result.dones.any() and not self._twin.sees_last:
+                reached = np.where(result.dones.reshape(-1, *(1,) * (reached.ndim - 1)), np.nan, reached)
             self._rows[-1] += (actions, reached, rewards, result.dones & ~result.truncated, result.truncated)
 
     def follow(
@@ -207,9 +209,10 @@ class Twins:
             states = self._try(functools.partial(self._twin.compare, self._rows))
         if self.failure:
             return Followed()
+        world: World = self._twin.world
         if self._reward is None:
-            return Followed(self._twin.world, states=states)
-        world = RewardOverride(self._twin.world, self._reward.borrowed)
+            return Followed(self._twin.seen(world, True), states=states)
+        world = self._twin.seen(RewardOverride(world, self._reward.borrowed), False)
         return Followed(world, owners=(self._reward,), states=RewardOverrideState(states, trajectory.state))
 
     def _try(self, do: Callable[[], Any]) -> Any:

@@ -83,7 +83,7 @@ class Planner:
                 f"dynamics={dynamics!r}: a plan needs the environment's own steps: 'auto', 'twin', 'clone' or a pair"
             )
         regime.check_dynamics(dynamics)
-        space, free = self.model.observation_space, lambda *_: 1.0
+        space, free = self.model.observation_space, lambda *_: regime.Cost(1.0, 1.0)
         choice = regime.choose(dynamics, self._env, space, None, free, float("inf"))
         found = choice.twin or choice.brancher
         if found is None:
@@ -143,9 +143,12 @@ class Planner:
                 )
         if reward is not None:
             states = RewardOverrideState(states, self._original(batch))
+        world = override(world, reward)
+        if isinstance(where, Twin):
+            world = where.seen(world, is_own_reward=reward is None)
         actions, n_steps = _act.of(owner, reward)(
             self.plan,
-            override(world, reward),
+            world,
             policy.structure,
             policy.state,
             states,

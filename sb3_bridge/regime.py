@@ -31,6 +31,11 @@ BUDGET_MS, WARNED_MS = 2.0, 5.0
 branched in clones; beyond it fewer are, for longer; and where these are beyond it too, ``"auto"`` does not clone. Beyond the
 second whoever asked for clones is warned. PPO takes about 0.5 for all it does.
 """
+WORTH = 12.0
+"""Where the rest of an iteration is cheap, as with many environments side by side, branches may take this many times of it:
+up to 9 repaid them (LunarLander-v3, one environment), from 24 on more episodes did (the same with 16, Acrobot-v1)."""
+ACTING_MS, EPOCH_MS = 0.1, 0.003
+"""The rest, beside the environment's step: the policy is called once for all environments, and an epoch learns from a state."""
 SIMULATOR_HORIZON = 128
 HOST_HORIZON, SPARSE_HORIZON, REWARD_HORIZON = 64, 256, 16
 """Steps of a branch outside of a simulator: with the environment's reward, the same where steps are expensive, and with a
@@ -38,6 +43,19 @@ reward function, which shows earlier what an action is worth."""
 HOST_STEPS, SPARSE_STEPS = 16, 8
 """Steps of each candidate for a decision step, on the host: states in between are not branched."""
 N_STEPS, BRANCHED_N_STEPS = 2048, 512
+
+
+class Cost(NamedTuple):
+    """Milliseconds for a decision step."""
+
+    branches: float
+    rest: float  # of an iteration
+
+    @classmethod
+    def of(cls, brancher: Brancher, branches: float, n_epochs: int) -> Cost:
+        """By what the replay check measured of a step."""
+        step = 1e-3 * brancher.report.step_us / brancher.n_processes
+        return cls(branches, ACTING_MS / brancher.num_envs + step + EPOCH_MS * n_epochs)
 
 
 class Choice(NamedTuple):
@@ -65,16 +83,16 @@ def choose(
     env: VecEnv,
     observation_space: spaces.Space,
     compares_episodes: Callable[[], Any] | None,
-    cost: Callable[[Brancher, bool], float],
-    most_ms: float = BUDGET_MS,
+    cost: Callable[[Brancher, bool], Cost],
+    patience: float = 1.0,
     why_no_twin: str = "",
 ) -> Choice:
     """What ``dynamics`` means in an env that is no simulator; raises Unclonable or NoTwin where what was asked for cannot be.
 
-    ``cost`` tells the milliseconds that the branches of a decision step will take, where few or many are branched.
+    ``cost`` tells what branches will take, where few or many states are branched.
     ``compares_episodes`` raises ValueError where the settings have no meaning for episodes, which are compared until a learned
-    world predicts well; None where no world is to be learned. ``most_ms`` is what branches of clones may take, see
-    :func:`limit`. ``why_no_twin`` says why none is looked for.
+    world predicts well; None where no world is to be learned. Branches of clones may take ``patience`` times of ``BUDGET_MS``,
+    or of ``WORTH`` times the rest, whichever is less; see :func:`patience_with`. ``why_no_twin`` says why none is looked for.
     """
     if callable(dynamics):
         return Choice("function")
@@ -82,7 +100,7 @@ def choose(
         return Choice("learned")
     if dynamics == "clone" or isinstance(dynamics, tuple):
         brancher = Brancher(env, dynamics if isinstance(dynamics, tuple) else None)
-        return Choice("clone", "", _class_of(cost(brancher, False)) > BUDGET_MS, brancher)
+        return Choice("clone", "", _class_of(cost(brancher, False).branches) > BUDGET_MS, brancher)
     if not why_no_twin:
         try:
             return Choice("twin", twin=Twin(env))
@@ -91,28 +109,30 @@ def choose(
                 raise
             why_no_twin = str(error) if error.is_known else ""
     first = f"{why_no_twin}; " if why_no_twin else ""
-    if not most_ms:
+    if not patience:
         why = "branches of sampled actions repaid their seconds nowhere; dynamics='clone' takes them all the same"
         return choose_without_clones(f"{first}{why}", env, observation_space, compares_episodes)
     try:
         brancher = Brancher(env)
     except Unclonable as error:
         return choose_without_clones(f"{first}{error}", env, observation_space, compares_episodes)
-    is_sparse = _class_of(cost(brancher, False)) > BUDGET_MS
-    ms = digits(milliseconds := cost(brancher, is_sparse))
-    if _class_of(milliseconds) <= most_ms:
-        return Choice("clone", f"{first}branches take {ms} ms a decision step", is_sparse, brancher)
+    is_sparse = _class_of(cost(brancher, False).branches) > BUDGET_MS
+    found = cost(brancher, is_sparse)
+    most = patience * min(BUDGET_MS, _class_of(WORTH * found.rest))
+    if _class_of(found.branches) <= most:
+        why = f"{first}branches take {digits(found.branches)} ms a decision step"
+        return Choice("clone", why, is_sparse, brancher)
     why = (
-        f"{first}branches of clones would take {ms} ms a decision step, more than {most_ms:g}, and not repay them;"
-        " dynamics='clone' takes them all the same"
+        f"{first}branches of clones would take {digits(found.branches)} ms a decision step, the rest {digits(found.rest)}, and"
+        f" not repay more than {digits(most)}; dynamics='clone' takes them all the same"
     )
     return choose_without_clones(why, env, observation_space, compares_episodes)
 
 
-def limit(candidates: str, is_sampled: bool, has_reward: bool, before: Kind | None) -> float:
-    """Milliseconds for a decision step that clones may take under ``"auto"``.
+def patience_with(candidates: str, is_sampled: bool, has_reward: bool, before: Kind | None) -> float:
+    """How much more than usual branches of clones may take under ``"auto"``.
 
-    All there are for ``candidates`` that can only be branched; none for groups that are sampled and valued by the
+    All there is for ``candidates`` that can only be branched; none for groups that are sampled and valued by the
     environment's reward; twice as many for a reward function, which shows early what an action is worth. A model that was
     trained keeps its kind, ``before``, unless the cost is far from the limit.
     """
@@ -120,7 +140,7 @@ def limit(candidates: str, is_sampled: bool, has_reward: bool, before: Kind | No
         return float("inf")
     if is_sampled and not has_reward and before != "clone":
         return 0.0
-    return BUDGET_MS * (1 + has_reward) * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0)
+    return (1 + has_reward) * {"clone": 4.0, "episodes": 0.25}.get(before or "", 1.0)
 
 
 def _class_of(milliseconds: float) -> float:

@@ -187,7 +187,7 @@ class Training(OnPolicyAlgorithm):
             return regime.Choice("simulator")
         if self.candidates in ("episodes", "trajectory"):
             return regime.Choice("episodes")
-        return regime.choose(self.dynamics, *self._asked(), self._milliseconds, self._limit())
+        return regime.choose(self.dynamics, *self._asked(), self._cost, self._patience())
 
     def _asked(self) -> tuple[VecEnv, spaces.Space, Any]:
         """What decides whether a world is learned: under ``"auto"`` for a reward function, or where branches are a must."""
@@ -207,16 +207,16 @@ class Training(OnPolicyAlgorithm):
         kind = candidate_sets.resolve(sets, distribution)
         return kind, candidate_sets.n_candidates(sets, distribution)
 
-    def _limit(self) -> float:
+    def _patience(self) -> float:
         is_sampled, has_reward = self._groups()[0] == "sample", self.reward_function is not None
         before = self.chosen_dynamics if self._n_iterations else None
-        return regime.limit(self.candidates, is_sampled, has_reward, before)
+        return regime.patience_with(self.candidates, is_sampled, has_reward, before)
 
-    def _milliseconds(self, brancher: Brancher, is_sparse: bool) -> float:
-        """What the branches of clones will take for a decision step."""
+    def _cost(self, brancher: Brancher, is_sparse: bool) -> regime.Cost:
+        """What the branches of clones will take, and the rest."""
         settings = regime.defaults("clone", vars(self), is_sparse)
         seconds = brancher.seconds(1, self._groups()[1], settings["horizon"], self.n_rollouts)
-        return float(1e3 * seconds / settings["branch_every"])
+        return regime.Cost.of(brancher, float(1e3 * seconds / settings["branch_every"]), self.n_epochs)
 
     def _set_alternatives(self, choice: regime.Choice) -> None:
         """Makes what was chosen; says so, and warns of what it will cost."""
@@ -240,7 +240,7 @@ class Training(OnPolicyAlgorithm):
         where = "the simulator" if self._alternatives is None else self._alternatives.description
         distribution = self.policy.structure.distribution
         self._say(regime.describe(config_of(self), distribution, where, choice.reason, self.bootstrap))
-        ms = 0.0 if choice.brancher is None else self._milliseconds(choice.brancher, choice.is_sparse)
+        ms = 0.0 if choice.brancher is None else self._cost(choice.brancher, choice.is_sparse).branches
         if ms > regime.WARNED_MS:
             warnings.warn(regime.of_cost(ms, vars(self)), UserWarning, stacklevel=4)
 
@@ -360,7 +360,7 @@ class Training(OnPolicyAlgorithm):
         is_twin, asked = isinstance(self._alternatives, Twins), self._asked()
         self.logger.warn(f"GRPO follows candidates in {'a twin' if is_twin else 'clones'} no longer: {why}")
         if is_twin:
-            choice = regime.choose("auto", *asked, self._milliseconds, self._limit(), why)
+            choice = regime.choose("auto", *asked, self._cost, self._patience(), why)
         else:
             choice = regime.choose_without_clones(why, *asked)
         self._set_alternatives(choice)

@@ -30,7 +30,7 @@ def first_difference(
       world: with states as they were taken.
       states: leaves ``[n, ...]``.
       actions: ``[n, *A]``, in the world's units.
-      real: ``observation`` ``[n, *shape]`` (or a dict of such), ``reward``, ``terminated``
+      real: ``observation`` ``[n, *shape]`` (or a dict of such; NaN where it is not known), ``reward``, ``terminated``
         and ``truncated`` (and not terminated) ``[n]``.
 
     Returns:
@@ -87,7 +87,7 @@ def _differs(mine: np.ndarray, real: np.ndarray) -> np.ndarray:
         return (mine != real).all(0)
     exact = mine[0].astype(np.float64)
     tolerance = _MARGIN * np.abs(mine - exact).max(0) + ROUNDING * np.abs(exact)
-    return ~(np.abs(exact - real) <= tolerance)
+    return ~((np.abs(exact - real) <= tolerance) | np.isnan(real))
 
 
 def _named(tree: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from grpo_jax.worlds.classic import TimeLimited, TimeLimitedState
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.processes import Local, Workers
 from sb3_bridge.twins.check import first_difference
+from sb3_bridge.twins.normalized import normalized
 from sb3_bridge.twins.reader import Reader
 from sb3_bridge.twins.registry import Entry, entries
 from sb3_bridge.vec_wrappers import find_view
@@ -91,13 +92,28 @@ class Twin:
             view = find_view(self._env)[1]
         except Unclonable as error:
             raise NoTwin(str(error)) from error
+        scaling = [
+            one
+            for one in view.wrappers
+            if isinstance(one, VecNormalize) and (one.norm_obs or one.norm_reward)
+        ]
+        is_dict = any(one.norm_obs and isinstance(one.obs_rms, dict) for one in scaling)
         for one in view.wrappers:
-            scales = isinstance(one, VecNormalize) and (one.norm_obs or one.norm_reward)
-            if scales or isinstance(one, VecTransposeImage | VecExtractDictObs):
+            if is_dict or len(scaling) > 1 or isinstance(one, VecTransposeImage | VecExtractDictObs):
                 raise NoTwin(
-                    f"{type(one).__name__} changes observations or rewards outside of the environments, of which a twin"
-                    " knows nothing: use a gymnasium.Wrapper around each of them, or dynamics='clone'"
+                    f"{type(one).__name__} changes observations outside of the environments, of which a twin knows nothing"
+                    " but one VecNormalize of vectors: use a gymnasium.Wrapper around each of them, or dynamics='clone'"
                 )
+        self._normalizer = scaling[0] if scaling else None
+
+    def seen(self, world: World, is_own_reward: bool) -> World:
+        """The ``world``, the twin or one around it with its observations, as VecNormalize shows it now."""
+        return normalized(world, self._normalizer, is_own_reward)
+
+    @property
+    def sees_last(self) -> bool:
+        """Whether the last observation of an episode is known as the environment gave it, which VecNormalize hides."""
+        return self._normalizer is None or not self._normalizer.norm_obs
 
     def _world(self, entry: Entry) -> World:
         if isinstance(entry.world, World):
@@ -150,8 +166,8 @@ class Twin:
         """The states of T steps, as the world has them: leaves ``[T, N, ...]``.
 
         Args:
-          rows: of each step the states that were taken before it, actions ``[N, *A]``, observations, rewards, terminated
-            and truncated ``[N]``.
+          rows: of each step the states that were taken before it, actions ``[N, *A]``, observations (NaN: unknown), rewards,
+            terminated and truncated ``[N]``.
 
         Raises:
           NoTwin: the world does not do what the environments did.
