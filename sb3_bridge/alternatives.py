@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from grpo_jax import counter
+from grpo_jax.cache import quick_jit
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import compare
 from grpo_jax.groups.branch import Branches
@@ -365,7 +366,7 @@ def _never(*_: Any) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(quick_jit, static_argnums=1)
 def _propose(
     config: GRPOConfig, policy: Policy, state: PolicyState, trajectory: Trajectory, words: jax.Array
 ) -> tuple[Group, jax.Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax.cache import quick_jit
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups.branch import Branches
 from grpo_jax.learning.update import Learner
@@ -42,7 +43,7 @@ def _follow(
     return loop.evaluate_candidates(config, world, state, trajectory)
 
 
-follow = OwnedJit(_follow, static_argnames="policy")
+follow = OwnedJit(_follow, jit=quick_jit, static_argnames="policy")
 """``follow.of(*owners)`` is the program that branches; its owners are the user's functions that are part of the world.
 
 It is not one with the update: a function on the host keeps a program out of the compilation cache."""
@@ -67,7 +68,7 @@ def improve(
     return state.replace(key=jax.random.key_data(state.key)), metrics
 
 
-@jax.jit
+@quick_jit
 def next_key(words: jax.Array) -> jax.Array:
     """Words of the key that the next iteration takes, where this one's draws are used up."""
     return jax.random.key_data(loop.iteration_keys(bits_to_keys(words)).next)

@@ -51,13 +51,13 @@ def borrow(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OwnedJit:
-    """``jax.jit`` of a module's function, with a set of compiled programs for each user's function that they call.
+    """``jax.jit`` (or another ``jit``) of a module's function, with a set of compiled programs for each user's function that they call.
 
     Where a program calls a user's function it must be given that function's ``borrowed`` form.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any):
-        self._jit = functools.partial(jax.jit, **options)
+    def __init__(self, function: Callable[..., Any], jit: Callable[..., Any] = jax.jit, **options: Any):
+        self._jit = functools.partial(jit, **options)
         self._function, self._shared = function, self._jit(function)
         self._programs: dict[tuple[int, ...], Any] = {}
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import torch
 
+from grpo_jax.cache import quick_jit
 from grpo_jax.noise import bits_to_keys, bits_to_uniform
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Observation
@@ -42,7 +43,7 @@ def functions_of(structure: Policy) -> Functions:
         parameters=lambda *seen: structure.parameters(*seen),
         value=lambda *seen: structure.value(*seen),
     )
-    return Functions(*map(jax.jit, functions))
+    return Functions(*map(quick_jit, functions))
 
 
 _user: dict[str, int] = {}

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from grpo_jax.cache import quick_jit
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.networks import Flatten
@@ -153,7 +154,7 @@ def acting(policy: Policy) -> Callable[..., Acted]:
     has_features = not isinstance(extractor, Flatten) and bool(getattr(extractor, "images", True))
     has_value = has_features and policy.critic is not None and policy.share_features_extractor
 
-    @jax.jit
+    @quick_jit
     def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> Acted:
         value = None
         if has_value:
@@ -171,7 +172,7 @@ def _thinking(policy: Policy) -> Callable[..., tuple[Any, Any, Any]]:
     """``(policy_state, observation [N, ...], choice [N, *A]) -> Thoughts``, ``choice`` in the policy's units."""
     volume = float(np.log(stretch_of(policy.action_space)[1]).sum())
 
-    @jax.jit
+    @quick_jit
     def think(state: PolicyState, observation: Observation, choice: jax.Array) -> tuple[Any, Any, Any]:
         value = policy.value(state, observation) if "critic" in state.params else None
         parameters = policy.parameters(state, observation)
@@ -232,7 +233,7 @@ class _Rows:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(quick_jit, static_argnums=(1, 2, 3))
 def _uniforms(words: jax.Array, n_steps: int, n_envs: int, n_uniforms: int) -> jax.Array:
     """Numbers ``[T, N, n]`` for a rollout; the last one decides whether an action persists, if any may."""
     keys = loop.iteration_keys(bits_to_keys(words))

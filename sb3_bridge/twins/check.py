@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax.cache import quick_jit
 from grpo_jax.noise import as_key
 from grpo_jax.worlds.base import World
 
@@ -63,7 +64,7 @@ def first_difference(
     return None
 
 
-@jax.jit
+@quick_jit
 def _step(world: World, states: Any, actions: jax.Array) -> dict[str, Any]:
     reached = jax.vmap(world.step, (None, 0, 0))(as_key(jax.random.key(0)), states, actions)
     return {
