@@ -31,6 +31,7 @@ import numpy as np
 from flax import struct
 
 import grpo_jax
+from grpo_jax import cache
 from grpo_jax.groups.branch import default_branches
 from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.training import evaluate, run
@@ -194,7 +195,7 @@ def measure_programs(env_id: str, env: grpo_jax.World) -> dict[str, Any]:
         start = clock()
         lowered = lower()
         traced = clock()
-        compiled = run.compile_quickly(lowered) if name == "init" else lowered.compile()
+        compiled = cache.compile_quickly(lowered) if name == "init" else lowered.compile()
         row[f"trace_{name}"], row[f"compile_{name}"] = traced - start, clock() - traced
         memory = compiled.memory_analysis()
         if name == "chunk" and memory is not None:

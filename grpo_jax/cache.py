@@ -11,15 +11,30 @@ import jax
 MIN_SECONDS = 0.1
 """Programs that compile faster are not worth a file."""
 
-_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__[:2] == (0, 10) else None
-# XLA refuses an option that it does not know.
-
-quick_jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
-"""``jax.jit`` with XLA's older generator of code for CPUs: for programs that are waited for and small, and in no other ``jit``.
-
-It compiled the programs of this package in 0.6 of the CPU seconds (jax 0.10.2). What they then take is level where a world is
-stepped (0.9 to 1.05), up to 1.2 with feature maps, 1.6 for an update, which is therefore compiled as usual.
+QUICK: dict[str, str | bool] = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+"""Options for programs that run once, or for seconds, or are small, on a CPU: they compile in 0.5 to 0.65 of the time. What they
+then take is level where twins are stepped (0.9 to 1.05), a quarter more in loops of branches with feature maps, and 1.6 times
+as much in an update, measured with jax 0.10.2. Not every XLA knows them all.
 """
+
+quick_jit = functools.partial(
+    jax.jit, compiler_options=QUICK if jax.__version_info__[:2] == (0, 10) else None
+)
+"""``jax.jit`` with ``QUICK``, where XLA knows them; within another ``jit`` it is refused."""
+
+
+def compile_quickly(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program whose own speed matters less than the wait for it."""
+    if jax.default_backend() == "cpu":
+        try:
+            return lowered.compile(compiler_options=QUICK)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+    return lowered.compile()
 
 
 def enable_cache(directory: str | os.PathLike[str] | None = None) -> Path:

@@ -1,13 +1,15 @@
-"""The compilation cache on disk."""
+"""The compilation cache on disk, and programs that are soon compiled."""
 
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from grpo_jax.cache import QUICK, compile_quickly
 from sb3_bridge import GRPO, compiling
 
-QUICK = {"PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ALONE = {"PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PROGRAM = """
 import grpo_jax, jax
 {before}
@@ -20,7 +22,7 @@ def printed_by(program, cache_home):
     """What a program prints in a process of its own: the setting is the whole process'."""
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**QUICK, "XDG_CACHE_HOME": str(cache_home)},
+        env={**ALONE, "XDG_CACHE_HOME": str(cache_home)},
         capture_output=True,
         text=True,
         check=False,
@@ -77,3 +79,15 @@ def test_what_compiles_for_long_is_told_once(monkeypatch, capsys):
     monkeypatch.setattr(compiling, "TOLD_SECONDS", 1e3)
     GRPO("MlpPolicy", "CartPole-v1", verbose=1, **settings | {"n_steps": 11, "batch_size": 11}).learn(11)
     assert "compiling" not in capsys.readouterr().out
+
+
+def test_a_program_that_runs_once_compiles_also_where_xla_lacks_an_option(monkeypatch):
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    assert compile_quickly(lowered)(1.0) == 2.0
+    monkeypatch.setitem(QUICK, "xla_cpu_no_such_option", True)
+    assert compile_quickly(lowered)(1.0) == 2.0
+    monkeypatch.setitem(QUICK, "xla_cpu_parallel_codegen_split_count", "many")
+    monkeypatch.delitem(QUICK, "xla_cpu_no_such_option")
+    monkeypatch.delitem(QUICK, "xla_cpu_use_fusion_emitters")  # jax 0.11 lacks it, and would stop there
+    with pytest.raises(jax.errors.JaxRuntimeError, match="split_count"):
+        compile_quickly(lowered)

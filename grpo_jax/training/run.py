@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from grpo_jax import counter
+from grpo_jax.cache import compile_quickly
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
@@ -187,25 +188,6 @@ def _joined(history: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Metrics of all chunks, one after the other."""
     names = history[0] if history else ()
     return {name: np.concatenate([part[name] for part in history], axis=-1) for name in names}
-
-
-QUICK: dict[str, str | bool] = {
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": "1",
-}
-"""Options for a program that runs once, or for seconds, on a CPU: half the time to compile. Loops of branches run a
-quarter slower with them. Not every XLA knows them all."""
-
-
-def compile_quickly(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program whose own speed matters less than the wait for it."""
-    if jax.default_backend() == "cpu":
-        try:
-            return lowered.compile(compiler_options=QUICK)
-        except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
-                raise
-    return lowered.compile()
 
 
 @functools.partial(jax.jit, static_argnames="vmapped")

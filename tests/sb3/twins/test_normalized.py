@@ -109,6 +109,16 @@ def test_an_observation_that_differs_is_found_behind_the_wrapper_too():
         model.learn(1024)
 
 
+def test_a_normalizer_that_is_switched_on_or_doubled_is_seen():
+    inner = VecNormalize(envs(), norm_obs=False, norm_reward=False)
+    env = VecNormalize(inner, norm_reward=False)
+    model = make(env, **SETTINGS)
+    model.learn(64)
+    inner.norm_reward = True
+    with pytest.raises(NoTwin, match="VecNormalize"):
+        model.learn(64, reset_num_timesteps=False)
+
+
 REFUSED = {
     "dict": lambda: VecNormalize(
         dummy(lambda: wrappers.TransformObservation(gym.make("CartPole-v1"), lambda x: {"x": x}, DICT)),

@@ -152,8 +152,6 @@ REFUSED = {
         "environment 1, after its action . at step 40: the twin's observation is",
     ),
     "two kinds": (lambda: DummyVecEnv([Seeded, lambda: MountainCarEnv(), lambda: Other()]), "in common"),
-    "VecNormalize": (lambda: VecNormalize(dummy(CartPoleEnv), norm_reward=False), "VecNormalize changes"),
-    "normalized rewards": (lambda: VecNormalize(dummy(CartPoleEnv), norm_obs=False), "VecNormalize changes"),
     "VecFrameStack": (lambda: VecFrameStack(dummy(CartPoleEnv), 2), "VecFrameStack keeps frames"),
 }
 
@@ -251,15 +249,6 @@ def test_what_shows_late_ends_the_use_of_a_twin(what):
     assert model.num_timesteps == 4 * 256 and model.chosen_dynamics == "clone"
     (line,) = [line for line in lines.lines if "follows candidates in a twin no longer" in line]
     assert f"the twin's {LATE[what]} is" in line
-
-
-def test_a_normalizer_that_is_switched_on_ends_it_too():
-    env = VecNormalize(dummy(CartPoleEnv), norm_obs=False, norm_reward=False)
-    model = model_of(env)
-    model.learn(32)
-    env.norm_reward = True
-    with pytest.raises(NoTwin, match="VecNormalize changes"):
-        model.learn(32, reset_num_timesteps=False)
 
 
 def test_in_other_processes_it_is_the_same_run():
