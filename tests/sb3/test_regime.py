@@ -33,8 +33,8 @@ from sb3_bridge.clones.copying import Unclonable
 pytestmark = pytest.mark.usefixtures("quick_forks")
 
 
-WHOLE = {"n_steps": 32, "batch_size": 32}
-"""A rollout long enough for the fewest branches."""
+WHOLE = {"n_steps": 32, "batch_size": 32, "n_epochs": 10}
+"""A rollout long enough for the fewest branches, and PPO's epochs, of which the rest of an iteration consists."""
 
 
 def test_a_gymnax_env_is_its_own_simulator(capsys):
@@ -112,6 +112,19 @@ def test_the_more_branches_cost_the_fewer_there_are_until_there_are_none(
         warnings.simplefilter("ignore", UserWarning)  # of the cost
         model = make(dummy(Sled), dynamics="clone", **WHOLE)
     assert (model.horizon, model.branch_every) == ((64, 4) if ms < 2.82 else (256, 32))
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "n_epochs", "kind"),
+    [(1, 10, "clone"), (16, 30, "clone"), (16, 4, "episodes"), (1, 1, "clone")],
+)
+def test_beside_many_cheap_environments_branches_must_be_cheaper(n_envs, n_epochs, kind, monkeypatch, capsys):
+    # A millisecond a decision step; the rest is 0.13, 0.096, 0.018 and 0.1 with a step that takes next to nothing.
+    monkeypatch.setattr(Brancher, "seconds", lambda brancher, n, k, horizon, rollouts: 1e-3 * horizon / 16)
+    model = make(dummy(Sled, n_envs), verbose=1, **WHOLE | {"n_epochs": n_epochs})
+    assert model.chosen_dynamics == kind
+    assert ("the rest 0.0" in told(capsys)) == (kind == "episodes")
+    assert make(dummy(Sled, n_envs), dynamics="clone", n_epochs=n_epochs).chosen_dynamics == "clone"
 
 
 def test_candidates_that_can_only_be_branched_are(monkeypatch):
