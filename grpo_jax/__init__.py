@@ -20,6 +20,7 @@ from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
 from grpo_jax.training.faults import NonFiniteError
 from grpo_jax.training.loop import TrainState, init, iteration
 from grpo_jax.training.run import Chunk, run
+from grpo_jax.training.self_play import against
 from grpo_jax.training.train import Result, train
 from grpo_jax.types import Batch, Group, Step
 from grpo_jax.worlds.base import World, override_reward
@@ -48,6 +49,7 @@ __all__ = [
     "TrainState",
     "World",
     "__version__",
+    "against",
     "count",
     "enable_cache",
     "enumerate_actions",

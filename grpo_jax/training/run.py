@@ -19,6 +19,7 @@ from grpo_jax.noise import as_key
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
 from grpo_jax.training.loop import TrainState, check_arguments, guarded_iteration, init, iterations_for
+from grpo_jax.training.self_play import against, check_opponent
 from grpo_jax.worlds.base import World
 
 CHUNK_SECONDS = 0.25
@@ -87,6 +88,7 @@ def run(
     state: TrainState | None = None,
     n_seeds: int | None = None,
     quick_compile: bool = False,
+    opponent_every: int | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains like ``train``, number for number, but returns to the host a few times a second.
 
@@ -102,6 +104,8 @@ def run(
       n_seeds: trains this many seeds side by side, from keys split off ``key``; None: one run, from ``key`` itself.
       quick_compile: on a CPU, halves the time to compile for loops that are a quarter slower and round differently: for
         runs of seconds. Without effect elsewhere, and where XLA does not know how (from jax 0.11 on).
+      opponent_every: self-play: the opponent in ``env`` is the policy itself, as it was at the start and then at each
+        multiple of so many iterations; a state to go on from is its own first opponent. None: ``env``'s own opponent.
 
     Returns:
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
@@ -109,7 +113,7 @@ def run(
     Raises:
       NonFiniteError: something became NaN or inf; says when and where, and holds the last good state.
       TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
-      ValueError: bad arguments.
+      ValueError: bad arguments, such as ``opponent_every`` in a world without an opponent or with several seeds.
 
     Warns:
       NoSpreadWarning: there was nothing to learn from the groups of the first iterations; says what to change.
@@ -122,11 +126,21 @@ def run(
         raise ValueError(f"callback_every={callback_every} must be None or from 1 to {MAX_CHUNK} iterations")
     if callback_at is not None and callback_at < 1:
         raise ValueError(f"callback_at={callback_at} must be None or at least 1 iteration")
-    # A chunk may write over the state before it where nobody else holds that: no caller, no callback.
-    program = _chunk_in_place if state is None and callback is None else _chunk
+    if opponent_every is not None:
+        check_opponent(env)
+        if opponent_every < 1 or n_seeds is not None:
+            raise ValueError(
+                f"opponent_every={opponent_every}, n_seeds={n_seeds}: at least 1 iteration, and one seed, which is its own"
+                " opponent; run several one after the other"
+            )
+    # A chunk may write over the state before it where nobody else holds that: no caller, no callback, no opponent.
+    is_free = state is None and callback is None and opponent_every is None
+    program = _chunk_in_place if is_free else _chunk
     clock = time.perf_counter()
     if state is None:
         state = first_state(config, env, key, n_seeds=n_seeds)
+    if opponent_every is not None:
+        env = against(env, state)
     done = int(np.max(np.asarray(state.iteration)))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
     lowered = program.lower(*arguments, n_seeds is not None, jax.debug_nans.value)
@@ -140,6 +154,8 @@ def run(
         length = min(length, MAX_CHUNK, n_iterations - done)
         if callback_at is not None:
             length = min(length, callback_at - done % callback_at)
+        if opponent_every is not None:
+            length = min(length, opponent_every - done % opponent_every)
         clock = time.perf_counter()
         state, table = advance(config, env, state, np.int32(length), np.int32(n_iterations))
         metrics = table.columns(length)
@@ -147,6 +163,8 @@ def run(
         per_iteration = (time.perf_counter() - clock) / length
         history.append(metrics)
         raise_faults(config, env, state, metrics, n_iterations)
+        if opponent_every is not None and done % opponent_every == 0:
+            env = against(env, state)
         if is_new and (done >= SPREAD_ITERATIONS or done == n_iterations):
             is_new = False
             first = _joined(history)
