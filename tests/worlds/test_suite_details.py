@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +97,16 @@ def test_a_policy_can_be_the_opponent():
         config, world.replace(opponent_params=trained), jax.random.key(0), total_timesteps=64
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(again.state.learner.policy))
+
+
+@pytest.mark.parametrize("page", ["docs/suites.md", "docs/suites.ja.md"])
+def test_self_play_of_the_docs_runs(page):
+    needs("pgx")
+    text = (pathlib.Path(__file__).parents[2] / page).read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(code.replace("2048", "1024"), page, "exec"), names)
+    assert type(names["state"].policy).__name__ == "Policy" and len(names["metrics"]["episode_return"]) == 1
 
 
 @pytest.mark.parametrize(
