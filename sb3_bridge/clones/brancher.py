@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from grpo_jax.groups.host_branch import Act, Call, Reached, Rewards, Settings, Value, group_returns
+from grpo_jax.groups.host_batch import Rewards
+from grpo_jax.groups.host_branch import Act, Call, Reached, Settings, Value, group_returns
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.clones.core_state import MUJOCO, Functions
 from sb3_bridge.clones.processes import Local, Workers
