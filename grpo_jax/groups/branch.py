@@ -22,8 +22,8 @@ from grpo_jax import counter
 from grpo_jax.config import Backup
 from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
-from grpo_jax.policies.distributions import Categorical, for_space
-from grpo_jax.spaces import ActionSpace, encoded_size
+from grpo_jax.policies.distributions import allowed, for_space
+from grpo_jax.spaces import encoded_size
 from grpo_jax.types import Counter, Observation, PyTree
 from grpo_jax.worlds.base import World
 
@@ -181,16 +181,6 @@ def group_returns(
     return Branches(returns, steps)
 
 
-def repeatable(
-    space: ActionSpace, persists: jax.Array, mask: jax.Array | None, action: jax.Array
-) -> jax.Array:
-    """Where an action ``[..., *A]`` persists, bool ``[...]``: where it is to, and a mask ``[..., n]`` does not forbid it now."""
-    distribution = for_space(space)
-    if mask is None or not isinstance(distribution, Categorical):
-        return persists
-    return persists & distribution.allows(mask, action)
-
-
 def default_branches(world: World, state: PyTree) -> int:
     """Branches side by side where nothing else was asked for, by the bytes of one state and its observation."""
     on_cpu = jax.default_backend() == "cpu"
@@ -304,8 +294,9 @@ def _next_action(
     action = rules.act(observation, mask, uniforms[..., : rules.n_uniforms]).astype(progress.action.dtype)
     if rules.persistence is None:
         return action
-    persists = uniforms[..., rules.n_uniforms] < rules.persistence
-    persists = repeatable(rules.world.action_space, persists, mask, progress.action)
+    # What is forbidden now is not held: the policy is asked.
+    can_persist = allowed(for_space(rules.world.action_space), mask, progress.action)
+    persists = can_persist & (uniforms[..., rules.n_uniforms] < rules.persistence)
     return jnp.where(_expand(persists, action), progress.action, action)
 
 

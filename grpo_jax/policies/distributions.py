@@ -99,7 +99,7 @@ class Categorical:
         chex.assert_axis_dimension(mask, -1, self.n_parameters)
         return jnp.where(mask, logits, MASKED_LOGIT)
 
-    def allows(self, mask: jax.Array, action: jax.Array) -> jax.Array:
+    def allows(self, mask: Any, action: Any) -> Any:
         """Whether a mask bool ``[..., P]`` allows actions ``[..., *shape]``: every factor's category; bool ``[...]``.
 
         Of NumPy arrays it is a NumPy array.
@@ -190,6 +190,13 @@ class Gaussian:
 
 
 Distribution = Categorical | Gaussian
+
+
+def allowed(distribution: Distribution, mask: Any, action: Any) -> Any:
+    """:meth:`Categorical.allows`; no mask (None), or one of a Gaussian's actions, forbids nothing: True."""
+    if mask is None or not isinstance(distribution, Categorical):
+        return True
+    return distribution.allows(mask, action)
 
 
 def for_space(space: ActionSpace) -> Distribution:

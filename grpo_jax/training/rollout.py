@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax.groups.branch import repeatable
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.distributions import allowed
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Environments, Step, Trajectory
 from grpo_jax.worlds.base import World
@@ -117,7 +117,7 @@ def rollout(
         action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
         if previous is not None and persistence is not None:
             persists = previous.can_persist & (uniforms[..., n_uniforms] < persistence)
-            persists = repeatable(world.action_space, persists, mask, previous.action)
+            persists &= allowed(policy.distribution, mask, previous.action)
             action = jnp.where(persists.reshape(-1, *(1,) * (action.ndim - 1)), previous.action, action)
         after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(

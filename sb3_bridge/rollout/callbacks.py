@@ -233,7 +233,11 @@ class RolloutView:
 
     def _log_probs(self) -> np.ndarray:
         actions = torch.from_numpy(np.array(merged(self._arrays["actions"])))
-        log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions)[1]
+        masks = None
+        if "action_mask" in self._arrays and (masks := self._arrays["action_mask"]) is not None:
+            is_there = np.arange(self.buffer_size)[:, None, None] < self.pos
+            masks = merged(masks | ~is_there)
+        log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions, masks)[1]
         return log_prob.cpu().numpy().reshape(self.buffer_size, self.n_envs)
 
     def _returns(self) -> np.ndarray:
