@@ -38,7 +38,7 @@ class Acting(OnPolicyAlgorithm):
             warnings.warn(
                 f"the environment forbids some actions, and predict() was not told which: it may play them. Pass"
                 f" action_masks=env.env_method({ACTION_MASKS!r}), or evaluate with"
-                " sb3_contrib.common.maskable.evaluation.evaluate_policy in place of SB3's, which passes none",
+                " sb3_contrib.common.maskable.evaluation.evaluate_policy in place of SB3's, which passes none, or let a Planner act",
                 UserWarning,
                 stacklevel=2,
             )

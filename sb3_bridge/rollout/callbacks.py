@@ -235,8 +235,7 @@ class RolloutView:
         actions = torch.from_numpy(np.array(merged(self._arrays["actions"])))
         masks = None
         if "action_mask" in self._arrays and (masks := self._arrays["action_mask"]) is not None:
-            is_there = np.arange(self.buffer_size)[:, None, None] < self.pos
-            masks = merged(masks | ~is_there)
+            masks = merged(masks | ~masks.any(axis=-1, keepdims=True))  # of rows that are not there yet
         log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions, masks)[1]
         return log_prob.cpu().numpy().reshape(self.buffer_size, self.n_envs)
 
