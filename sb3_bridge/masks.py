@@ -6,7 +6,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_bridge.clones.core_state import ACTION_MASKS
 from sb3_bridge.clones.processes import died, uninterrupted
@@ -16,9 +16,23 @@ def has_masks(env: VecEnv) -> bool:
     """Whether the environments tell which actions they allow.
 
     Raises:
-      ValueError: they do, and the actions are those of a Box.
+      ValueError: some do and some do not; or they do, and the actions are those of a Box.
     """
-    found = env.has_attr(ACTION_MASKS)
+    base = env.unwrapped
+    try:
+        found = env.has_attr(ACTION_MASKS)
+        if found and not isinstance(
+            base, SubprocVecEnv
+        ):  # which would pickle the environment with its method
+            found = callable(env.get_attr(ACTION_MASKS)[0])
+    except (AttributeError, NotImplementedError):  # a VecEnv that knows no attributes
+        found = False
+    if not found and isinstance(base, DummyVecEnv):
+        have = [one.has_wrapper_attr(ACTION_MASKS) for one in base.envs]
+        if any(have) and not all(have):
+            raise ValueError(
+                f"environment {have.index(True)} has {ACTION_MASKS}(), environment {have.index(False)} has not: give it to all"
+            )
     if found and isinstance(env.action_space, gymnasium.spaces.Box):
         raise ValueError(
             f"the environment has {ACTION_MASKS}(), but {env.action_space} has no actions to forbid: rename the method, or make"
@@ -33,10 +47,10 @@ def read_masks(env: VecEnv, where: str) -> np.ndarray:
     try:
         with uninterrupted():
             masks = env.env_method(ACTION_MASKS)
-    except (EOFError, ConnectionError) as error:  # of a worker that died
-        if not hasattr(base, "processes"):
-            raise
-        raise died(base) from error  # type: ignore[arg-type]
+    except (EOFError, ConnectionError) as error:
+        if isinstance(base, SubprocVecEnv):  # a worker died
+            raise died(base) from error
+        raise
     return checked_masks(masks, env.action_space, env.num_envs, f"{ACTION_MASKS}() {where}")
 
 

@@ -7,7 +7,8 @@ import functools
 import gymnasium as gym
 import numpy as np
 import pytest
-from sb3.envs import Masker, Shelves
+from gymnasium import spaces
+from sb3.envs import Masker, RandomEnv, Shelves
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
@@ -17,6 +18,7 @@ from grpo_jax.spaces import Discrete, MultiDiscrete
 from sb3_bridge import GRPO, GymnaxVecEnv, Planner
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.gymnax.env import GymnaxEnv
+from sb3_bridge.masks import has_masks
 
 SMALL = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [4]}, "seed": 0}
 CLONES = {"dynamics": "clone", "horizon": 4, "branch_every": 2}
@@ -181,6 +183,23 @@ def test_bad_masks_are_named(mask, message):
     model = GRPO("MlpPolicy", env, **SMALL, candidates="episodes")
     with pytest.raises(ValueError, match=rf"action_masks\(\) at step 0 of the rollout.*{message}"):
         model.learn(32)
+
+
+def test_some_with_masks_and_some_without_are_refused():
+    env = DummyVecEnv([Shelves, lambda: RandomEnv(Shelves().observation_space, spaces.Discrete(4))])
+    with pytest.raises(ValueError, match=r"environment 0 has action_masks\(\), environment 1 has not"):
+        GRPO("MlpPolicy", env, **SMALL)
+
+
+@pytest.mark.parametrize("answer", [None, NotImplementedError])
+def test_a_vec_env_that_knows_no_attributes_has_no_masks(answer):
+    class Bare(DummyVecEnv):
+        def get_attr(self, attr_name, indices=None):
+            if answer is not None:
+                raise answer
+            return [None] * self.num_envs
+
+    assert not has_masks(Bare([lambda: gym.make("CartPole-v1")]))
 
 
 def test_a_box_has_no_masks():
