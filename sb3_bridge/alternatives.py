@@ -41,6 +41,7 @@ from sb3_bridge.twins.check import short
 from sb3_bridge.twins.twin import NoTwin, Twin
 from sb3_bridge.vec_wrappers import VecStep
 
+MASKS = "action mask"
 MEASURED_HORIZON = 16
 CAPACITY = 50_000
 """Transitions that a learned world remembers."""
@@ -81,8 +82,9 @@ class Clones:
         # A check costs a restore and a step: next to nothing where branches are long.
         self._check_every = max(1, 16 // (config.horizon * config.n_rollouts))
 
-    def before_step(self) -> None:
+    def before_step(self, masks: np.ndarray | None) -> None:
         """Keeps the decision states that the environments are in, where one of them is wanted."""
+        self._masks = masks
         self._handles.append(-1)
         if not self.failure and self._wanted[len(self._handles) - 1].any():
             self._handles[-1] = self._try(self.brancher.take, -1)
@@ -97,7 +99,8 @@ class Clones:
         self, handle: int, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep
     ) -> None:
         seen, its_rewards, terminated, truncated = self.brancher.replay(handle, actions)
-        pairs = {
+        pairs = {} if self._masks is None else {MASKS: (self.brancher.masks(handle), self._masks)}
+        pairs |= {
             "reward": (its_rewards.astype(np.float32), np.asarray(rewards, np.float32)),
             "end of the episode": (terminated | truncated, result.dones),
             "truncation": (truncated & ~terminated, result.truncated),
@@ -112,8 +115,8 @@ class Clones:
                 continue
             if not np.array_equal(mine[index], real[index], equal_nan=mine.dtype.kind == "f"):
                 raise Unclonable(
-                    f"environment {index}: its clone does not do what it does itself: after the action {actions[index]} the"
-                    f" clone's {name} is {short(mine[index])}, the environment's is {short(real[index])}. A part of its"
+                    f"environment {index}: its clone does not do what it does itself:"
+                    f" {'before' if name == MASKS else 'after'} the action {actions[index]} the clone's {name} is {short(mine[index])}, the environment's is {short(real[index])}. A part of its"
                     " state is not copied, or shared with the copies (a closure, a class attribute, a global, a native"
                     " library), or it draws from outside (np.random, a clock)"
                 )
@@ -153,7 +156,7 @@ class Clones:
             observations=merged(trajectory.state),
             common_random_numbers=config.common_random_numbers,
             seed=int(words[0]) << 32 | int(words[1]),
-            wanted=self._wanted.reshape(-1),
+            wanted=self._wanted.reshape(-1, 1) & np.asarray(group.valid),
         )
         self._handles.clear()
         return Followed(branches=(group, Branches(jnp.asarray(returns), counter.zero())), n_steps=n_steps)
@@ -190,7 +193,7 @@ class Twins:
         self._rows = []
         self._try(self._twin.check_wrappers)
 
-    def before_step(self) -> None:
+    def before_step(self, masks: np.ndarray | None) -> None:
         """Takes the states that the environments are in."""
         if not self.failure:
             self._rows.append((self._try(self._twin.take),))
@@ -350,8 +353,8 @@ def branch_functions(policy: GRPOPolicy) -> tuple[Callable[..., np.ndarray], Cal
     structure, state = policy.structure, policy.state
     act, is_box = acting(structure), isinstance(policy.action_space, spaces.Box)
 
-    def choose(observations: Any, uniforms: np.ndarray) -> np.ndarray:
-        acted = act(state, observations, uniforms)
+    def choose(observations: Any, uniforms: np.ndarray, *masks: np.ndarray) -> np.ndarray:
+        acted = act(state, observations, uniforms, *masks)
         return np.asarray(acted.stretched if is_box else acted.choice)
 
     def value(observations: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.grpo import GRPO
+from sb3_bridge.masks import checked_masks, has_masks, read_masks
 from sb3_bridge.policies import spaces
 from sb3_bridge.rollout.device import Simulator, find_simulator, override
 from sb3_bridge.settings import config_of
@@ -100,13 +101,16 @@ class Planner:
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: Any = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for the observations that the environment gave last, ``[N, *shape]``; see ``GRPO.predict``.
 
         ``deterministic`` is of the model's own action; which other ones are compared with it, and how they end, stays random.
+        What the environment forbids is read from it: ``action_masks``, where they are given, must say the same.
 
         Raises:
-          ValueError: observations of another number of environments, or, where that can be seen, of another state.
+          ValueError: observations of another number of environments, or, where that can be seen, of another state; other
+            masks than the environment's.
         """
         batch, is_vectorized = spaces.to_batch(observation, self.model.observation_space)
         batch = spaces.to_finite_arrays(batch)
@@ -115,9 +119,15 @@ class Planner:
             raise ValueError(
                 f"observation is of {n_envs} environments, env has {self._env.num_envs}: a plan needs the state of each"
             )
+        masks = read_masks(self._env, "of the planner's environment") if has_masks(self._env) else None
+        if action_masks is not None:
+            space = self.model.action_space
+            given = checked_masks(np.atleast_2d(action_masks), space, n_envs, "action_masks")
+            if masks is None or not np.array_equal(given, masks):
+                raise ValueError("action_masks are not those of the planner's environment: leave them out")
         words = self._generator.integers(2**32, size=2, dtype=np.uint32)
         if isinstance(self._where, Brancher):
-            actions, n_steps = self._in_clones(self._where, batch, words, deterministic)
+            actions, n_steps = self._in_clones(self._where, batch, words, deterministic, masks)
         else:
             actions, n_steps = self._on_device(self._where, batch, words, deterministic)
         self.simulator_steps += n_steps
@@ -159,11 +169,16 @@ class Planner:
         return np.asarray(actions), counter.to_int(n_steps)
 
     def _in_clones(
-        self, brancher: Brancher, batch: Observation, words: np.ndarray, deterministic: bool
+        self,
+        brancher: Brancher,
+        batch: Observation,
+        words: np.ndarray,
+        deterministic: bool,
+        masks: np.ndarray | None,
     ) -> tuple[np.ndarray, int]:
         plan, policy = self.plan, self.model.policy
         reward: Reward | None = self.model._reward
-        group, actions = _propose(plan, policy.structure, policy.state, batch, words, deterministic)
+        group, actions = _propose(plan, policy.structure, policy.state, batch, words, deterministic, masks)
         actions = np.asarray(actions)
         act, value = branch_functions(policy)
 
@@ -183,6 +198,7 @@ class Planner:
             reward=reward,
             observations=None if reward is None else jax.tree.map(repeated, self._original(batch)),
             seed=int(words[0]) << 32 | int(words[1]),
+            wanted=repeated(group.valid),
         )
         returns = returns.reshape(plan.n_rollouts, len(actions), -1).swapaxes(0, 1)
         best = np.asarray(_choose(jnp.asarray(returns), group.valid, group.executed, plan.confidence))
@@ -233,11 +249,11 @@ def _propose(
     observation: Observation,
     words: jax.Array,
     deterministic: bool,
+    masks: jax.Array | None,
 ) -> tuple[Group, jax.Array]:
     """The candidates ``[N, G]``, and their actions in the world's units."""
     own_key, draw_key = split(bits_to_keys(words), 2)
-    parameters = policy.parameters(policy_state, observation)
-    group = propose(
-        plan, policy, parameters, _own(policy, parameters, own_key, deterministic), None, draw_key
-    )
+    parameters = policy.parameters(policy_state, observation, masks)
+    own = _own(policy, parameters, own_key, deterministic)
+    group = propose(plan, policy, parameters, own, masks, draw_key)
     return group, policy.to_world(group.action)

@@ -16,7 +16,8 @@ from grpo_jax.policies.distributions import Distribution
 from grpo_jax.worlds.learned import check_vectors
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.core_state import Functions
+from sb3_bridge.clones.core_state import ACTION_MASKS, Functions
+from sb3_bridge.masks import has_masks
 from sb3_bridge.policies.spaces import to_observation_space
 from sb3_bridge.twins.twin import NoTwin, Twin
 from sb3_bridge.vec_wrappers import unwrapped
@@ -95,6 +96,7 @@ def choose(
     or of ``WORTH`` times the rest, whichever is less; see :func:`patience_with`. ``why_no_twin`` says why none is looked for.
     """
     if callable(dynamics):
+        check_unmasked(env, "f")
         return Choice("function")
     if dynamics == "learned":
         return Choice("learned")
@@ -166,8 +168,18 @@ def choose_without_clones(
 
 def check_learnable(env: VecEnv, observation_space: spaces.Space) -> None:
     """Raises NotImplementedError or ValueError where no world can be learned of what the policy sees."""
+    check_unmasked(env, "'learned'")
     check_unnormalized(env, "'learned'")
     check_vectors(to_observation_space(observation_space))
+
+
+def check_unmasked(env: VecEnv, dynamics: str) -> None:
+    """Raises ValueError where the environments forbid actions, of which a world that is not theirs knows nothing."""
+    if has_masks(env):
+        raise ValueError(
+            f"dynamics={dynamics} knows no {ACTION_MASKS}(), by which the environment forbids actions: use dynamics='clone', or"
+            " candidates='episodes'"
+        )
 
 
 def check_unnormalized(env: VecEnv, dynamics: str) -> None:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from grpo_jax import counter
@@ -21,10 +20,12 @@ from grpo_jax.policies.distributions import for_space
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.types import Trajectory
 from sb3_bridge import regime
+from sb3_bridge.acting import Acting
 from sb3_bridge.alternatives import Alternatives, Clones, Followed, Function, Learned, Twins
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.compiling import telling
 from sb3_bridge.functions.reward import Reward, original_errors, resolve_reward
+from sb3_bridge.masks import has_masks
 from sb3_bridge.numbers import check_rewards, check_update, of_iteration
 from sb3_bridge.place import Keeper, keeper_of
 from sb3_bridge.policies.policy import GRPOPolicy
@@ -40,7 +41,7 @@ _NOT_SAVED: tuple[str, ...] = ("lr_schedule", "_jax_device", "_reward", "_altern
 _NOT_SAVED += ("_reference", "_world", "_keeper")
 
 
-class Training(OnPolicyAlgorithm):
+class Training(Acting):
     """The two halves of an iteration, and what they need to know of the environment; :class:`GRPO` is its contract.
 
     Attributes:
@@ -52,7 +53,7 @@ class Training(OnPolicyAlgorithm):
       chosen_dynamics: what ``dynamics`` came to; ``"episodes"`` where there are no alternatives.
     """
 
-    policy: GRPOPolicy  # type: ignore[assignment]
+    policy: GRPOPolicy
     rollout_buffer: RolloutView  # type: ignore[assignment]
     env: Any
     batch_size: int
@@ -221,7 +222,7 @@ class Training(OnPolicyAlgorithm):
     def _set_alternatives(self, choice: regime.Choice) -> None:
         """Makes what was chosen; says so, and warns of what it will cost."""
         assert self.env is not None
-        self.chosen_dynamics = choice.kind
+        self.chosen_dynamics, self._is_masked = choice.kind, has_masks(self.env)
         before, self._alternatives, self._keeper = self._alternatives, None, None
         if choice.brancher is not None:
             clones = Clones(choice.brancher, self._reward, is_demanded=self.dynamics != "auto")

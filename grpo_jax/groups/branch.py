@@ -22,6 +22,7 @@ from grpo_jax import counter
 from grpo_jax.config import Backup
 from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.policies.distributions import allowed, for_space
 from grpo_jax.spaces import encoded_size
 from grpo_jax.types import Counter, Observation, PyTree
 from grpo_jax.worlds.base import World
@@ -119,24 +120,25 @@ def group_returns(
       n_rollouts: M branches of each candidate.
       backup: ``"mean"`` or (optimistic) ``"max"`` over the M branches.
       persistence: probability of a step behind the candidate's own to repeat the action before it, whatever the
-        policy would do; None: 0.
+        policy would do, where the state that was reached allows it; None: 0.
       past_truncation: whether branches go on behind a truncation, as behind a mere time limit they can.
       value: the critic, or None.
       common_random_numbers: the candidates of a state share all random numbers; else each draws its own.
       max_branches: branches side by side, 0 for what suits the device; states are run in chunks of that size.
-      alive: bool ``[B]``, states whose branches are wanted; None for all.
+      alive: bool ``[B]`` or ``[B, G]``, states or candidates whose branches are wanted; None for all.
 
     Returns:
       ``Branches`` with returns ``[B, G]``; 0 where not ``alive``.
 
     Raises:
-      ValueError: horizon or n_rollouts below 1; persistence in a world with an action mask.
+      ValueError: horizon or n_rollouts below 1.
     """
     if horizon < 1 or n_rollouts < 1:
         raise ValueError(f"horizon={horizon} and n_rollouts={n_rollouts} must be at least 1")
     n_states, n_group = actions.shape[:2]
     chex.assert_tree_shape_prefix(states, (n_states,))
     alive = jnp.ones(n_states, bool) if alive is None else alive
+    alive = jnp.broadcast_to(alive.reshape(n_states, -1), (n_states, n_group))
 
     if max_branches == 0:
         state = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), states)
@@ -151,7 +153,7 @@ def group_returns(
         padded = jnp.concatenate([leaf, leaf[:padding]]) if padding else leaf
         return padded.reshape(n_chunks, chunk, *leaf.shape[1:])
 
-    wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk) < n_states)
+    wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk, 1) < n_states)
     rules = _Rules(
         world=world,
         act=act,
@@ -177,19 +179,6 @@ def group_returns(
     returns = returns.reshape(n_chunks * chunk, n_group)[:n_states]
     steps, _ = jax.lax.scan(lambda total, n: (counter.merge(total, n), None), counter.zero(), n_steps)
     return Branches(returns, steps)
-
-
-def check_persistence(action_mask: jax.Array | None) -> None:
-    """Refuses to repeat actions where some may be forbidden.
-
-    Raises:
-      ValueError: there is an action mask.
-    """
-    if action_mask is not None:
-        raise ValueError(
-            "persistence has no meaning in a world with an action_mask, which may forbid what is repeated; use"
-            " persistence=None"
-        )
 
 
 def default_branches(world: World, state: PyTree) -> int:
@@ -264,7 +253,7 @@ def _start(
         action=jnp.broadcast_to(jnp.swapaxes(actions, 0, 1)[:, None], (*shape, *actions.shape[2:])),
         total=jnp.zeros(shape, dtype),
         discount=jnp.ones(shape, dtype),
-        alive=jnp.broadcast_to(wanted, shape),
+        alive=jnp.broadcast_to(wanted.T[:, None], shape),
         cut=cut,
         open_end=jnp.zeros(shape, bool),
         n_steps=counter.zero(),
@@ -299,14 +288,15 @@ def _advance(rules: _Rules, progress: _Progress, key_words: jax.Array) -> tuple[
 def _next_action(
     rules: _Rules, progress: _Progress, observation: Observation, uniforms: jax.Array
 ) -> jax.Array:
-    """What the policy does next in every branch, or the action before, where that persists; ``[G, M, C, *A]``."""
+    """What the policy does next in every branch, or the action before, where it persists; ``[G, M, C, *A]``."""
     uniforms = jnp.broadcast_to(uniforms, (*progress.alive.shape, uniforms.shape[-1]))
     mask = jax.vmap(jax.vmap(jax.vmap(rules.world.action_mask)))(progress.state)
     action = rules.act(observation, mask, uniforms[..., : rules.n_uniforms]).astype(progress.action.dtype)
     if rules.persistence is None:
         return action
-    check_persistence(mask)
-    persists = uniforms[..., rules.n_uniforms] < rules.persistence
+    # What is forbidden now is not held: the policy is asked.
+    can_persist = allowed(for_space(rules.world.action_space), mask, progress.action)
+    persists = can_persist & (uniforms[..., rules.n_uniforms] < rules.persistence)
     return jnp.where(_expand(persists, action), progress.action, action)
 
 

@@ -67,9 +67,7 @@ def enumerate_actions(
     if action_mask is None:
         valid = jnp.ones(log_prob.shape, bool)
     else:
-        # A combination is allowed if each of its factors is: the mask's own "log-probability" is 0.
-        barrier = jnp.where(action_mask, 0.0, -1.0)
-        valid = _sum_chosen(distribution, barrier[:, None], actions) == 0.0
+        valid = distribution.allows(action_mask[:, None], actions)
     return Group(
         action=jnp.broadcast_to(actions, (n_states, *actions.shape)),
         log_prob=log_prob,
@@ -119,13 +117,3 @@ def executed_only(distribution: Distribution, parameters: jax.Array, executed: j
         valid=jnp.ones(log_prob.shape, bool),
         executed=jnp.zeros(log_prob.shape[0], jnp.int32),
     )
-
-
-def _sum_chosen(distribution: Categorical, scores: jax.Array, actions: jax.Array) -> jax.Array:
-    """Sum of the chosen categories' scores; ``[..., P]`` and ``[G, *A]`` -> ``[..., G]``."""
-    edges, total = 0, jnp.zeros((), scores.dtype)
-    for i, n in enumerate(distribution.nvec):
-        chosen = actions[..., i] if distribution.shape else actions
-        total = total + jnp.take(scores[..., 0, edges : edges + n], chosen, axis=-1)
-        edges += n
-    return total

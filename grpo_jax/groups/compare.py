@@ -56,12 +56,14 @@ def follow(
     key: jax.Array,
     persistence: jax.Array | None = None,
 ) -> Branches:
-    """Follows every candidate of the states that are ``wanted [B]`` in a world of its own; returns of others are 0."""
+    """Follows every valid candidate of the states that are ``wanted [B]`` in a world of its own; returns of others are 0."""
     distribution = policy.distribution
     states, actions = _flat(trajectory.state), policy.to_world(group.action)
+    # A step that is forbidden may be any nonsense: it is not made.
+    alive = None if trajectory.action_mask is None else group.valid
     if config.branch_every > 1:
         rows = jnp.flatnonzero(wanted, size=config.n_states // config.branch_every)
-        states, actions = jax.tree.map(lambda leaf: leaf[rows], (states, actions))
+        states, actions, alive = jax.tree.map(lambda leaf: leaf[rows], (states, actions, alive))
 
     branches = group_returns(
         env,
@@ -79,6 +81,7 @@ def follow(
         value=functools.partial(policy.value, policy_state) if config.bootstrap else None,
         common_random_numbers=config.common_random_numbers,
         max_branches=config.max_branches,
+        alive=alive,
     )
     if config.branch_every > 1:
         nothing = jnp.zeros(group.valid.shape, branches.returns.dtype)

@@ -10,22 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from grpo_jax.config import Backup
 from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
+from grpo_jax.groups.host_batch import Pending, Rewards, concatenate, padded, rows_of
 
-Act = Callable[[Any, np.ndarray], Any]
+Act = Callable[..., Any]
 """``(observations [n, ...] as the policy sees them, uniforms [n, n_uniforms]) -> actions [n, *A] in env units``; those
-of a Box may lie outside of it."""
+of a Box may lie outside of it. Where simulators tell masks, they are a third argument."""
 
 Value = Callable[[Any], Any]
 """``observations [n, ...] as the policy sees them -> values [n]``."""
-
-_SMALLEST_BATCH = 16
-_REWARD_BATCH = 4096  # transitions that a user's reward function gets in one call
-_REWARD_BYTES = 1 << 25
 
 
 class Call(NamedTuple):
@@ -52,12 +48,14 @@ class Reached(NamedTuple):
       rewards: float64 ``[n]``.
       terminated: bool ``[n]``.
       truncated: bool ``[n]``.
+      masks: bool ``[n, P]``, the actions that are allowed then; None where all always are.
     """
 
     observations: Any
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    masks: np.ndarray | None = None
 
 
 class Simulators(Protocol):
@@ -83,17 +81,8 @@ class Simulators(Protocol):
         """Actions as the environments want them."""
         ...
 
-
-class Rewards(Protocol):
-    """A user's reward function."""
-
-    @property
-    def framework(self) -> str:
-        """``"jax"``, where a batch of a new size is compiled."""
-        ...
-
-    def batch(self, states: Any, actions: Any, next_states: Any) -> np.ndarray:
-        """Rewards float32 ``[n]`` of n transitions."""
+    def allows(self, masks: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Whether masks ``[n, P]`` allow actions ``[n, *A]``, as the environments want them; bool ``[n]``."""
         ...
 
 
@@ -107,7 +96,8 @@ class Settings:
       n_uniforms: uniform numbers that the policy takes.
       n_rollouts: M branches of each candidate.
       backup: ``"mean"`` or ``"max"`` over the M branches.
-      persistence: probability of a step after the candidate's own to repeat the action before it; None: 0.
+      persistence: probability of a step after the candidate's own to repeat the action before it, where that is allowed
+        then; None: 0.
       past_truncation: whether branches go on after a truncation.
       common_random_numbers: whether the candidates of a state share random numbers.
       seed: of everything random.
@@ -158,7 +148,7 @@ def group_returns(
       value: the critic, for what lies beyond the horizon or a truncation; None: nothing.
       reward: the user's; None: the environment's.
       observations: ``[T * N, ...]`` the states as a reward function sees them; with ``reward``.
-      wanted: bool ``[T * N]``, states whose branches are wanted; None: all.
+      wanted: bool ``[T * N]`` or ``[T * N, G]``, states or candidates whose branches are wanted; None: all.
 
     Returns:
       Returns float32 ``[T * N, G]`` (0 where not wanted), and the number of environment steps made.
@@ -173,24 +163,26 @@ def group_returns(
     if reward is not None and observations is None:
         raise ValueError("reward needs observations: the states that the candidates start from")
     wanted = np.ones(n_states, bool) if wanted is None else np.asarray(wanted, bool)
+    wanted = np.broadcast_to(wanted.reshape(n_states, -1), (n_states, n_group))
     n_streams = 1 if settings.common_random_numbers else n_group
     originals = observations if reward is not None else None
     states = _States(np.asarray(handles), actions, originals, n_envs, n_streams)
     branches = np.arange(n_states * n_group * settings.n_rollouts)
     owner = branches // (n_group * settings.n_rollouts)
+    is_wanted = np.repeat(wanted.reshape(-1), settings.n_rollouts)
     lanes = [
-        _Lane(branches[(owner % n_envs == index) & wanted[owner]], pool, settings, states)
+        _Lane(branches[(owner % n_envs == index) & is_wanted], pool, settings, states)
         for index in range(n_envs)
     ]
     totals = np.zeros(len(branches), np.float64)
-    pending = None if reward is None else _Pending(reward, totals)
+    pending = None if reward is None else Pending(reward, totals)
     n_steps = 0
     while True:
         calls = [lane.begin() for lane in lanes]
         if not any(calls):
             break
         answers = [answer for answer in simulators.step(calls) if answer is not None]
-        reached = Reached(*(_concatenate(list(part)) for part in zip(*answers, strict=True)))
+        reached = Reached(*(concatenate(list(part)) for part in zip(*answers, strict=True)))
         n_steps += len(reached.rewards)
         active = [lane for lane, call in zip(lanes, calls, strict=True) if call is not None]
         _lock_step(simulators, act, settings, active, reached, totals, pending, value)
@@ -263,13 +255,13 @@ class _Lane:
             all_seeds[mine] = seeds[streams[mine], rollouts[mine]]
             self._uniforms[slots[mine]] = uniforms[streams[mine], rollouts[mine]]
         action = kept.actions[states, candidates]
-        origin = None if kept.observations is None else _rows(kept.observations, states)
+        origin = None if kept.observations is None else rows_of(kept.observations, states)
         is_first = not len(self.branch)
         self.branch = np.concatenate([self.branch, new])
         self.slot = np.concatenate([self.slot, slots])
         self.depth = np.concatenate([self.depth, np.zeros(n_new, np.int64)])
-        self.action = action if is_first else _concatenate([self.action, action])
-        self.origin = origin if is_first or origin is None else _concatenate([self.origin, origin])
+        self.action = action if is_first else concatenate([self.action, action])
+        self.origin = origin if is_first or origin is None else concatenate([self.origin, origin])
         handles = kept.handles[states // kept.n_envs]
         return list(zip(slots.tolist(), handles.tolist(), strict=True)), all_seeds
 
@@ -282,7 +274,7 @@ class _Lane:
         self._free.extend(self.slot[~stays].tolist())
         self.branch, self.slot = self.branch[stays], self.slot[stays]
         self.depth, self.action = self.depth[stays] + 1, action[stays]
-        self.origin = None if origin is None else _rows(origin, np.flatnonzero(stays))
+        self.origin = None if origin is None else rows_of(origin, np.flatnonzero(stays))
 
 
 # --- a lock step of all environments ---
@@ -295,37 +287,37 @@ def _lock_step(
     lanes: list[_Lane],
     reached: Reached,
     totals: np.ndarray,
-    pending: _Pending | None,
+    pending: Pending | None,
     value: Value | None,
 ) -> None:
     """Adds what the branches earned in a step to ``totals``, and chooses their next actions."""
     branch = np.concatenate([lane.branch for lane in lanes])
     depth = np.concatenate([lane.depth for lane in lanes])
-    action = _concatenate([lane.action for lane in lanes])
+    action = concatenate([lane.action for lane in lanes])
     discounts = settings.gamma ** np.arange(settings.horizon + 1, dtype=np.float64)
     original = None
     if pending is None:
         totals[branch] = add_reward(totals[branch], discounts[depth], simulators.rewards(reached.rewards))
     else:
         original = simulators.original(reached.observations)
-        pending.add(branch, discounts[depth], _concatenate([lane.origin for lane in lanes]), action, original)
+        pending.add(branch, discounts[depth], concatenate([lane.origin for lane in lanes]), action, original)
     over = ends(reached.terminated, reached.truncated, settings.past_truncation) | (
         depth + 1 == settings.horizon
     )
     seen = simulators.seen(reached.observations)
     rows = np.flatnonzero(over & open_end(reached.terminated))
     if value is not None and len(rows):
-        values = np.asarray(value(_rows(seen, _padded(rows))))[: len(rows)]
+        values = np.asarray(value(rows_of(seen, padded(rows))))[: len(rows)]
         ended = branch[rows]
         totals[ended] = add_reward(totals[ended], discounts[depth[rows] + 1], values.reshape(-1))
     rows = np.flatnonzero(~over)
     if len(rows):
         uniforms = np.concatenate([lane.uniforms() for lane in lanes])
-        action = _next_actions(simulators, act, settings, seen, uniforms, rows, action)
+        action = _next_actions(simulators, act, settings, seen, uniforms, rows, action, reached.masks)
     start = 0
     for lane in lanes:
         part = slice(start, start := start + len(lane.branch))
-        lane.keep(~over[part], action[part], None if original is None else _rows(original, part))
+        lane.keep(~over[part], action[part], None if original is None else rows_of(original, part))
 
 
 def _next_actions(
@@ -336,58 +328,17 @@ def _next_actions(
     uniforms: np.ndarray,
     rows: np.ndarray,
     action: np.ndarray,
+    masks: np.ndarray | None,
 ) -> np.ndarray:
     """The policy's actions for ``rows``, but where the action before persists."""
-    padded = _padded(rows)
-    chosen = np.asarray(act(_rows(seen, padded), uniforms[padded, : settings.n_uniforms]))[: len(rows)]
+    batch = padded(rows)
+    told = (rows_of(seen, batch), uniforms[batch, : settings.n_uniforms])
+    chosen = np.asarray(act(*told) if masks is None else act(*told, masks[batch]))[: len(rows)]
     if settings.persistence is not None:
         asked = uniforms[rows, settings.n_uniforms] >= settings.persistence
+        if masks is not None:
+            asked |= ~simulators.allows(masks[rows], action[rows])
         rows, chosen = rows[asked], chosen[asked]
     following = action.copy()
     following[rows] = simulators.actions(chosen)
     return following
-
-
-class _Pending:
-    """Transitions whose rewards the user's function is still to be asked for: one call for many lock steps."""
-
-    def __init__(self, reward: Rewards, totals: np.ndarray):
-        self._reward, self._totals = reward, totals
-        self._parts: list[tuple[np.ndarray, np.ndarray, Any, Any, Any]] = []
-        self._n_rows = 0
-
-    def add(self, branch: np.ndarray, discount: np.ndarray, origin: Any, action: Any, reached: Any) -> None:
-        """Transitions from ``origin`` to ``reached``, as a reward function sees them."""
-        self._parts.append((branch, discount, origin, action, reached))
-        self._n_rows += len(branch)
-        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(reached)) // len(branch) * self._n_rows
-        if self._n_rows >= _REWARD_BATCH or n_bytes >= _REWARD_BYTES:
-            self.ask()
-
-    def ask(self) -> None:
-        """Adds the rewards of all that waits to the totals."""
-        if not self._parts:
-            return
-        branch, discount, *transitions = (_concatenate(list(part)) for part in zip(*self._parts, strict=True))
-        if self._reward.framework == "jax":  # compiles for every size; the others would only compute more
-            rows = _padded(np.arange(len(branch)))
-            transitions = [_rows(part, rows) for part in transitions]
-        rewards = self._reward.batch(*transitions)[: len(branch)]
-        np.add.at(self._totals, branch, discount * rewards)
-        self._parts, self._n_rows = [], 0
-
-
-def _concatenate(parts: list[Any]) -> Any:
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def _rows(tree: Any, rows: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree)
-
-
-def _padded(rows: np.ndarray) -> np.ndarray:
-    """Rows, the first one repeated up to a power of two: what is compiled by size is compiled a few times only."""
-    size = max(_SMALLEST_BATCH, 1 << (len(rows) - 1).bit_length())
-    return np.concatenate([rows, np.full(size - len(rows), rows[0])])

@@ -116,6 +116,8 @@ def plan_actions(
     n_states = len(own)
     group = propose(plan, policy, parameters, own, jax.vmap(world.action_mask)(states), draw_key)
 
+    wanted = group.valid if alive is None else group.valid & alive[:, None]
+
     def repeated(leaf: jax.Array) -> jax.Array:
         # A state for each branch: their returns are wanted one by one.
         return jnp.repeat(leaf, plan.n_rollouts, axis=0)
@@ -131,7 +133,7 @@ def plan_actions(
         n_uniforms=policy.distribution.n_uniforms,
         past_truncation=plan.past_truncation,
         value=None if policy.critic is None else functools.partial(policy.value, policy_state),
-        alive=None if alive is None else repeated(alive),
+        alive=repeated(wanted),
     )
     returns = branches.returns.reshape(n_states, plan.n_rollouts, -1)
     best = choose(returns, group.valid, group.executed, plan.confidence)
@@ -173,6 +175,7 @@ def choose(returns: jax.Array, valid: jax.Array, own: jax.Array, confidence: flo
       int32 ``[N]``.
     """
     chex.assert_rank([returns, valid, own], [3, 2, 1])
+    returns = jnp.where(valid[:, None], returns, 0.0)  # of a step that is forbidden, whatever it returned
     difference = returns - jnp.take_along_axis(returns, own[:, None, None], axis=2)
     error = jnp.std(difference, axis=1, ddof=1) / jnp.sqrt(returns.shape[1])
     sure = jnp.where(valid, jnp.mean(difference, axis=1) - confidence * error, -jnp.inf)

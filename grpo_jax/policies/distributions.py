@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import chex
 import jax
@@ -19,7 +20,11 @@ import numpy as np
 from grpo_jax.spaces import ActionSpace, Box
 
 MASKED_LOGIT = -1e9
-"""Logit of a forbidden action: its probability is exactly 0, its logarithm and gradients stay finite."""
+"""Logit of a forbidden action: its probability is exactly 0, its logarithm and gradients stay finite.
+
+Where a mask allows no action at all, all are equally likely: nothing becomes NaN, and nothing is learned, for these logits
+are constants.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,20 @@ class Categorical:
         return total
 
     def apply_mask(self, logits: jax.Array, mask: jax.Array) -> jax.Array:
-        """Forbids actions; bool ``[..., P]``."""
+        """Forbids actions by a mask, bool ``[..., P]``; where it allows none, see ``MASKED_LOGIT``."""
         chex.assert_axis_dimension(mask, -1, self.n_parameters)
         return jnp.where(mask, logits, MASKED_LOGIT)
+
+    def allows(self, mask: Any, action: Any) -> Any:
+        """Whether a mask bool ``[..., P]`` allows actions ``[..., *shape]``: every factor's category; bool ``[...]``.
+
+        Of NumPy arrays it is a NumPy array.
+        """
+        allowed: Any = True
+        for i, part in enumerate(self._split(mask)):
+            chosen = action[..., i] if self.shape else action
+            allowed = allowed & (part & (chosen[..., None] == np.arange(part.shape[-1]))).any(axis=-1)
+        return allowed
 
     def actions(self) -> np.ndarray:
         """Every action of the product space; int32 ``[n_actions, *shape]``."""
@@ -174,6 +190,13 @@ class Gaussian:
 
 
 Distribution = Categorical | Gaussian
+
+
+def allowed(distribution: Distribution, mask: Any, action: Any) -> Any:
+    """:meth:`Categorical.allows`; no mask (None), or one of a Gaussian's actions, forbids nothing: True."""
+    if mask is None or not isinstance(distribution, Categorical):
+        return True
+    return distribution.allows(mask, action)
 
 
 def for_space(space: ActionSpace) -> Distribution:

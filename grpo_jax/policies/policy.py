@@ -111,7 +111,11 @@ class Policy:
     def parameters(
         self, state: PolicyState, observation: Observation, action_mask: jax.Array | None = None
     ) -> jax.Array:
-        """Distribution parameters ``[..., P]`` for observations ``[..., *shape]``, forbidden actions masked."""
+        """Distribution parameters ``[..., P]`` for observations ``[..., *shape]``, forbidden actions masked.
+
+        Raises:
+          ValueError: an action mask for a Box.
+        """
         return self._act(state, self._features(state, "features_extractor", observation), action_mask)
 
     def value(self, state: PolicyState, observation: Observation) -> jax.Array:
@@ -131,9 +135,13 @@ class Policy:
     def _act(self, state: PolicyState, features: jax.Array, action_mask: jax.Array | None) -> jax.Array:
         output = self.actor.apply({"params": state.params["actor"]}, features)
         assert isinstance(output, jax.Array)
-        if action_mask is not None and isinstance(self.distribution, Categorical):
-            return self.distribution.apply_mask(output, action_mask)
-        return output
+        if action_mask is None:
+            return output
+        if not isinstance(self.distribution, Categorical):
+            raise ValueError(
+                f"action_mask: no action of a Box can be forbidden, {self.action_space} has no mask"
+            )
+        return self.distribution.apply_mask(output, action_mask)
 
     def _judge(self, state: PolicyState, features: jax.Array) -> jax.Array:
         assert self.critic is not None, "this policy has no critic: bootstrap=False"

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax.groups.branch import check_persistence
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.distributions import allowed
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Environments, Step, Trajectory
 from grpo_jax.worlds.base import World
@@ -98,13 +98,10 @@ def rollout(
       n_steps: T.
       keep_next_observation: whether a critic will want to value what was reached.
       persistence: probability of a step, but the first of a rollout and of an episode, to repeat the action before it,
-        whatever the policy would do; None: 0.
+        whatever the policy would do, where the present state allows it; None: 0.
 
     Returns:
       The environments afterwards, and the trajectory ``[T, N]``.
-
-    Raises:
-      ValueError: persistence in a world with an action mask.
     """
     n_envs, n_uniforms = environments.episode_length.shape[0], policy.distribution.n_uniforms
     n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
@@ -119,8 +116,8 @@ def rollout(
         parameters = policy.parameters(policy_state, envs.observation, mask)
         action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
         if previous is not None and persistence is not None:
-            check_persistence(mask)
             persists = previous.can_persist & (uniforms[..., n_uniforms] < persistence)
+            persists &= allowed(policy.distribution, mask, previous.action)
             action = jnp.where(persists.reshape(-1, *(1,) * (action.ndim - 1)), previous.action, action)
         after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(

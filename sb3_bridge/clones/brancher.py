@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -11,12 +12,16 @@ import jax
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from grpo_jax.groups.host_branch import Act, Call, Reached, Rewards, Settings, Value, group_returns
+from grpo_jax.groups.host_batch import Rewards
+from grpo_jax.groups.host_branch import Act, Call, Reached, Settings, Value, group_returns
+from grpo_jax.policies.distributions import allowed, for_space
 from sb3_bridge.clones.copying import Unclonable
-from sb3_bridge.clones.core_state import MUJOCO, Functions
+from sb3_bridge.clones.core_state import ACTION_MASKS, MUJOCO, Functions
 from sb3_bridge.clones.processes import Local, Workers
 from sb3_bridge.clones.snapshot import CloneReport
 from sb3_bridge.gymnax.spaces import env_actions
+from sb3_bridge.masks import checked_masks, has_masks
+from sb3_bridge.policies.spaces import to_action_space
 from sb3_bridge.vec_wrappers import find_view
 
 POOL_SIZE = 256  # replicas of all environments of one process, and branches in a lock step
@@ -86,6 +91,10 @@ class Brancher:
                 f"branches run in the environments of a DummyVecEnv or SubprocVecEnv; {type(base).__name__} gives no"
                 " access to them"
             )
+        self._is_masked, self._space = has_masks(env), env.action_space
+        distribution = for_space(to_action_space(env.action_space))
+        self.allows = functools.partial(allowed, distribution)
+        self._everything = np.ones(distribution.n_parameters, bool)
         self.report = max(prove(self.group, env.num_envs), key=lambda report: report.step_us)
         most = MUJOCO_POOL_SIZE if self.report.way == MUJOCO else POOL_SIZE
         self._pool = max(1, most // self.num_envs)
@@ -104,6 +113,11 @@ class Brancher:
         self._all("take", self._taken)
         self._taken += 1
         return self._taken - 1
+
+    def masks(self, handle: int) -> np.ndarray:
+        """What copies allow in a kept state, bool ``[N, P]``; of environments with masks."""
+        answers = self._all("masks_at", handle)
+        return checked_masks(answers, self._space, self.num_envs, f"{ACTION_MASKS}() of a clone")
 
     def free(self) -> None:
         """Forgets all states that were kept."""
@@ -152,7 +166,7 @@ class Brancher:
           value: the critic, for what lies beyond the horizon or a truncation; None: nothing.
           reward: the user's; None: the environment's, as the wrappers make it.
           observations: ``[T * N, ...]`` the states as a reward function sees them (``view.original``); with ``reward``.
-          wanted: bool ``[T * N]``, states whose branches are wanted; None: all.
+          wanted: bool ``[T * N]`` or ``[T * N, G]``, states or candidates whose branches are wanted; None: all.
           settings: of ``grpo_jax.groups.host_branch.Settings``: ``horizon``, ``gamma``, ... The environments' generators
             are seeded anew from ``seed``, so that no branch knows the real future.
 
@@ -172,7 +186,7 @@ class Brancher:
             )
         asked = {"value": value, "reward": reward, "observations": observations, "wanted": wanted}
         try:
-            self._all("begin")
+            self._all("begin", self._is_masked)
             found = group_returns(self, act, handles, actions, Settings(**settings), pool=self._pool, **asked)
         finally:
             self.free()
@@ -188,4 +202,12 @@ class Brancher:
     def step(self, calls: list[Call | None]) -> list[Reached | None]:
         """One lock step of the replicas."""
         answers = self.group.call("step", [None if call is None else tuple(call) for call in calls])
-        return [None if answer is None else Reached(*answer) for answer in answers]
+        return [None if answer is None else self._reached(answer) for answer in answers]
+
+    def _reached(self, answer: Any) -> Reached:
+        if not self._is_masked:
+            return Reached(*answer)
+        reached, asked = answer[:-1], answer[-1]
+        rows = [self._everything if mask is None else mask for mask in asked]
+        masks = checked_masks(rows, self._space, len(rows), f"{ACTION_MASKS}() of a clone", "branch")
+        return Reached(*reached)._replace(masks=masks)

@@ -21,6 +21,10 @@ Functions = tuple[Callable[[gymnasium.Env], Any], Callable[[gymnasium.Env, Any],
 
 MUJOCO = "MuJoCo state"
 
+ACTION_MASKS = "action_masks"
+"""The method of an environment that says which actions are allowed, ``() -> bool [n]``, as sb3-contrib's MaskablePPO asks for it;
+for MultiDiscrete and MultiBinary the masks of all parts, one after the other."""
+
 # Wrappers that change no transition: replicas do without them. A class derived from one may do more, and is kept.
 _TRANSPARENT: tuple[type, ...] = (
     Monitor,

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_bridge.clones import place
 from sb3_bridge.clones.copying import Unclonable, forget_classes
-from sb3_bridge.clones.core_state import Functions
+from sb3_bridge.clones.core_state import ACTION_MASKS, Functions
 from sb3_bridge.clones.replay_check import check, signature
 from sb3_bridge.clones.sandbox import global_generators_kept, keep_normal, kept_normal
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
@@ -32,6 +32,7 @@ _DRAWING = {
     "step",
     "replay",
     "play",
+    "masks_at",
 }  # methods that run an environment's code, which may draw from global generators
 _TIMEOUT = 3600.0  # no lock step of branches takes an hour
 _NUMBERS = itertools.count()
@@ -48,6 +49,7 @@ class Server:
         self._kept: dict[int, tuple[Cloner, Any]] = {}
         self._normal = (0, 0.0)
         self._place: Any = None
+        self._tells_masks = False
 
     def check(self) -> tuple[Any, ...]:
         """The replay check's report, as a plain tuple."""
@@ -84,9 +86,16 @@ class Server:
         """Brings the environment, which was just reset, to such a place."""
         place.put(self.env, self._functions, form, is_trusted)
 
-    def begin(self) -> None:
-        """Branches begin, until ``free``: keeps what each ``step`` would have to look for."""
-        self._normal = kept_normal()
+    def masks_at(self, number: int) -> np.ndarray:
+        """Which actions a replica allows in a kept state."""
+        return _masks(self._restored(0, number, None))
+
+    def begin(self, tells_masks: bool = False) -> None:
+        """Branches begin, until ``free``: keeps what each ``step`` would have to look for.
+
+        With ``tells_masks`` a ``step`` says too which actions are allowed in the states that are reached.
+        """
+        self._normal, self._tells_masks = kept_normal(), tells_masks
 
     def free(self) -> None:
         """Forgets all kept states, and the replicas of an environment that was replaced."""
@@ -116,7 +125,13 @@ class Server:
         for (slot, number), seed in zip(begins, seeds, strict=True):
             self._active[slot] = self._restored(slot, number, seed)
         lent = np.array(actions)  # an environment may change its action in place
-        return self._stack([_played(self._active[slot], one) for slot, one in zip(slots, lent, strict=True)])
+        replicas = [self._active[slot] for slot in slots]
+        steps = [_played(replica, one) for replica, one in zip(replicas, lent, strict=True)]
+        if not self._tells_masks:
+            return self._stack(steps)
+        ended = [bool(one[2]) for one in steps]  # and behind an end there is nothing to ask
+        pairs = zip(replicas, ended, strict=True)
+        return *self._stack(steps), [None if over else _masks(one) for one, over in pairs]
 
     def replay(self, number: int, action: np.ndarray) -> Any:
         """What ``action`` leads to from a kept state, with the generators as they were then; like ``step``, n = 1."""
@@ -139,6 +154,10 @@ def _played(replica: Replica, action: Any) -> tuple[Any, ...]:
         if "read-only" in str(error):
             raise Unclonable(f"a replica writes to data that never changed at first: {error}") from error
         raise
+
+
+def _masks(replica: Replica) -> np.ndarray:
+    return np.array(replica.layers[0].get_wrapper_attr(ACTION_MASKS)())
 
 
 def _stack(space: spaces.Space, observations: list[Any]) -> Any:

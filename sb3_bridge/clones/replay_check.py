@@ -15,7 +15,7 @@ import numpy as np
 
 from sb3_bridge.clones.changes import Fingerprint, SharedState, fingerprint
 from sb3_bridge.clones.copying import GENERATORS, Unclonable
-from sb3_bridge.clones.core_state import Functions, cores_for, layers_of, links, spaces_of
+from sb3_bridge.clones.core_state import ACTION_MASKS, Functions, cores_for, layers_of, links, spaces_of
 from sb3_bridge.clones.sandbox import CAN_FORK, global_generators, going_on, here, in_child
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
 
@@ -120,6 +120,21 @@ def _step(
     return (*row, _digest(env.reset()[0]) if terminated or truncated else None)
 
 
+def _allowed(env: gymnasium.Env, action: Any, space: Any) -> Any:
+    """The action, or in the place of its parts that the environment forbids now others, drawn by the space's generator."""
+    if not env.has_wrapper_attr(ACTION_MASKS):
+        return action
+    nvec = np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))
+    if isinstance(space, gymnasium.spaces.MultiBinary):
+        nvec = np.full(space.n, 2)
+    mask = np.asarray(env.get_wrapper_attr(ACTION_MASKS)(), bool)
+    parts = np.array(action).reshape(-1)
+    for index, allowed in enumerate(np.split(mask, np.cumsum(nvec)[:-1])):
+        if not allowed[parts[index]]:
+            parts[index] = space.np_random.choice(np.flatnonzero(allowed))
+    return parts.reshape(np.shape(action))[()]
+
+
 def _play_alone(original: Original, real: gymnasium.Env, seed: int) -> tuple[Any, ...]:
     """The fields of what ``original(real)`` does."""
     env = original(real)
@@ -135,7 +150,7 @@ def _play_alone(original: Original, real: gymnasium.Env, seed: int) -> tuple[Any
     transitions: list[tuple[Any, ...]] = []
     end, started = None, time.perf_counter()
     while len(actions) < _STEPS and (end is None or len(actions) < end + _ACTIONS):
-        actions.append(space.sample())
+        actions.append(_allowed(env, space.sample(), space))
         transitions.append(_step(env, actions[-1]))
         if end is None and any(transitions[-1][2:4]):
             end = len(actions)
@@ -176,7 +191,7 @@ def _play_watched(
     if _digest(env.reset(seed=seed)[0]) != alone.first:
         raise Unclonable("reset(seed=...) gives different observations: they do not depend on the seed alone")
     report = CloneReport(way, constants=alone.constants, varying=alone.varying)
-    watch = _Watch(Cloner(env, report, functions), alone)
+    watch = _Watch(Cloner(env, report, functions), alone, space)
     last = len(alone.actions) - _ACTIONS
     end = alone.end or last
     points = {*_POINTS, last // 2, end - _ACTIONS // 2, end - 1, end, last}
@@ -202,8 +217,8 @@ def _play_watched(
 class _Watch:
     """Steps replicas beside the environment, and compares."""
 
-    def __init__(self, cloner: Cloner, alone: _Alone):
-        self.cloner, self._alone = cloner, alone
+    def __init__(self, cloner: Cloner, alone: _Alone, space: gymnasium.Space):
+        self.cloner, self._alone, self._space = cloner, alone, space
         self.replicas = [cloner.replica(), cloner.replica()]
         self._shared = SharedState([type(layer) for layer in (*cloner.layers, *self.replicas[0].layers)])
         self._before = global_generators()
@@ -216,15 +231,16 @@ class _Watch:
         self._before = global_generators()
         self.cloner.restore(one, snapshot)
         self.cloner.restore(two, snapshot)
-        replayed, other = [], []
+        replayed, other, taken = [], [], []
         for action, different in zip(self._alone.actions[index : index + _ACTIONS], others, strict=True):
             replayed.append(_step(one.layers[0], action, self._seconds))
-            other.append(_step(two.layers[0], different, self._seconds))
+            taken.append(_allowed(two.layers[0], different, self._space))
+            other.append(_step(two.layers[0], taken[-1], self._seconds))
         self._check_shared()
         expected = self._alone.transitions[index : index + _ACTIONS]
         _compare(replayed, expected, f"after a restore at step {index}, the same actions do not repeat")
         self.cloner.restore(one, snapshot)
-        again = [_step(one.layers[0], different, self._seconds) for different in others]
+        again = [_step(one.layers[0], different, self._seconds) for different in taken]
         _compare(again, other, f"two restores of step {index} do not agree on")
 
     def _check_shared(self, *, all_of_it: bool = False) -> None:

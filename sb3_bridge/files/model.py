@@ -55,7 +55,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     kl_coef?""": ("a finite number", _finite),
     "learning_rate ent_coef clip_range clip_range_vf? clip_range_high? persistence?":
         ("a finite number or a schedule", lambda value: _finite(value) or callable(value)),
-    "use_sde normalize_advantage branch_past_truncation common_random_numbers cache _spread_was_judged bootstrap?":
+    "use_sde normalize_advantage branch_past_truncation common_random_numbers cache _spread_was_judged _is_masked bootstrap?":
         ("a bool", _is(bool)),
     "candidates trajectory_form backup baseline surrogate kl_estimator reference chosen_dynamics advantage_scale?":
         ("a string", _is(str)),

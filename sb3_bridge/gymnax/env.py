@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -33,6 +33,7 @@ class OfOneWorld:
     _env_id: str | None
     _words: np.ndarray | jax.Array | None = None
     _renderer: Renderer | None = None
+    _is_masked: bool
 
     def _set_world(self, env: Any, render_mode: str | None) -> tuple[gymnasium.Space, gymnasium.Space]:
         """Observation and action space of the world, which it makes."""
@@ -43,14 +44,18 @@ class OfOneWorld:
             )
         self.world, self.render_mode = make_world(env), render_mode
         self._env_id = env if isinstance(env, str) else None
-        if _has_mask(self.world):
-            warnings.warn(
-                f"env={env!r} forbids some actions. GRPO learns none of them here, but SB3's predict, and so evaluate_policy, does"
-                " not know which they are and may play them: judge the policy with grpo_jax.evaluate or a Planner",
-                UserWarning,
-                stacklevel=4,
-            )
+        self._is_masked = _has_mask(self.world)
         return to_gymnasium(self.world.observation_space), to_gymnasium(self.world.action_space)
+
+    @property
+    def action_masks(self) -> Callable[[], np.ndarray]:
+        """``action_masks()``: what is allowed now, bool ``[n]`` or ``[n_envs, n]``; not there where nothing is ever forbidden."""
+        if not self._is_masked:
+            raise AttributeError(f"{type(self).__name__} has no action_masks: {self.world} forbids no action")
+        return self._masks
+
+    def _masks(self) -> np.ndarray:
+        raise NotImplementedError
 
     def _frame(self, state: PyTree) -> np.ndarray:
         self._renderer = self._renderer or Renderer()
@@ -126,6 +131,11 @@ class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
         observation = to_numpy(self.observation_space, step.observation)
         return observation, float(step.reward), terminated, truncated, {}
 
+    def _masks(self) -> np.ndarray:
+        if self._state is None:
+            raise gymnasium.error.ResetNeeded("action_masks() was called before reset(): call reset() first")
+        return np.array(_mask.of(owner_of(self.world))(self.world, self._state), bool)
+
     def render(self) -> np.ndarray | None:
         """A picture uint8 ``[height, width, 3]``, None without a render mode; see :class:`Renderer` for errors."""
         if self.render_mode is None:
@@ -191,3 +201,4 @@ def _advance(world: World, words: jax.Array, state: PyTree, action: jax.Array) -
 
 
 _reset, _step = OwnedJit(_start), OwnedJit(_advance)
+_mask = OwnedJit(lambda world, state: world.action_mask(state))

@@ -18,6 +18,7 @@ from grpo_jax.noise import KEY_WORDS
 from grpo_jax.training.rollout import start, step_environments
 from grpo_jax.types import Environments, Observation
 from grpo_jax.worlds.base import World
+from sb3_bridge.clones.core_state import ACTION_MASKS
 from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.gymnax.env import RENDER_FPS, OfOneWorld, check_options, next_key, owner_of, seed_words
 from sb3_bridge.gymnax.spaces import to_numpy, to_world_actions
@@ -192,6 +193,10 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         states = self._started("render() was called").state
         return [self._frame(jax.tree.map(lambda leaf, i=i: leaf[i], states)) for i in indices]
 
+    def _masks(self) -> np.ndarray:
+        states = self._started("action_masks() was called").state
+        return np.array(_mask.of(self.program_owner)(self.world, states), bool)
+
     def close(self) -> None:
         """Frees the renderer and closes ``monitor.csv``; may be called twice."""
         if self._results is not None:
@@ -218,10 +223,12 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
             self._attributes[index][attr_name] = value
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list:
-        """Calls ``render``, or a function that :meth:`set_attr` put there; there are no other methods."""
+        """Calls ``render``, ``action_masks``, or a function that :meth:`set_attr` put there; there are no other methods."""
         chosen = self._indices(indices)
         if method_name == "render":
             return self._images(chosen)
+        if method_name == ACTION_MASKS:
+            return list(self.action_masks()[chosen])
         if not all(method_name in self._attributes[i] for i in chosen):
             raise AttributeError(
                 f"method_name={method_name!r}: a GymnaxVecEnv has no environment objects with methods other than"
@@ -275,4 +282,5 @@ def _advance(
 
 
 _reset = OwnedJit(_start)
+_mask = OwnedJit(lambda world, states: jax.vmap(world.action_mask)(states))
 _step = OwnedJit(_advance, donate_argnames=("words", "environments"))

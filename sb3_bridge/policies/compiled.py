@@ -22,7 +22,9 @@ class Functions(NamedTuple):
     init: Callable[..., PolicyState]  # from key words, uint32 [2]
     sample: Callable[..., jax.Array]  # also from words uint32 [N, n_uniforms]; in the environment's units
     mode: Callable[..., jax.Array]  # the most probable action
-    parameters: Callable[..., jax.Array]  # of the distribution, [N, P]
+    parameters: Callable[
+        ..., jax.Array
+    ]  # of the distribution, [N, P]; these three also from masks bool [N, P]
     value: Callable[..., jax.Array]  # [N]
 
 
@@ -32,8 +34,10 @@ def functions_of(structure: Policy) -> Functions:
     # They are closures: a static argument would be hashed at every call, which takes longer than the call.
     distribution = structure.distribution
 
-    def sample(state: PolicyState, observation: Observation, words: jax.Array) -> jax.Array:
-        parameters = structure.parameters(state, observation)
+    def sample(
+        state: PolicyState, observation: Observation, words: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        parameters = structure.parameters(state, observation, mask)
         return structure.to_world(distribution.sample(parameters, bits_to_uniform(words)))
 
     functions = Functions(

@@ -26,6 +26,7 @@ from grpo_jax.policies.networks import CNN
 from grpo_jax.policies.policy import PolicyState, assemble
 from grpo_jax.types import Observation, PyTree
 from sb3_bridge.files.model_zip import File, checked, load_zip, save_zip
+from sb3_bridge.masks import checked_masks
 from sb3_bridge.policies import layers, spaces
 from sb3_bridge.policies.compiled import Functions, check_process, functions_of
 from sb3_bridge.policies.extractor import Kind, to_features_extractor
@@ -172,31 +173,42 @@ class GRPOPolicy(JaxModel):
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: Any = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions ``[*A]`` or ``[N, *A]`` in the action space's dtype, within its bounds; and ``state``. See SB3.
 
         Observations are ``[*shape]`` or ``[N, *shape]``, dicts of such arrays for ``Dict`` spaces; images with the channels
-        first or last. ``deterministic`` takes the most probable action in place of a sampled one.
+        first or last. ``deterministic`` takes the most probable action in place of a sampled one. ``action_masks`` are bool
+        ``[n_actions]`` or ``[N, n_actions]``, True where an action is allowed; None: all are.
 
         Raises:
-          ValueError: a wrong shape, NaN or inf, or what Gymnasium's ``reset`` returned.
+          ValueError: a wrong shape, NaN or inf, or what Gymnasium's ``reset`` returned; a mask that allows no action.
           RuntimeError: torch traces or exports, or this process was forked from one that uses JAX.
         """
         if self.training:
             self.set_training_mode(False)
         batch, is_vectorized = spaces.to_batch(observation, self.observation_space)
-        actions = self._act(spaces.to_finite_arrays(batch), deterministic)
+        actions = self._act(spaces.to_finite_arrays(batch), deterministic, action_masks)
         return actions if is_vectorized else actions.squeeze(axis=0), state
 
-    def _act(self, batch: Observation, deterministic: bool) -> np.ndarray:
+    def _act(self, batch: Observation, deterministic: bool, action_masks: Any = None) -> np.ndarray:
         """Actions ``[N, *A]`` for observations ``[N, *shape]``."""
+        masks = self._masks(batch, action_masks)
         if deterministic:
-            chosen = self._functions.mode(self.state, batch)
+            chosen = self._functions.mode(self.state, batch, *masks)
         else:
             shape = (len(jax.tree.leaves(batch)[0]), self.structure.distribution.n_uniforms)
             words = self._generator.integers(0, 2**32, shape, np.uint32)
-            chosen = self._functions.sample(self.state, batch, words)
+            chosen = self._functions.sample(self.state, batch, words, *masks)
         return self.to_env(chosen)
+
+    def _masks(self, batch: Observation, action_masks: Any) -> tuple[np.ndarray, ...]:
+        """Nothing, or checked masks bool ``[N, P]``: what a compiled function takes."""
+        if action_masks is None:
+            return ()
+        n = len(jax.tree.leaves(batch)[0])
+        one = n == 1 and np.ndim(action_masks) == 1
+        return (checked_masks([action_masks] if one else action_masks, self.action_space, n, "action_masks"),)
 
     def to_env(self, chosen: Any) -> np.ndarray:
         """Actions of the device, in the action space's dtype and within its bounds."""
@@ -207,17 +219,18 @@ class GRPOPolicy(JaxModel):
             actions = np.clip(actions, space.low, space.high)
         return actions
 
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> torch.Tensor:
-        return torch.from_numpy(self._act(spaces.to_finite_arrays(observation), deterministic)).to(
-            self.device
-        )
+    def _predict(
+        self, observation: PyTorchObs, deterministic: bool = False, action_masks: Any = None
+    ) -> torch.Tensor:
+        actions = self._act(spaces.to_finite_arrays(observation), deterministic, action_masks)
+        return torch.from_numpy(actions).to(self.device)
 
     def forward(
-        self, obs: PyTorchObs, deterministic: bool = False
+        self, obs: PyTorchObs, deterministic: bool = False, action_masks: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Actions ``[N, *A]``, values ``[N, 1]`` (None without a critic) and log densities ``[N]``; see SB3."""
-        actions = self._predict(obs, deterministic)
-        values, log_prob, _ = self.evaluate_actions(obs, actions)
+        actions = self._predict(obs, deterministic, action_masks)
+        values, log_prob, _ = self.evaluate_actions(obs, actions, action_masks)
         return actions, values, log_prob
 
     def predict_values(self, obs: PyTorchObs) -> torch.Tensor:
@@ -227,7 +240,7 @@ class GRPOPolicy(JaxModel):
         return self._to_tensor(self._functions.value(self.state, spaces.to_finite_arrays(obs))[:, None])
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: torch.Tensor
+        self, obs: PyTorchObs, actions: torch.Tensor, action_masks: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Values ``[N, 1]`` (None without a critic), log densities ``[N]`` and entropies ``[N]``, without gradients.
 
@@ -236,15 +249,17 @@ class GRPOPolicy(JaxModel):
         """
         shape = (-1, get_action_dim(self.action_space)) if self.action_space.shape else (-1,)
         with torch.no_grad():
-            distribution: Any = self.get_distribution(obs)
+            distribution: Any = self.get_distribution(obs, action_masks)
             flat = to_tensor(to_arrays(actions)).to(self.device, torch.float32).reshape(shape)
             answers = distribution.log_prob(flat), distribution.entropy()
         log_prob, entropy = map(self._without_gradient, answers)
         return self.predict_values(obs) if self.has_critic else None, log_prob, entropy
 
-    def get_distribution(self, obs: PyTorchObs) -> Distribution:
-        """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients."""
-        parameters = self._to_tensor(self._functions.parameters(self.state, spaces.to_finite_arrays(obs)))
+    def get_distribution(self, obs: PyTorchObs, action_masks: Any = None) -> Distribution:
+        """SB3's distribution over the actions for observations ``[N, *shape]``, without gradients; masks: see :meth:`predict`."""
+        batch = spaces.to_finite_arrays(obs)
+        masks = self._masks(batch, action_masks)
+        parameters = self._to_tensor(self._functions.parameters(self.state, batch, *masks))
         distribution: Any = make_proba_distribution(self.action_space)
         if isinstance(self.action_space, gymnasium.spaces.Box):
             stretch = spaces.stretch_of(self.structure.action_space)

@@ -233,7 +233,10 @@ class RolloutView:
 
     def _log_probs(self) -> np.ndarray:
         actions = torch.from_numpy(np.array(merged(self._arrays["actions"])))
-        log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions)[1]
+        masks = None
+        if "action_mask" in self._arrays and (masks := self._arrays["action_mask"]) is not None:
+            masks = merged(masks | ~masks.any(axis=-1, keepdims=True))  # of rows that are not there yet
+        log_prob = self._policy.evaluate_actions(merged(self._arrays["observation"]), actions, masks)[1]
         return log_prob.cpu().numpy().reshape(self.buffer_size, self.n_envs)
 
     def _returns(self) -> np.ndarray:

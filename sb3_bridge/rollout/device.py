@@ -176,6 +176,7 @@ class _Steps:
         env, policy, trajectory = self.env, self.policy, self.trajectory
         return _Fetched(
             observation=lambda: trajectory.observation,
+            action_mask=lambda: trajectory.action_mask,
             next_observation=lambda: trajectory.next_observation,
             reward=lambda: _paid(env.world, self.reward is not None, trajectory, policy),
             learned_reward=lambda: trajectory.reward,

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from grpo_jax.cache import quick_jit
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import bits_to_keys, bits_to_uniform, draw_bits
+from grpo_jax.policies.distributions import allowed
 from grpo_jax.policies.networks import Flatten
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.training import loop
@@ -22,6 +23,7 @@ from grpo_jax.types import Environments, Observation, Trajectory
 from sb3_bridge.clones.decoration import decorated, tidy
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import env_actions
+from sb3_bridge.masks import has_masks, read_masks
 from sb3_bridge.policies.spaces import stretch_of
 from sb3_bridge.rollout.callbacks import Model, StepLocals, merged, show_step
 from sb3_bridge.vec_wrappers import (
@@ -37,8 +39,8 @@ from sb3_bridge.vec_wrappers import (
 class Watcher(Protocol):
     """Who looks at every step: clones that are kept, and compared with what really happened."""
 
-    def before_step(self) -> None:
-        """The environments stand in a decision state."""
+    def before_step(self, masks: np.ndarray | None) -> None:
+        """The environments stand in a decision state, in which masks ``[N, P]`` tell what is allowed (None: all is)."""
 
     def after_step(self, actions: np.ndarray, reached: Any, rewards: np.ndarray, result: VecStep) -> None:
         """They were stepped: ``reached`` and ``rewards`` as the environments gave them, before VecNormalize."""
@@ -81,6 +83,7 @@ def collect_on_host(
     keep_last = reward is not None or model.chosen_dynamics == "learned"
     keep_next = config.bootstrap or keep_last
     model._last_obs = checked_observation(env, model._last_obs, "at the start of the rollout")
+    is_masked = has_masks(env)
     rows = _Rows(config.n_steps)
     model.rollout_buffer.start(rows.arrays, policy, config)
     previous: Acted | None = None
@@ -90,22 +93,26 @@ def collect_on_host(
         raw = (
             unnormalized.observation(observation) if unnormalized is not None and reward is not None else None
         )
-        acted = act(policy.state, observation, uniforms[index])
+        masks = read_masks(env, f"at step {index} of the rollout") if is_masked else None
+        acted = act(policy.state, observation, uniforms[index], masks)
         acted = Acted(*(leaf if leaf is None else np.asarray(leaf) for leaf in acted))
         if config.persistence is not None and previous is not None:
-            acted = _persist(acted, previous, ~starts & (uniforms[index, :, -1] < config.persistence))
+            persists = ~starts & (uniforms[index, :, -1] < config.persistence)
+            if masks is not None:  # what is forbidden now is not held
+                persists &= allowed(policy.structure.distribution, masks, previous.choice)
+            acted = _persist(acted, previous, persists)
         previous = acted
         actions, clipped_actions = clip(
             space, acted.stretched if isinstance(space, spaces.Box) else acted.choice
         )
         if watcher is not None:
-            watcher.before_step()
+            watcher.before_step(masks)
         result = step(env, clipped_actions, index)
         for lander in landers:
             tidy(lander)
         model.num_timesteps += env.num_envs
         returned = result.observation, result.rewards, result.dones, result.infos
-        thoughts = functools.partial(think, policy.state, observation, acted.choice)
+        thoughts = functools.partial(think, policy.state, observation, acted.choice, masks)
         goes_on = show_step(model, callback, (actions, clipped_actions), returned, thoughts)
         time = np.where(starts, 0, model.episode_time).astype(np.int32)
         model.episode_time = time + 1
@@ -123,6 +130,8 @@ def collect_on_host(
             "time": time,
             "episode_starts": starts,
         }
+        if masks is not None:
+            row["action_mask"] = masks
         needed = result.dones if keep_last else result.truncated
         if keep_next:
             row["next_observation"] = reached_observation(result, needed, env.observation_space)
@@ -148,19 +157,21 @@ def clip(space: spaces.Space, actions: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @functools.lru_cache(maxsize=64)
 def acting(policy: Policy) -> Callable[..., Acted]:
-    """``(policy_state, observation [N, ...], uniforms [N, >= n_uniforms]) -> Acted``; actions are not clipped."""
+    """``(policy_state, observation [N, ...], uniforms [N, >= n_uniforms], masks) -> Acted``; actions are not clipped."""
     n_uniforms = policy.distribution.n_uniforms
     extractor = policy.features_extractor
     has_features = not isinstance(extractor, Flatten) and bool(getattr(extractor, "images", True))
     has_value = has_features and policy.critic is not None and policy.share_features_extractor
 
     @quick_jit
-    def act(state: PolicyState, observation: Observation, uniforms: jax.Array) -> Acted:
+    def act(
+        state: PolicyState, observation: Observation, uniforms: jax.Array, masks: jax.Array | None = None
+    ) -> Acted:
         value = None
         if has_value:
-            parameters, value = policy.parameters_and_value(state, observation)
+            parameters, value = policy.parameters_and_value(state, observation, masks)
         else:
-            parameters = policy.parameters(state, observation)
+            parameters = policy.parameters(state, observation, masks)
         action = policy.distribution.sample(parameters, uniforms[..., :n_uniforms])
         return Acted(action, policy.stretch(action), parameters if has_features else None, value)
 
@@ -169,13 +180,15 @@ def acting(policy: Policy) -> Callable[..., Acted]:
 
 @functools.lru_cache(maxsize=64)
 def _thinking(policy: Policy) -> Callable[..., tuple[Any, Any, Any]]:
-    """``(policy_state, observation [N, ...], choice [N, *A]) -> Thoughts``, ``choice`` in the policy's units."""
+    """``(policy_state, observation [N, ...], choice [N, *A], masks) -> Thoughts``, ``choice`` in the policy's units."""
     volume = float(np.log(stretch_of(policy.action_space)[1]).sum())
 
     @quick_jit
-    def think(state: PolicyState, observation: Observation, choice: jax.Array) -> tuple[Any, Any, Any]:
+    def think(
+        state: PolicyState, observation: Observation, choice: jax.Array, masks: jax.Array | None
+    ) -> tuple[Any, Any, Any]:
         value = policy.value(state, observation) if "critic" in state.params else None
-        parameters = policy.parameters(state, observation)
+        parameters = policy.parameters(state, observation, masks)
         return observation, value, policy.distribution.log_prob(parameters, choice) - volume
 
     return think
@@ -221,7 +234,7 @@ class _Rows:
             environments=Environments(
                 arrays.get("raw"), arrays["observation"], unknown, arrays["time"], unknown, unknown
             ),
-            action_mask=None,
+            action_mask=arrays.get("action_mask"),
             distribution=arrays.get("distribution"),
             action=arrays["action"],
             reward=arrays.get("learned_reward", arrays["reward"]),

@@ -20,7 +20,9 @@ from grpo_jax.noise import as_key
 from grpo_jax.worlds.base import World
 from grpo_jax.worlds.classic import TimeLimited, TimeLimitedState
 from sb3_bridge.clones.copying import Unclonable
+from sb3_bridge.clones.core_state import ACTION_MASKS
 from sb3_bridge.clones.processes import Local, Workers
+from sb3_bridge.masks import has_masks
 from sb3_bridge.twins.check import first_difference
 from sb3_bridge.twins.normalized import normalized
 from sb3_bridge.twins.reader import Reader
@@ -87,7 +89,11 @@ class Twin:
         return name
 
     def check_wrappers(self) -> None:
-        """Raises NoTwin where a VecEnvWrapper changes what the policy sees or is paid, now that it may be asked for it."""
+        """Raises NoTwin where a VecEnvWrapper changes what the policy sees or is paid, now that it may be asked for it; or masks."""
+        if has_masks(self._env):
+            raise NoTwin(
+                f"the environments forbid actions by {ACTION_MASKS}(), of which a twin knows nothing: use dynamics='clone'"
+            )
         try:
             view = find_view(self._env)[1]
         except Unclonable as error:

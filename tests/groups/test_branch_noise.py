@@ -74,7 +74,7 @@ def test_chunks_are_even():
 
 
 @struct.dataclass
-class _Masked(World):
+class _Still(World):
     observation_space = Discrete(1)
 
     def reset(self, key):
@@ -83,14 +83,11 @@ class _Masked(World):
     def step(self, key, state, action):
         return Step(state, state, jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
 
-    def action_mask(self, state):
-        return jnp.array([True, False])
-
 
 def test_large_states_run_in_smaller_chunks():
     """2 MiB of states and observations on a CPU, at most 4096."""
     assert jax.default_backend() == "cpu"
-    world = _Masked()  # whose observation is one number
+    world = _Still()  # whose observation is one number
     for state_bytes, branches in ((32, 4096), (4092, 512), (11_996, 174), (1 << 30, 1)):
         assert (
             default_branches(world, {"a": np.zeros(state_bytes - 4, np.uint8), "b": np.float32(0)})
@@ -218,20 +215,6 @@ def test_actions_persist(persistence):
         persistence=jnp.float32(persistence),
     ).returns
     np.testing.assert_allclose(returns, q[:2], atol=0.05)
-
-
-def test_persistence_is_refused_where_actions_can_be_forbidden():
-    with pytest.raises(ValueError, match="persistence has no meaning in a world with an action_mask"):
-        group_returns(
-            _Masked(),
-            random_policy,
-            jax.random.key(0),
-            jnp.zeros(1, jnp.int32),
-            jnp.array([[0, 1]]),
-            horizon=2,
-            gamma=1.0,
-            persistence=0.5,
-        )
 
 
 def test_identical_candidates_share_their_fate():

@@ -78,6 +78,44 @@ def test_returns_are_those_of_each_branch_by_itself(horizon, past, pool):
     assert n_steps == sum(numbers.asked) and max(numbers.asked) <= pool and returns.dtype == np.float32
 
 
+class Doors(Numbers):
+    """The same; from an odd number no step of 1 may be made, from any other none of 2."""
+
+    def masks(self, now: np.ndarray) -> np.ndarray:
+        is_odd = now % 2 == 1
+        return np.stack([is_odd | True, ~is_odd, is_odd, is_odd | True], axis=1)
+
+    def _step(self, index: int, call: Call) -> Reached:
+        for slot, handle in call.begins:
+            self.states[index][slot] = self.kept[handle, index]
+        before = np.array([self.states[index][slot] for slot in call.slots])
+        assert self.allows(self.masks(before), call.actions).all()
+        reached = super()._step(index, call._replace(begins=[]))
+        return reached._replace(masks=self.masks(reached.observations[:, 0]))
+
+    def allows(self, masks: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return masks[np.arange(len(actions)), actions]
+
+
+def smallest(observations: Any, uniforms: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    np.testing.assert_array_equal(masks[:, 1], observations[:, 0] / 2 % 2 == 0)
+    return 1 + np.argmax(masks[:, 1:], axis=1)
+
+
+@pytest.mark.parametrize("persistence", [None, 1.0])
+def test_masks_are_told_to_the_policy_and_forbid_what_persists(persistence):
+    kept = np.array([[0.0, 1.0]])
+    wanted = np.array([[True, False, True], [False, True, True]])  # steps of 1, 2 and 3
+    settings = Settings(horizon=3, gamma=1.0, persistence=persistence)
+    actions = np.broadcast_to(np.arange(1, 4), (2, 3))
+    returns, n_steps = group_returns(Doors(kept), smallest, [0], actions, settings, pool=4, wanted=wanted)
+    # By hand: a step of 1 cannot be held at 1, those of 2 stay among odd numbers, 3 is allowed everywhere; 7 is the end.
+    free = [[1 + 3 + 5, 0, 3 + 5 + 7], [0, 3 + 5 + 7, 4 + 5 + 7]]
+    held = [[1 + 3 + 5, 0, 3 + 6 + 9], [0, 3 + 5 + 7, 4 + 7]]
+    np.testing.assert_array_equal(returns, free if persistence is None else held)
+    assert n_steps == (12 if persistence is None else 11)
+
+
 class Earned:
     """A user's reward: the size of the step. Counts its calls."""
 

@@ -76,3 +76,49 @@ class PaidAfter(gym.Wrapper):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         state, (self._state, _, terminated, truncated, info) = self._state, self.env.step(action)
         return self._state, float(self._reward(state, action, self._state)), terminated, truncated, info
+
+
+class Shelves(gym.Env):
+    """Takes a thing from each of some shelves, until they are empty; ``action_masks`` says what is left.
+
+    What is gone cannot be taken: that is an error, or, if ``is_lenient``, ends the episode. Paid is the way between things.
+    """
+
+    def __init__(self, n_things: int = 4, n_shelves: int = 1, is_lenient: bool = False):
+        self.observation_space = spaces.Box(0, 1, (n_shelves * n_things,), np.float32)
+        self._is_single, self._is_lenient = n_shelves == 1, is_lenient
+        self.action_space = (
+            spaces.Discrete(n_things) if self._is_single else spaces.MultiDiscrete([n_things] * n_shelves)
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        nvec = np.ravel(self.action_space.n if self._is_single else self.action_space.nvec)
+        self.is_left = np.ones((len(nvec), nvec[0]), bool)
+        self.place = np.zeros(len(nvec), int)
+        return self.is_left.reshape(-1).astype(np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        rows, things = np.arange(len(self.place)), np.ravel(action)
+        is_there = self.is_left[rows, things].all()
+        if not is_there and not self._is_lenient:
+            raise RuntimeError(f"{action} is gone")
+        reward = -float(np.abs(things - self.place).sum())
+        self.place, self.is_left[rows, things] = things, False
+        over = not is_there or not self.is_left.any()
+        return self.is_left.reshape(-1).astype(np.float32), reward, over, False, {}
+
+    def action_masks(self) -> np.ndarray:
+        assert self.is_left.any(), "asked behind the end"
+        return self.is_left.reshape(-1).copy()
+
+
+class Masker(gym.Wrapper):
+    """As sb3-contrib's ``ActionMasker``: the masks are those of a function of the environment."""
+
+    def __init__(self, env: gym.Env, function: Any):
+        super().__init__(env)
+        self._function = function
+
+    def action_masks(self) -> Any:
+        return self._function(self.env)

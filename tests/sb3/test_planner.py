@@ -118,10 +118,13 @@ def test_another_environment_than_the_models():
 
 
 def test_forbidden_actions_are_not_taken():
-    with pytest.warns(UserWarning, match=r"forbids some actions.*Planner"):
-        env = GymnaxVecEnv(MaskedLine(Discrete(2)), 8)
+    env = GymnaxVecEnv(MaskedLine(Discrete(2)), 8)
     planner = Planner(GRPO("MlpPolicy", env, **SMALL), **SHORT)
-    np.testing.assert_array_equal(planner.predict(env.reset())[0], 1)
+    observation, masks = env.reset(), np.array(env.env_method("action_masks"))
+    np.testing.assert_array_equal(planner.predict(observation)[0], 1)
+    np.testing.assert_array_equal(planner.predict(observation, action_masks=masks)[0], 1)
+    with pytest.raises(ValueError, match="not those of the planner's environment"):
+        planner.predict(observation, action_masks=~masks)
 
 
 def test_a_seed_repeats_it():

@@ -76,8 +76,3 @@ def test_persistence_is_a_probability():
     _, trajectory = roll(grpo_jax.make("Pendulum-v1"), 50, persistence=0.0)
     action = np.asarray(trajectory.action)
     assert (action[1:] != action[:-1]).all()
-
-
-def test_persistence_is_refused_where_actions_can_be_forbidden():
-    with pytest.raises(ValueError, match="persistence has no meaning in a world with an action_mask"):
-        roll(MaskedLine(Discrete(2), goal=3), 2, persistence=0.5)
