@@ -227,7 +227,7 @@ def _run_chunk(
 
     def unfinished(carry: tuple[jax.Array, _Progress]) -> jax.Array:
         k, progress = carry
-        return (k < rules.horizon) & _any(progress.alive)
+        return (k < rules.horizon) & any_of_all(progress.alive)
 
     progress = _start(rules, keys, states, actions, wanted)
     if rules.horizon > 1:
@@ -336,12 +336,15 @@ def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 @jax.custom_batching.custom_vmap
-def _any(alive: jax.Array) -> jax.Array:
-    return jnp.any(alive)
+def any_of_all(flags: jax.Array) -> jax.Array:
+    """Whether any of the flags is set, in any of the runs that are vmapped: bool ``[...]`` -> ``[]``.
+
+    One answer for all runs: a loop with a batched condition would copy its whole carry at every step.
+    """
+    return jnp.any(flags)
 
 
-@_any.def_vmap
-def _any_of_all(axis_size: int, in_batched: list[bool], alive: jax.Array) -> tuple[jax.Array, bool]:
-    # One answer for all vmapped runs: a loop with a batched condition would copy its whole carry at every step.
+@any_of_all.def_vmap
+def _any_of_batch(axis_size: int, in_batched: list[bool], flags: jax.Array) -> tuple[jax.Array, bool]:
     del axis_size, in_batched
-    return _any(alive), False
+    return any_of_all(flags), False
