@@ -36,7 +36,7 @@ def _improve(
     ``[n_steps, n_envs]`` the world gives those of the observations. ``words`` uint32 ``[2]`` are the iteration's key's.
     """
     state = train_state(policy, learner, None, words, iteration)
-    if world is not None and trajectory.state is None:
+    if world is not None and trajectory.state is None and trajectory.branched is None:
         environments = trajectory.environments.replace(state=world.at(trajectory.observation))
         trajectory = trajectory.replace(environments=environments)
     comparison = loop.compare(config, world, state, trajectory, evaluated=branches)

@@ -144,14 +144,6 @@ def group_returns(
     chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
     n_chunks = -(-n_states // chunk)
     keys = split(as_key(key), 2 * n_states).reshape(n_states, 2)  # for the world, for the policy
-
-    def to_chunks(leaf: jax.Array) -> jax.Array:
-        padding = n_chunks * chunk - n_states
-        # Repeats real states: made-up ones could step into NaN. They are dead, so they count for nothing.
-        padded = jnp.concatenate([leaf, leaf[:padding]]) if padding else leaf
-        return padded.reshape(n_chunks, chunk, *leaf.shape[1:])
-
-    wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk) < n_states)
     rules = _Rules(
         world=world,
         act=act,
@@ -166,14 +158,18 @@ def group_returns(
         common_random_numbers=common_random_numbers,
     )
 
-    def run(args: Any) -> tuple[jax.Array, Counter]:
-        return _run_chunk(rules, *args)
+    def run(rows: jax.Array) -> tuple[jax.Array, Counter]:
+        # Behind the last state real ones come again: made-up ones could step into NaN. They are dead, so they count for
+        # nothing.
+        of_chunk = jax.tree.map(lambda leaf: leaf[rows % n_states], (keys, states, actions, alive))
+        return _run_chunk(rules, *of_chunk[:-1], of_chunk[-1] & (rows < n_states))
 
-    chunks = (*jax.tree.map(to_chunks, (keys, states, actions)), wanted)
     if n_chunks == 1:
-        returns, n_steps = jax.tree.map(lambda leaf: leaf[None], run(jax.tree.map(lambda x: x[0], chunks)))
+        of_all = _run_chunk(rules, keys, states, actions, alive)
+        returns, n_steps = jax.tree.map(lambda leaf: leaf[None], of_all)
     else:
-        returns, n_steps = jax.lax.map(run, chunks)
+        # The rows, not what they hold, are cut into chunks: a padded copy of all states may be gigabytes.
+        returns, n_steps = jax.lax.map(run, jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk))
     returns = returns.reshape(n_chunks * chunk, n_group)[:n_states]
     steps, _ = jax.lax.scan(lambda total, n: (counter.merge(total, n), None), counter.zero(), n_steps)
     return Branches(returns, steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -130,6 +132,7 @@ def rollout(
     n_steps: int,
     keep_next_observation: bool,
     persistence: float | jax.Array | None = None,
+    keep: Callable[[jax.Array, PyTree], PyTree] | None = None,
 ) -> tuple[Environments, Trajectory]:
     """T steps of the sampled policy in every environment.
 
@@ -143,6 +146,8 @@ def rollout(
       keep_next_observation: whether a critic will want to value what was reached.
       persistence: probability of a step, but the first of a rollout and of an episode, to repeat the action before it,
         whatever the policy would do; None: 0.
+      keep: ``(time [], world states [N, ...])`` before a step -> those that ``Trajectory.branched`` holds of that step;
+        None: the trajectory holds all.
 
     Returns:
       The environments afterwards, and the trajectory ``[T, N]``.
@@ -154,8 +159,8 @@ def rollout(
     n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
     words = draw_bits(key, (n_steps, n_envs, 2 * KEY_WORDS + n_drawn))
 
-    def step_all(carry: _Carry, words: jax.Array) -> tuple[_Carry, Trajectory]:
-        envs, previous = carry
+    def step_all(carry: _Carry, drawn: tuple[jax.Array, jax.Array]) -> tuple[_Carry, Trajectory]:
+        (envs, previous), (time, words) = carry, drawn
         step_keys = bits_to_keys(words[..., :KEY_WORDS])
         reset_keys = bits_to_keys(words[..., KEY_WORDS : 2 * KEY_WORDS])
         uniforms = bits_to_uniform(words[..., 2 * KEY_WORDS :])
@@ -168,7 +173,7 @@ def rollout(
             action = jnp.where(persists.reshape(-1, *(1,) * (action.ndim - 1)), previous.action, action)
         after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(
-            environments=envs,
+            environments=envs if keep is None else envs.replace(state=None),
             action_mask=mask,
             distribution=parameters,
             action=action,
@@ -177,6 +182,7 @@ def rollout(
             terminated=step.terminated,
             truncated=step.truncated,
             next_observation=step.observation if keep_next_observation else None,
+            branched=None if keep is None else keep(time, envs.state),
         )
         if previous is not None:
             previous = _Previous(action, ~trajectory.ended)
@@ -191,5 +197,6 @@ def rollout(
             )
         )
         previous = _Previous(jnp.zeros(actions.shape, actions.dtype), jnp.zeros(n_envs, bool))
-    (environments, _), trajectory = jax.lax.scan(step_all, (environments, previous), words)
+    drawn = jnp.arange(n_steps), words
+    (environments, _), trajectory = jax.lax.scan(step_all, (environments, previous), drawn)
     return environments, trajectory
