@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from grpo_jax.groups.branch import any_of_all, check_persistence
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
@@ -14,11 +16,16 @@ from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.types import Environments, Observation, PyTree, Step, Trajectory
 from grpo_jax.worlds.base import World
 
-
 RESET_BYTES = 1 << 19
 """First states that are made side by side, in bytes.
 
 Measured on a CPU: a thousand of Craftax at once cost 57 times as much each as eight do.
+"""
+
+CHEAP_RESETS = 1 << 21
+"""Numbers that resets of all environments may compute; below it that is done at every step.
+
+A loop over those that ended takes longer to compile and, in small worlds, as long to run (measured on a CPU).
 """
 
 
@@ -35,7 +42,7 @@ _Carry = tuple[Environments, _Previous | None]
 def start(world: World, keys: jax.Array) -> Environments:
     """Resets one environment for each key ``[N]``; equal keys give equal states."""
     n_envs, dtype = keys.shape[0], jnp.result_type(float)
-    most = _most_at_once(world, keys)
+    most, _ = _size_up(world, keys)
     if n_envs <= most:
         observation, state = jax.vmap(world.reset)(keys)
     else:
@@ -96,10 +103,18 @@ def _start_over(
 ) -> tuple[Observation, PyTree]:
     """First observations and states, each drawn from its own key, where an episode ``ended [N]``; else what was reached.
 
-    A reset may cost dozens of steps, and few episodes end at once: only those are reset, some at a time, while there are any.
+    A reset may cost hundreds of steps, and few episodes end at once: only those are reset, some at a time, while there are
+    any. The numbers are the same, and the first states no pool's: each is new.
     """
     n_envs = ended.shape[0]
-    n_at_once = min(n_envs, _most_at_once(world, keys), max(4, n_envs // 64))
+    most, n_numbers = _size_up(world, keys)
+    if n_envs * n_numbers < CHEAP_RESETS:
+
+        def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
+            return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
+
+        return jax.tree.map(start_over, jax.vmap(world.reset)(keys), reached)
+    n_at_once = min(n_envs, most, max(4, n_envs // 64))
     n_ended = jnp.cumsum(ended)
 
     def unfinished(carry: tuple[jax.Array, PyTree]) -> jax.Array:
@@ -107,7 +122,9 @@ def _start_over(
 
     def reset_some(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
         n_done, reached = carry
-        rows = jnp.searchsorted(n_ended, n_done + 1 + jnp.arange(n_at_once))  # N, which is no row, behind the last
+        rows = jnp.searchsorted(
+            n_ended, n_done + 1 + jnp.arange(n_at_once)
+        )  # N, which is no row, behind the last
         fresh = jax.vmap(world.reset)(keys[jnp.minimum(rows, n_envs - 1)])
         return n_done + n_at_once, jax.tree.map(
             lambda old, new: old.at[rows].set(new, mode="drop"), reached, fresh
@@ -116,11 +133,24 @@ def _start_over(
     return jax.lax.while_loop(unfinished, reset_some, (jnp.zeros_like(n_ended[-1]), reached))[1]
 
 
-def _most_at_once(world: World, keys: jax.Array) -> int:
-    """Resets side by side: as many as fit a cache."""
-    first = jax.eval_shape(lambda keys: world.reset(keys[0]), keys)
+def _size_up(world: World, keys: jax.Array) -> tuple[int, int]:
+    """How many resets side by side fit a cache, and how many numbers one computes."""
+    program, first = jax.make_jaxpr(lambda keys: world.reset(keys[0]), return_shape=True)(keys)
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first))
-    return max(1, RESET_BYTES // max(1, n_bytes))
+    return max(1, RESET_BYTES // max(1, n_bytes)), _count_numbers(program.jaxpr)
+
+
+def _count_numbers(program: Jaxpr) -> int:
+    """Numbers that a program computes; a loop of unknown length counts as one round of it."""
+    total = 0
+    for equation in program.eqns:
+        parts = jax.tree.leaves(list(equation.params.values()))
+        inner = [part.jaxpr if isinstance(part, ClosedJaxpr) else part for part in parts]
+        counts = [_count_numbers(part) for part in inner if isinstance(part, Jaxpr)]
+        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
+        own = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
+        total += rounds * sum(counts) if counts else own
+    return total
 
 
 def rollout(

@@ -77,7 +77,13 @@ def collect_on_device(
     is_shown = asks_for_every_step(callback) or bool(simulator.monitors)
     keep_states = is_shown or config.candidates not in ("episodes", "trajectory")  # else nobody reads them
     after, trajectory, ends = _rollout.of(env.program_owner, reward)(
-        config, override(env.world, reward), policy.structure, policy.state, before, model.key_words, keep_states
+        config,
+        override(env.world, reward),
+        policy.structure,
+        policy.state,
+        before,
+        model.key_words,
+        keep_states,
     )
     steps = _Steps(env, policy.structure, reward, trajectory, after, *jax.device_get(ends))
     model.rollout_buffer.start(steps.arrays, policy, config)
