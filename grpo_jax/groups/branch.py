@@ -32,7 +32,7 @@ Value = Callable[[Observation], jax.Array]
 """``observations [..., *O] -> values [...]``."""
 
 # Measured on a CPU: from some hundreds of branches on a step costs the same, until they leave a core's cache. Large states
-# leave it sooner.
+# leave it sooner: Craftax (26 kB) makes 11,900 steps/s with 17 branches side by side, 11,000 with 68 and 8,700 with 272.
 CPU_BRANCHES, CPU_BYTES = 4096, 2 << 20
 DEVICE_BRANCHES, DEVICE_BYTES = 1 << 20, 4 << 30  # unmeasured
 
@@ -160,8 +160,8 @@ def group_returns(
     def run(rows: jax.Array) -> tuple[jax.Array, Counter]:
         # Behind the last state real ones come again: made-up ones could step into NaN. They are dead, so they count for
         # nothing.
-        of_chunk = jax.tree.map(lambda leaf: leaf[rows % n_states], (keys, states, actions, alive))
-        return _run_chunk(rules, *of_chunk[:-1], of_chunk[-1] & (rows < n_states))
+        of_chunk = jax.tree.map(lambda leaf: leaf[rows % n_states], (keys, states, actions))
+        return _run_chunk(rules, *of_chunk, alive[rows % n_states] & (rows < n_states))
 
     if n_chunks == 1:
         of_all = _run_chunk(rules, keys, states, actions, alive)
