@@ -161,7 +161,8 @@ def rate_with_resets(world: grpo_jax.World, n_envs: int, n_steps: int) -> float:
             keys = split(key, 3 * n_envs).reshape(3, n_envs)
             actions = jax.vmap(functools.partial(draw, world.action_space))(keys[0], environments.state)
             environments, step = step_environments(world, environments, actions, *keys[1:])
-            return environments, (step.reward, step.terminated)
+            seen = jax.tree.leaves((step.observation, step.state, step.reward))
+            return environments, [jnp.sum(leaf, dtype=float) for leaf in seen if is_number(leaf)]
 
         return jax.lax.scan(body, environments, split(key, N_STEPS))
 

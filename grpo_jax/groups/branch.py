@@ -160,8 +160,10 @@ def group_returns(
     def run(rows: jax.Array) -> tuple[jax.Array, Counter]:
         # Behind the last state real ones come again: made-up ones could step into NaN. They are dead, so they count for
         # nothing.
-        of_chunk = jax.tree.map(lambda leaf: leaf[rows % n_states], (keys, states, actions))
-        return _run_chunk(rules, *of_chunk, alive[rows % n_states] & (rows < n_states))
+        some_keys, start, first, wanted = jax.tree.map(
+            lambda leaf: leaf[rows % n_states], (keys, states, actions, alive)
+        )
+        return _run_chunk(rules, some_keys, start, first, wanted & (rows < n_states))
 
     if n_chunks == 1:
         of_all = _run_chunk(rules, keys, states, actions, alive)
