@@ -76,6 +76,8 @@ class Trajectory(struct.PyTreeNode):
       next_observation: of the state that was reached, before any reset: where no episode ended, the next decision
         state's. None where no critic asks for it.
       value: the critic's of the decision states; None where it was not kept, the critic is then asked.
+      branched: world states ``[T, ceil(N / branch_every), ...]``, where only those that are branched were kept and
+        ``environments.state`` is None; ``()`` where none is branched.
     """
 
     environments: Environments
@@ -88,6 +90,7 @@ class Trajectory(struct.PyTreeNode):
     truncated: jax.Array
     next_observation: Observation | None
     value: jax.Array | None = None
+    branched: PyTree = None
 
     @property
     def state(self) -> PyTree:

@@ -37,7 +37,7 @@ def _follow(
     ``[2]`` are the iteration's key's.
     """
     state = train_state(policy, learner, None, words, iteration)
-    if trajectory.state is None:
+    if trajectory.state is None and trajectory.branched is None:
         environments = trajectory.environments.replace(state=world.at(trajectory.observation))
         trajectory = trajectory.replace(environments=environments)
     return loop.evaluate_candidates(config, world, state, trajectory)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -34,7 +33,7 @@ Value = Callable[[Observation], jax.Array]
 """``observations [..., *O] -> values [...]``."""
 
 # Measured on a CPU: from some hundreds of branches on a step costs the same, until they leave a core's cache. Large states
-# leave it sooner.
+# leave it sooner: Craftax (26 kB) makes 11,900 steps/s with 17 branches side by side, 11,000 with 68 and 8,700 with 272.
 CPU_BRANCHES, CPU_BYTES = 4096, 2 << 20
 DEVICE_BRANCHES, DEVICE_BYTES = 1 << 20, 4 << 30  # unmeasured
 
@@ -146,14 +145,6 @@ def group_returns(
     chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
     n_chunks = -(-n_states // chunk)
     keys = split(as_key(key), 2 * n_states).reshape(n_states, 2)  # for the world, for the policy
-
-    def to_chunks(leaf: jax.Array) -> jax.Array:
-        padding = n_chunks * chunk - n_states
-        # Repeats real states: made-up ones could step into NaN. They are dead, so they count for nothing.
-        padded = jnp.concatenate([leaf, leaf[:padding]]) if padding else leaf
-        return padded.reshape(n_chunks, chunk, *leaf.shape[1:])
-
-    wanted = to_chunks(alive) & (jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk, 1) < n_states)
     rules = _Rules(
         world=world,
         act=act,
@@ -168,14 +159,20 @@ def group_returns(
         common_random_numbers=common_random_numbers,
     )
 
-    def run(args: Any) -> tuple[jax.Array, Counter]:
-        return _run_chunk(rules, *args)
+    def run(rows: jax.Array) -> tuple[jax.Array, Counter]:
+        # Behind the last state real ones come again: made-up ones could step into NaN. They are dead, so they count for
+        # nothing.
+        some_keys, start, first, wanted = jax.tree.map(
+            lambda leaf: leaf[rows % n_states], (keys, states, actions, alive)
+        )
+        return _run_chunk(rules, some_keys, start, first, wanted & (rows < n_states)[:, None])
 
-    chunks = (*jax.tree.map(to_chunks, (keys, states, actions)), wanted)
     if n_chunks == 1:
-        returns, n_steps = jax.tree.map(lambda leaf: leaf[None], run(jax.tree.map(lambda x: x[0], chunks)))
+        of_all = _run_chunk(rules, keys, states, actions, alive)
+        returns, n_steps = jax.tree.map(lambda leaf: leaf[None], of_all)
     else:
-        returns, n_steps = jax.lax.map(run, chunks)
+        # The rows, not what they hold, are cut into chunks: a padded copy of all states may be gigabytes.
+        returns, n_steps = jax.lax.map(run, jnp.arange(n_chunks * chunk).reshape(n_chunks, chunk))
     returns = returns.reshape(n_chunks * chunk, n_group)[:n_states]
     steps, _ = jax.lax.scan(lambda total, n: (counter.merge(total, n), None), counter.zero(), n_steps)
     return Branches(returns, steps)
@@ -216,7 +213,7 @@ def _run_chunk(
 
     def unfinished(carry: tuple[jax.Array, _Progress]) -> jax.Array:
         k, progress = carry
-        return (k < rules.horizon) & _any(progress.alive)
+        return (k < rules.horizon) & any_of_all(progress.alive)
 
     progress = _start(rules, keys, states, actions, wanted)
     if rules.horizon > 1:
@@ -326,12 +323,15 @@ def _expand(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 @jax.custom_batching.custom_vmap
-def _any(alive: jax.Array) -> jax.Array:
-    return jnp.any(alive)
+def any_of_all(flags: jax.Array) -> jax.Array:
+    """Whether any of the flags is set, in any of the runs that are vmapped: bool ``[...]`` -> ``[]``.
+
+    One answer for all runs: a loop with a batched condition would copy its whole carry at every step.
+    """
+    return jnp.any(flags)
 
 
-@_any.def_vmap
-def _any_of_all(axis_size: int, in_batched: list[bool], alive: jax.Array) -> tuple[jax.Array, bool]:
-    # One answer for all vmapped runs: a loop with a batched condition would copy its whole carry at every step.
+@any_of_all.def_vmap
+def _any_of_batch(axis_size: int, in_batched: list[bool], flags: jax.Array) -> tuple[jax.Array, bool]:
     del axis_size, in_batched
-    return _any(alive), False
+    return any_of_all(flags), False

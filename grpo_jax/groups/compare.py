@@ -18,7 +18,7 @@ from grpo_jax.groups.trajectory import episode_advantages, trajectory_advantages
 from grpo_jax.noise import bits_to_uniform, draw_bits
 from grpo_jax.policies.distributions import Categorical
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Batch, Group, Trajectory
+from grpo_jax.types import Batch, Group, PyTree, Trajectory
 from grpo_jax.worlds.base import World
 
 
@@ -45,6 +45,19 @@ def branched(config: GRPOConfig, iteration: jax.Array | int) -> jax.Array:
     return ((time + index + iteration) % config.branch_every == 0).reshape(-1)
 
 
+def keep_branched(config: GRPOConfig, iteration: jax.Array, time: jax.Array, states: PyTree) -> PyTree:
+    """Of the states ``[n_envs, ...]`` at one step of a rollout those that are :func:`branched`, in their order.
+
+    Leaves ``[ceil(n_envs / branch_every), ...]``: where fewer are branched at this step, the last one is any. ``()`` where
+    none ever is.
+    """
+    if config.candidates in ("trajectory", "episodes"):
+        return ()
+    first = -(time + iteration) % config.branch_every
+    rows = jnp.minimum(first + jnp.arange(0, config.n_envs, config.branch_every), config.n_envs - 1)
+    return jax.tree.map(lambda leaf: leaf[rows], states)
+
+
 def follow(
     config: GRPOConfig,
     env: World,
@@ -58,12 +71,19 @@ def follow(
 ) -> Branches:
     """Follows every valid candidate of the states that are ``wanted [B]`` in a world of its own; returns of others are 0."""
     distribution = policy.distribution
-    states, actions = _flat(trajectory.state), policy.to_world(group.action)
+    every, kept, actions = config.branch_every, trajectory.branched, policy.to_world(group.action)
+    states = _flat(trajectory.state if kept is None else kept)
     # A step that is forbidden may be any nonsense: it is not made.
     alive = None if trajectory.action_mask is None else group.valid
-    if config.branch_every > 1:
-        rows = jnp.flatnonzero(wanted, size=config.n_states // config.branch_every)
-        states, actions, alive = jax.tree.map(lambda leaf: leaf[rows], (states, actions, alive))
+    if every > 1:
+        rows = jnp.flatnonzero(wanted, size=config.n_states // every)
+        actions, alive = jax.tree.map(lambda leaf: leaf[rows], (actions, alive))
+        if kept is None:
+            states = jax.tree.map(lambda leaf: leaf[rows], states)
+        elif config.n_envs % every:
+            time, index = rows // config.n_envs, rows % config.n_envs
+            places = time * -(-config.n_envs // every) + index // every
+            states = jax.tree.map(lambda leaf: leaf[places], states)
 
     branches = group_returns(
         env,
@@ -83,7 +103,7 @@ def follow(
         max_branches=config.max_branches,
         alive=alive,
     )
-    if config.branch_every > 1:
+    if every > 1:
         nothing = jnp.zeros(group.valid.shape, branches.returns.dtype)
         branches = branches.replace(returns=nothing.at[rows].set(branches.returns))
     return branches

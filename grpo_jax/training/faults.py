@@ -84,8 +84,8 @@ def _locate(config: GRPOConfig, env: World, state: TrainState, n_iterations: int
     """Stage and what was wrong there."""
     progress = state.iteration / n_iterations
     keep = config.bootstrap
-    acted, trajectory = jax.jit(loop.collect, static_argnames="keep_next_observation")(
-        config, env, state, keep_next_observation=keep, progress=progress
+    acted, trajectory = jax.jit(loop.collect, static_argnames=("keep_next_observation", "keep_states"))(
+        config, env, state, keep_next_observation=keep, keep_states=False, progress=progress
     )
     found = _in_trajectory(env, trajectory) or _in_environments(state, acted)
     if found is not None:

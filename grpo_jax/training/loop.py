@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from numbers import Real
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from grpo_jax.groups.compare import (
     compare_episodes,
     compare_trajectories,
     follow,
+    keep_branched,
     propose,
 )
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
@@ -145,7 +147,9 @@ def iteration(
     """
     progress = state.iteration / n_iterations
     before = state
-    state, trajectory = collect(config, env, state, keep_next_observation=config.bootstrap, progress=progress)
+    state, trajectory = collect(
+        config, env, state, keep_next_observation=config.bootstrap, keep_states=False, progress=progress
+    )
     comparison = compare(config, env, state, trajectory, progress)
     state, metrics = improve(config, state, comparison, progress)
     metrics |= episode_metrics(state.environments, trajectory)
@@ -184,6 +188,7 @@ def collect(
     state: TrainState,
     *,
     keep_next_observation: bool,
+    keep_states: bool = True,
     progress: jax.Array | float = 0.0,
 ) -> tuple[TrainState, Trajectory]:
     """The first part of an iteration: the policy acts.
@@ -193,6 +198,7 @@ def collect(
       env: the world that is acted in.
       state: the state before.
       keep_next_observation: whether the trajectory holds what was reached, which ``bootstrap`` needs.
+      keep_states: whether it holds all world states; False: only those that ``compare`` branches.
       progress: share of the run that is done, in [0, 1], for a decaying persistence.
 
     Returns:
@@ -211,6 +217,7 @@ def collect(
         config.n_steps,
         keep_next_observation,
         _persistence(config, state.learner, progress),
+        None if keep_states else functools.partial(keep_branched, config, state.iteration),
     )
     return state.replace(environments=environments), trajectory
 
@@ -352,6 +359,6 @@ def _restart_groups(
 ) -> Environments:
     """Resets all environments, those of a group from one and the same key."""
     n_groups = config.n_envs // config.group_size
-    keys = split(key, n_groups)
-    fresh = start(env, jnp.repeat(keys, config.group_size, axis=0))
+    first = start(env, split(key, n_groups))
+    fresh = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.group_size, axis=0), first)
     return fresh.replace(last_return=environments.last_return, last_length=environments.last_length)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from grpo_jax.groups.branch import any_of_all
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.distributions import allowed
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Environments, Step, Trajectory
+from grpo_jax.types import Environments, Observation, PyTree, Step, Trajectory
 from grpo_jax.worlds.base import World
+
+RESET_BYTES = 1 << 19
+"""First states that are made side by side, in bytes.
+
+Measured on a CPU: a thousand of Craftax at once cost 57 times as much each as eight do.
+"""
+
+CHEAP_RESETS = 1 << 21
+"""Numbers that resets of all environments may compute; below it that is done at every step.
+
+A loop over those that ended takes longer to compile and, in small worlds, as long to run (measured on a CPU).
+"""
 
 
 class _Previous(struct.PyTreeNode):
@@ -25,8 +42,17 @@ _Carry = tuple[Environments, _Previous | None]
 
 def start(world: World, keys: jax.Array) -> Environments:
     """Resets one environment for each key ``[N]``; equal keys give equal states."""
-    observation, state = jax.vmap(world.reset)(keys)
     n_envs, dtype = keys.shape[0], jnp.result_type(float)
+    most, _ = _size_up(world, keys)
+    if n_envs <= most:
+        observation, state = jax.vmap(world.reset)(keys)
+    else:
+        n_chunks = -(-n_envs // most)
+        chunks = keys[jnp.arange(n_chunks * most) % n_envs].reshape(n_chunks, most)
+        first = jax.lax.map(jax.vmap(world.reset), chunks)
+        observation, state = jax.tree.map(
+            lambda leaf: leaf.reshape(n_chunks * most, *leaf.shape[2:])[:n_envs], first
+        )
     return Environments(
         state=state,
         observation=observation,
@@ -57,24 +83,75 @@ def step_environments(
       The environments afterwards, and the step itself with what was reached before any reset.
     """
     step = jax.vmap(world.step)(step_keys, environments.state, actions)
-    fresh_observation, fresh_state = jax.vmap(world.reset)(reset_keys)
     ended = step.terminated | step.truncated
-
-    def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
-        return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
-
+    observation, state = _start_over(world, reset_keys, ended, (step.observation, step.state))
     task_reward = step.counted_reward
     episode_return = environments.episode_return + task_reward
     episode_length = environments.episode_length + 1
     environments = Environments(
-        state=jax.tree.map(start_over, fresh_state, step.state),
-        observation=jax.tree.map(start_over, fresh_observation, step.observation),
+        state=state,
+        observation=observation,
         episode_return=jnp.where(ended, 0.0, episode_return),
         episode_length=jnp.where(ended, 0, episode_length),
         last_return=jnp.where(ended, episode_return, environments.last_return),
         last_length=jnp.where(ended, episode_length, environments.last_length),
     )
     return environments, step
+
+
+def _start_over(
+    world: World, keys: jax.Array, ended: jax.Array, reached: tuple[Observation, PyTree]
+) -> tuple[Observation, PyTree]:
+    """First observations and states, each drawn from its own key, where an episode ``ended [N]``; else what was reached.
+
+    A reset may cost hundreds of steps, and few episodes end at once: only those are reset, some at a time, while there are
+    any. The numbers are the same, and the first states no pool's: each is new.
+    """
+    n_envs = ended.shape[0]
+    most, n_numbers = _size_up(world, keys)
+    if n_envs * n_numbers < CHEAP_RESETS:
+
+        def start_over(fresh: jax.Array, reached: jax.Array) -> jax.Array:
+            return jnp.where(ended.reshape(-1, *(1,) * (reached.ndim - 1)), fresh, reached)
+
+        return jax.tree.map(start_over, jax.vmap(world.reset)(keys), reached)
+    n_at_once = min(n_envs, most, max(4, n_envs // 64))
+    n_ended = jnp.cumsum(ended)
+
+    def unfinished(carry: tuple[jax.Array, PyTree]) -> jax.Array:
+        return any_of_all(carry[0] < n_ended[-1])
+
+    def reset_some(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+        n_done, reached = carry
+        rows = jnp.searchsorted(
+            n_ended, n_done + 1 + jnp.arange(n_at_once)
+        )  # N, which is no row, behind the last
+        fresh = jax.vmap(world.reset)(keys[jnp.minimum(rows, n_envs - 1)])
+        return n_done + n_at_once, jax.tree.map(
+            lambda old, new: old.at[rows].set(new, mode="drop"), reached, fresh
+        )
+
+    return jax.lax.while_loop(unfinished, reset_some, (jnp.zeros_like(n_ended[-1]), reached))[1]
+
+
+def _size_up(world: World, keys: jax.Array) -> tuple[int, int]:
+    """How many resets side by side fit a cache, and how many numbers one computes."""
+    program, first = jax.make_jaxpr(lambda keys: world.reset(keys[0]), return_shape=True)(keys)
+    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first))
+    return max(1, RESET_BYTES // max(1, n_bytes)), _count_numbers(program.jaxpr)
+
+
+def _count_numbers(program: Jaxpr) -> int:
+    """Numbers that a program computes; a loop of unknown length counts as one round of it."""
+    total = 0
+    for equation in program.eqns:
+        parts = jax.tree.leaves(list(equation.params.values()))
+        inner = [part.jaxpr if isinstance(part, ClosedJaxpr) else part for part in parts]
+        counts = [_count_numbers(part) for part in inner if isinstance(part, Jaxpr)]
+        rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
+        own = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
+        total += rounds * sum(counts) if counts else own
+    return total
 
 
 def rollout(
@@ -86,6 +163,7 @@ def rollout(
     n_steps: int,
     keep_next_observation: bool,
     persistence: float | jax.Array | None = None,
+    keep: Callable[[jax.Array, PyTree], PyTree] | None = None,
 ) -> tuple[Environments, Trajectory]:
     """T steps of the sampled policy in every environment.
 
@@ -99,6 +177,8 @@ def rollout(
       keep_next_observation: whether a critic will want to value what was reached.
       persistence: probability of a step, but the first of a rollout and of an episode, to repeat the action before it,
         whatever the policy would do, where the present state allows it; None: 0.
+      keep: ``(time [], world states [N, ...])`` before a step -> those that ``Trajectory.branched`` holds of that step;
+        None: the trajectory holds all.
 
     Returns:
       The environments afterwards, and the trajectory ``[T, N]``.
@@ -107,8 +187,8 @@ def rollout(
     n_drawn = n_uniforms + (persistence is not None)  # the last one decides whether the action persists
     words = draw_bits(key, (n_steps, n_envs, 2 * KEY_WORDS + n_drawn))
 
-    def step_all(carry: _Carry, words: jax.Array) -> tuple[_Carry, Trajectory]:
-        envs, previous = carry
+    def step_all(carry: _Carry, drawn: tuple[jax.Array, jax.Array]) -> tuple[_Carry, Trajectory]:
+        (envs, previous), (time, words) = carry, drawn
         step_keys = bits_to_keys(words[..., :KEY_WORDS])
         reset_keys = bits_to_keys(words[..., KEY_WORDS : 2 * KEY_WORDS])
         uniforms = bits_to_uniform(words[..., 2 * KEY_WORDS :])
@@ -121,7 +201,7 @@ def rollout(
             action = jnp.where(persists.reshape(-1, *(1,) * (action.ndim - 1)), previous.action, action)
         after, step = step_environments(world, envs, policy.to_world(action), step_keys, reset_keys)
         trajectory = Trajectory(
-            environments=envs,
+            environments=envs if keep is None else envs.replace(state=None),
             action_mask=mask,
             distribution=parameters,
             action=action,
@@ -130,6 +210,7 @@ def rollout(
             terminated=step.terminated,
             truncated=step.truncated,
             next_observation=step.observation if keep_next_observation else None,
+            branched=None if keep is None else keep(time, envs.state),
         )
         if previous is not None:
             previous = _Previous(action, ~trajectory.ended)
@@ -144,5 +225,6 @@ def rollout(
             )
         )
         previous = _Previous(jnp.zeros(actions.shape, actions.dtype), jnp.zeros(n_envs, bool))
-    (environments, _), trajectory = jax.lax.scan(step_all, (environments, previous), words)
+    drawn = jnp.arange(n_steps), words
+    (environments, _), trajectory = jax.lax.scan(step_all, (environments, previous), drawn)
     return environments, trajectory

@@ -74,12 +74,20 @@ def collect_on_device(
     env, policy = simulator.env, model.policy
     # Placed explicitly, as a rollout's result is: otherwise the second call compiles again.
     before = jax.device_put(_wrap(env.lend(), reward), model._jax_device)
+    is_shown = asks_for_every_step(callback) or bool(simulator.monitors)
+    keep_states = is_shown or config.candidates not in ("episodes", "trajectory")  # else nobody reads them
     after, trajectory, ends = _rollout.of(env.program_owner, reward)(
-        config, override(env.world, reward), policy.structure, policy.state, before, model.key_words
+        config,
+        override(env.world, reward),
+        policy.structure,
+        policy.state,
+        before,
+        model.key_words,
+        keep_states,
     )
     steps = _Steps(env, policy.structure, reward, trajectory, after, *jax.device_get(ends))
     model.rollout_buffer.start(steps.arrays, policy, config)
-    if asks_for_every_step(callback) or simulator.monitors:
+    if is_shown:
         if not _replay(model, simulator, steps, callback):
             return None
     else:
@@ -249,10 +257,13 @@ def _run(
     policy_state: PolicyState,
     environments: Environments,
     words: jax.Array,
+    keep_states: bool,
 ) -> tuple[Environments, Trajectory, tuple[jax.Array, jax.Array, jax.Array]]:
     """A rollout; also ``[T, N]`` where episodes ended, and the return and length of each that did."""
     state = train_state(policy, Learner(policy_state, None, None, jnp.int32(0)), environments, words)
-    state, trajectory = loop.collect(config, world, state, keep_next_observation=True)
+    state, trajectory = loop.collect(
+        config, world, state, keep_next_observation=True, keep_states=keep_states
+    )
     before, after = trajectory.environments, state.environments
     returns, lengths = (
         jnp.concatenate([getattr(before, name)[1:], getattr(after, name)[None]])
@@ -261,7 +272,7 @@ def _run(
     return after, trajectory, (trajectory.ended, returns, lengths)
 
 
-_rollout = OwnedJit(_run, static_argnames="policy")
+_rollout = OwnedJit(_run, static_argnames=("policy", "keep_states"))
 
 
 def train_state(

@@ -350,3 +350,28 @@ def test_with_a_critic_cut_episodes_teach_too():
     assert metrics["frac_zero_std"] < 1e-6
     assert metrics["grad_norm"] > 0.0
     assert metrics["explained_variance"] <= 1.0
+
+
+@pytest.mark.parametrize("n_envs", [8, 6])
+def test_only_the_states_that_are_branched_are_kept(n_envs, key):
+    config = TINY.replace(n_envs=n_envs, branch_every=4, horizon=3, batch_size=n_envs)
+    world = Line(Discrete(2), goal=3, limit=5)
+    collect = jax.jit(loop.collect, static_argnames=("keep_next_observation", "keep_states"))
+    compare = jax.jit(loop.compare)
+    start = loop.init(config, world, key)
+    for iteration in range(3):
+        state = start.replace(iteration=jnp.int32(iteration))
+        _, whole = collect(config, world, state, keep_next_observation=False)
+        _, kept = collect(config, world, state, keep_next_observation=False, keep_states=False)
+        assert kept.state is None
+        assert kept.branched.shape == (config.n_steps, 2, 2)
+        chex.assert_trees_all_equal(compare(config, world, state, kept), compare(config, world, state, whole))
+
+
+def test_no_states_are_kept_where_nothing_is_branched(key):
+    config = TINY.replace(candidates="episodes")
+    world = Line(Discrete(2))
+    state = loop.init(config, world, key)
+    _, kept = loop.collect(config, world, state, keep_next_observation=False, keep_states=False)
+    assert kept.state is None
+    assert not jax.tree.leaves(kept.branched)
