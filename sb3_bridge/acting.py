@@ -16,6 +16,7 @@ class Acting(OnPolicyAlgorithm):
 
     policy: Any
     _is_masked = False  # whether the environment forbids actions
+    _told_of_masks = False
 
     def predict(
         self,
@@ -33,8 +34,8 @@ class Acting(OnPolicyAlgorithm):
         Raises:
           ValueError: observations or masks of a wrong shape or kind; a mask that allows nothing.
         """
-        if action_masks is None and self._is_masked:
-            self._is_masked = False
+        if action_masks is None and self._is_masked and not self._told_of_masks:
+            self._told_of_masks = True
             warnings.warn(
                 f"the environment forbids some actions, and predict() was not told which: it may play them. Pass"
                 f" action_masks=env.env_method({ACTION_MASKS!r}), or evaluate with"

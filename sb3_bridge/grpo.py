@@ -254,7 +254,7 @@ class GRPO(Training):
 
     def to_torch(self) -> ActorCriticPolicy:
         """SB3's policy with equal actions, values and log-probabilities, for export and deployment."""
-        return torch_policy.to_torch(self.policy)
+        return torch_policy.to_torch(self.policy, self._is_masked)
 
     def to_sb3(self) -> PPO:
         """A ``PPO`` with the same policy and, where both have them, settings; it predicts, saves, loads and trains."""

@@ -38,7 +38,7 @@ from sb3_bridge.twins import pace
 from sb3_bridge.update import follow, improve, next_key, record
 
 _NOT_SAVED: tuple[str, ...] = ("lr_schedule", "_jax_device", "_reward", "_alternatives", "_trajectory")
-_NOT_SAVED += ("_reference", "_world", "_keeper")
+_NOT_SAVED += ("_reference", "_world", "_keeper", "_told_of_masks")
 
 
 class Training(Acting):

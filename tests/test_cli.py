@@ -334,6 +334,8 @@ def test_evaluate_with_a_plan(finished: Path, capsys: pytest.CaptureFixture[str]
     assert re.search(r"planned: [\d,]+ simulator steps, 12 for a decision", capsys.readouterr().out)
     assert main([*command, "--plan-rollouts", "1"]) == 2
     assert "n_rollouts=1" in capsys.readouterr().err
+    assert main(["evaluate", str(finished), "--plan-horizon", "3"]) == 2
+    assert "give --plan too" in capsys.readouterr().err
 
 
 def test_render(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

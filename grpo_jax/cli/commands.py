@@ -255,6 +255,8 @@ def _evaluate(options: Evaluate) -> int:
 
 def _plan_of(run: Run, options: Evaluate) -> grpo_jax.Plan | None:
     if not options.plan:
+        if options.plan_horizon is not None or options.plan_rollouts != grpo_jax.Plan.n_rollouts:
+            raise ValueError("--plan-horizon and --plan-rollouts change a plan: give --plan too")
         return None
     changes = {} if options.plan_horizon is None else {"horizon": options.plan_horizon}
     return grpo_jax.Plan.of(run.config, n_rollouts=options.plan_rollouts, **changes)

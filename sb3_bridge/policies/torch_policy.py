@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -47,15 +48,22 @@ _SETTINGS = (
 # fmt: on
 
 
-def to_torch(policy: GRPOPolicy) -> ActorCriticPolicy:
+def to_torch(policy: GRPOPolicy, is_masked: bool = False) -> ActorCriticPolicy:
     """The same policy in torch, on ``policy.device``, a copy: training one leaves the other as it is.
 
     Deterministic actions, distributions, values, log-probabilities and entropies are equal but for float32's rounding.
-    Without a critic, values are 0. Torch can trace, export, compile and train it.
+    Without a critic, values are 0. Torch can trace, export, compile and train it. It knows no action masks: where the
+    environment forbids actions (``is_masked``), a warning says so.
 
     Raises:
       TypeError: a features extractor or an activation of the user's, which torch does not have.
     """
+    if is_masked:
+        warnings.warn(
+            "the environment forbids some actions, of which SB3's policies know nothing: this one may play them",
+            UserWarning,
+            stacklevel=3,
+        )
     kind, arguments = _torch_arguments(policy)
     rate = ConstantSchedule(policy.optimizer.param_groups[0]["lr"])
     with torch.random.fork_rng([]), torch.no_grad():
@@ -172,7 +180,7 @@ def to_sb3(model: Any) -> PPO:
     ppo.n_envs = model.n_envs
     with torch.random.fork_rng([]):
         ppo._setup_model()
-    ppo.policy.load_state_dict(to_torch(model.policy).state_dict())
+    ppo.policy.load_state_dict(to_torch(model.policy, model._is_masked).state_dict())
     ppo.seed, ppo.num_timesteps = model.seed, model.num_timesteps
     if model.env is not None:
         ppo.set_env(model.env)
