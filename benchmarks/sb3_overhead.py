@@ -1,4 +1,4 @@
-"""Decision steps per second of the SB3 object on GymnaxVecEnv against ``grpo_jax.train``, in one process.
+"""Decision steps per second of the SB3 object on WorldVecEnv against ``grpo_jax.train``, in one process.
 
 The learning rate is 0: the policy stays as it is, and both do the same work.
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import grpo_jax
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 CASES = {
     "CartPole-v1, preset": ("CartPole-v1", {"n_envs": 16, "n_steps": 32, "horizon": 100, "batch_size": 128, "n_epochs": 4}, 40),
@@ -32,7 +32,7 @@ def bridge_seconds(
 ) -> float:
     """Seconds that ``learn`` takes, compiled before."""
     settings = dict(settings)
-    env = GymnaxVecEnv(env_id, n_envs=settings.pop("n_envs"), seed=0)
+    env = WorldVecEnv(env_id, n_envs=settings.pop("n_envs"), seed=0)
     model = GRPO(policy, env, seed=0, learning_rate=0.0, **settings)
     n_states = env.num_envs * settings["n_steps"]
     model.learn(2 * n_states)

@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from grpo_jax.cli.plots import learning_curve
 from grpo_jax.worlds.pictures import write_gif
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 ENV = "CartPole-v1"
 SOLVED = 475.0
@@ -78,7 +78,7 @@ def train(out: Path, total_timesteps: int, seed: int) -> GRPO:
       total_timesteps: decision steps.
       seed: of everything.
     """
-    env = GymnaxVecEnv(ENV, n_envs=16, seed=seed, monitor_dir=out)
+    env = WorldVecEnv(ENV, n_envs=16, seed=seed, monitor_dir=out)
     model = GRPO(
         "MlpPolicy",
         env,
@@ -119,7 +119,7 @@ def evaluate(model: GRPO, seed: int) -> list[float]:
     Returns:
       Mean returns: greedy and sampled in gymnax's CartPole-v1, greedy in Gymnasium's.
     """
-    gymnax_env, gymnasium_env = GymnaxVecEnv(ENV, n_envs=20, seed=seed), make_vec_env(ENV, 20, seed=seed)
+    gymnax_env, gymnasium_env = WorldVecEnv(ENV, n_envs=20, seed=seed), make_vec_env(ENV, 20, seed=seed)
     means = []
     for name, env, deterministic in (
         ("gymnax, greedy", gymnax_env, True),

@@ -2,7 +2,7 @@
 
 from sb3_bridge.grpo import GRPO
 from sb3_bridge.gymnax.registration import register_envs
-from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.gymnax.vec_env import GymnaxVecEnv, WorldVecEnv
 from sb3_bridge.planner import Planner
 from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.twins.registry import register_twin
@@ -14,6 +14,7 @@ __all__ = [
     "MlpPolicy",
     "MultiInputPolicy",
     "Planner",
+    "WorldVecEnv",
     "register_envs",
     "register_twin",
 ]

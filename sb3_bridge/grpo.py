@@ -22,7 +22,7 @@ from sb3_bridge.files.model import arrays_of, fit_to_env, read_model, read_param
 from sb3_bridge.files.model_zip import File, checked, save_zip
 from sb3_bridge.gymnax.presets import arguments_of, find_preset
 from sb3_bridge.gymnax.registration import world_id
-from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.gymnax.vec_env import WorldVecEnv
 from sb3_bridge.place import go_on, keeper_of
 from sb3_bridge.policies import torch_policy
 from sb3_bridge.policies.compiled import check_process
@@ -36,7 +36,7 @@ SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 class GRPO(Training):
     """Group Relative Policy Optimization behind Stable-Baselines3's API: ``PPO`` replaced by ``GRPO`` works.
 
-    In a :class:`GymnaxVecEnv` (or ``"gymnax/<id>"``) every candidate action of every state is followed in the simulator,
+    In a :class:`WorldVecEnv` (or ``"gymnax/<id>"``) every candidate action of every state is followed in the simulator,
     and whole iterations run on the device. Any other environment is stepped on the host, and candidates are followed in
     exact copies of it, in a world that is learned from it, or in a transition function of yours: see ``dynamics``. Where
     nothing of that can be had, the groups are the episodes of a rollout; with ``bootstrap`` this learns as PPO does.
@@ -182,7 +182,7 @@ class GRPO(Training):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         given["policy"] = to_policy_class(policy)
         if isinstance(env, str) and (world := world_id(env)) is not None:
-            given["env"] = GymnaxVecEnv(world, render_mode="rgb_array")
+            given["env"] = WorldVecEnv(world, render_mode="rgb_array")
         of_base = inspect.signature(OnPolicyAlgorithm).parameters
         super().__init__(
             **{name: value for name, value in given.items() if name in of_base}
@@ -203,7 +203,7 @@ class GRPO(Training):
             self.use_sde = False
 
     @classmethod
-    def from_preset(cls: type[SelfGRPO], env: str | GymnaxVecEnv, **overrides: Any) -> SelfGRPO:
+    def from_preset(cls: type[SelfGRPO], env: str | WorldVecEnv, **overrides: Any) -> SelfGRPO:
         """A model with the settings that are known to work for a gymnax id, on the device.
 
         ``GRPO.from_preset(id, seed=0).learn(grpo_jax.preset_timesteps(id))`` is the run that the preset is meant for, and
@@ -211,7 +211,7 @@ class GRPO(Training):
 
         Args:
           env: gymnax id (``"CartPole-v1"`` or ``"gymnax/CartPole-v1"``), stepped in as many environments as the preset
-            says; or a :class:`GymnaxVecEnv` made from an id.
+            says; or a :class:`WorldVecEnv` made from an id.
           **overrides: arguments of the class that replace the preset's; ``policy_kwargs`` replace its own one by one.
 
         Raises:

@@ -32,7 +32,7 @@ from sb3_bridge.clones.brancher import Brancher, prove
 from sb3_bridge.clones.processes import Local, WorkerError, Workers
 from sb3_bridge.files.model import check_attributes
 from sb3_bridge.files.model_zip import File
-from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.gymnax.vec_env import WorldVecEnv
 from sb3_bridge.numbers import KEPT, BadNumberError
 from sb3_bridge.vec_wrappers import unwrapped
 
@@ -74,7 +74,7 @@ class Keeper:
         if isinstance(self._base, DummyVecEnv | SubprocVecEnv):
             kind: Any = Local if isinstance(self._base, DummyVecEnv) else Workers
             self._group = self._group or self._tried(lambda: kind(self._base, functions))
-        elif not isinstance(self._base, GymnaxVecEnv):
+        elif not isinstance(self._base, WorldVecEnv):
             self.why_not = f"a {type(self._base).__name__} gives no access to its environments"
 
     def begin(self, model: Any) -> None:
@@ -87,7 +87,7 @@ class Keeper:
         self._kept = {"before": {name: copy.copy(getattr(model, name)) for name in _COUNTERS}}
         self._kept["iteration"] = model._n_iterations + 1
         self._kept["wrappers"] = [_state(one) for one in self._wrappers]
-        if isinstance(self._base, GymnaxVecEnv):
+        if isinstance(self._base, WorldVecEnv):
             self._kept["device"] = self._base.place()
         elif not self.why_not:
             self._tried(lambda: self._all("keep_place"))
@@ -138,7 +138,7 @@ class Keeper:
             raise ValueError(f"the environments were in the wrappers {names}")
         for wrapper, state in zip(self._wrappers, written["wrappers"], strict=True):
             _put(wrapper, state)
-        if "device" in written and isinstance(self._base, GymnaxVecEnv):
+        if "device" in written and isinstance(self._base, WorldVecEnv):
             self._base.put(written["device"])
         elif "host" in written and self._group is not None:
             self._group.call("put", [(form, allow_pickle) for form in written["host"]])

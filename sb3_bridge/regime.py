@@ -218,11 +218,11 @@ def candidates_in(kind: Kind, candidates: str, has_env: bool) -> str:
         return "episodes" if kind == "episodes" else "auto"
     if not has_env or candidates == "episodes" or kind == "simulator":
         return candidates
-    needs = "environments that can be reset alike, whole groups of them: a GymnaxVecEnv or env='gymnax/<id>'"
+    needs = "environments that can be reset alike, whole groups of them: a WorldVecEnv or env='gymnax/<id>'"
     if candidates != "trajectory":
         if kind != "episodes":
             return candidates
-        needs = "a world that can be stepped from any state (a GymnaxVecEnv, env='gymnax/<id>', or dynamics='clone')"
+        needs = "a world that can be stepped from any state (a WorldVecEnv, env='gymnax/<id>', or dynamics='clone')"
     raise ValueError(f"candidates={candidates!r} needs {needs}; use candidates='auto' or 'episodes'")
 
 

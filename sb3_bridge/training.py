@@ -170,7 +170,7 @@ class Training(Acting):
         simulator = find_simulator(self.env)
         if self.dynamics == "simulator" and simulator is None and self.env is not None:
             raise ValueError(
-                "dynamics='simulator' needs a GymnaxVecEnv (bare, or within VecMonitor) or env='gymnax/<id>'; use"
+                "dynamics='simulator' needs a WorldVecEnv (bare, or within VecMonitor) or env='gymnax/<id>'; use"
                 f" dynamics='auto' for {self.env}"
             )
         return simulator
@@ -182,7 +182,7 @@ class Training(Acting):
         if self._find_simulator() is not None:
             if self.dynamics not in ("auto", "simulator"):
                 raise ValueError(
-                    f"dynamics={self.dynamics!r} has no meaning in a GymnaxVecEnv, which is a simulator itself: use"
+                    f"dynamics={self.dynamics!r} has no meaning in a WorldVecEnv, which is a simulator itself: use"
                     " dynamics='auto'"
                 )
             return regime.Choice("simulator")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.callbacks import CheckpointCallback
 
-from sb3_bridge import GRPO, GymnaxVecEnv, MlpPolicy
+from sb3_bridge import GRPO, MlpPolicy, WorldVecEnv
 
 SIZES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96)
 SETTINGS = {"n_steps": 16, "batch_size": 32, "horizon": 4, "seed": 0, "policy_kwargs": {"net_arch": [16]}}
@@ -47,7 +47,7 @@ def small(folder: Path, kib: int, *, limit_files: bool) -> Iterator[None]:
 
 def outcome(kib: int, folder: Path) -> str:
     """How a run with checkpoints ends, after which all that is there must be whole."""
-    model = GRPO("MlpPolicy", GymnaxVecEnv("CartPole-v1", n_envs=2), **SETTINGS)
+    model = GRPO("MlpPolicy", WorldVecEnv("CartPole-v1", n_envs=2), **SETTINGS)
     try:
         model.learn(96, callback=CheckpointCallback(8, str(folder)))
         how = "had room"

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from flax import serialization
 
-from sb3_bridge import GRPO, GymnaxVecEnv, MlpPolicy
+from sb3_bridge import GRPO, MlpPolicy, WorldVecEnv
 from sb3_bridge.files.plain import encode
 
 MARK: list[Path] = []
@@ -183,7 +183,7 @@ def main() -> None:
         folder = Path(root) / "work"
         folder.mkdir()
         os.chdir(folder)
-        env = GymnaxVecEnv("CartPole-v1", n_envs=1)
+        env = WorldVecEnv("CartPole-v1", n_envs=1)
         model = GRPO(
             "MlpPolicy", env, n_steps=16, batch_size=16, horizon=4, policy_kwargs={"net_arch": [8]}
         ).learn(32)

@@ -40,10 +40,10 @@ def make_env(kind: str):
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    from sb3_bridge import GymnaxVecEnv
+    from sb3_bridge import WorldVecEnv
 
     if kind == "device":
-        return GymnaxVecEnv("CartPole-v1", n_envs=2)
+        return WorldVecEnv("CartPole-v1", n_envs=2)
     env = make_vec_env("Pendulum-v1" if kind == "learned" else "CartPole-v1", 2)
     return VecNormalize(env) if kind == "normalized clones" else env
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 SETTINGS = {"n_steps": 32, "batch_size": 32, "n_epochs": 1, "horizon": 4, "policy_kwargs": {"net_arch": [8]}}
 
@@ -27,7 +27,7 @@ def envs(number: int):
     """One of the kinds of environments, in turn."""
     kind = number % 4
     if kind == 0:
-        return GymnaxVecEnv("CartPole-v1", n_envs=4)
+        return WorldVecEnv("CartPole-v1", n_envs=4)
     if kind == 1:
         return make_vec_env("CartPole-v1", 2)
     if kind == 2:

@@ -87,7 +87,7 @@ class GymnaxEnv(OfOneWorld, gymnasium.Env[Any, Any]):
     """A world that is stepped one transition at a time.
 
     Time limits are the world's own and come as truncations: do not add a ``TimeLimit``. For speed prefer
-    :class:`sb3_bridge.GymnaxVecEnv`, which steps all environments in one program; both give the same episodes for
+    :class:`sb3_bridge.WorldVecEnv`, which steps all environments in one program; both give the same episodes for
     the same seeds.
 
     Args:

@@ -13,7 +13,7 @@ from grpo_jax import spaces
 from grpo_jax.config import GRPOConfig, field_names
 from grpo_jax.policies.networks import CNN
 from sb3_bridge.gymnax.registration import NAMESPACE
-from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.gymnax.vec_env import WorldVecEnv
 
 RATES = ("learning_rate", "clip_range", "clip_range_high", "ent_coef", "persistence")
 DECAYING = {name: f"{name.removesuffix('_high')}_decay" for name in RATES}
@@ -43,18 +43,18 @@ class CosineSchedule:
         return self.start * 0.5 * (1.0 - math.cos(math.pi * progress_remaining))
 
 
-def find_preset(env: str | GymnaxVecEnv) -> tuple[str, GymnaxVecEnv]:
+def find_preset(env: str | WorldVecEnv) -> tuple[str, WorldVecEnv]:
     """The id whose preset is asked for, and the environments: those given, or as many as the preset steps."""
     env_id: Any = env
-    if isinstance(env, GymnaxVecEnv):
+    if isinstance(env, WorldVecEnv):
         if env.spec is None:
             raise ValueError(
-                "env was not made from an id, and presets go by id: use GymnaxVecEnv('CartPole-v1', ...), or"
+                "env was not made from an id, and presets go by id: use WorldVecEnv('CartPole-v1', ...), or"
                 " GRPO('MlpPolicy', env, ...) with settings of your own"
             )
         env_id = env.spec.id
     if not isinstance(env_id, str):
-        raise TypeError(f"env={env!r} must be a gymnax id such as 'CartPole-v1', or a GymnaxVecEnv")
+        raise TypeError(f"env={env!r} must be a gymnax id such as 'CartPole-v1', or a WorldVecEnv")
     env_id = env_id.removeprefix(f"{NAMESPACE}/")
     if env_id not in grpo_jax.preset_ids():
         grpo_jax.make(env_id)  # says which ids there are
@@ -63,7 +63,7 @@ def find_preset(env: str | GymnaxVecEnv) -> tuple[str, GymnaxVecEnv]:
             f" GRPO('MlpPolicy', '{NAMESPACE}/{env_id}', ...) with settings of your own"
         )
     if isinstance(env, str):
-        env = GymnaxVecEnv(env_id, grpo_jax.preset(env_id).n_envs, render_mode="rgb_array")
+        env = WorldVecEnv(env_id, grpo_jax.preset(env_id).n_envs, render_mode="rgb_array")
     return env_id, env
 
 

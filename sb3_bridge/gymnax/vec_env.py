@@ -24,7 +24,7 @@ from sb3_bridge.gymnax.env import RENDER_FPS, OfOneWorld, check_options, next_ke
 from sb3_bridge.gymnax.spaces import to_numpy, to_world_actions
 
 
-class GymnaxVecEnv(OfOneWorld, VecEnv):
+class WorldVecEnv(OfOneWorld, VecEnv):
     """N gymnax environments with SB3's interface and, on top, SB3's ``Monitor``.
 
     It behaves as ``make_vec_env("gymnax/<id>", n_envs, seed)`` does, the same seeds give the same episodes, in one
@@ -189,7 +189,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
 
     def _images(self, indices: Sequence[int]) -> list[np.ndarray]:
         if self.render_mode is None:
-            raise RuntimeError("render_mode=None: make the GymnaxVecEnv with render_mode='rgb_array'")
+            raise RuntimeError("render_mode=None: make the WorldVecEnv with render_mode='rgb_array'")
         states = self._started("render() was called").state
         return [self._frame(jax.tree.map(lambda leaf, i=i: leaf[i], states)) for i in indices]
 
@@ -216,7 +216,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
         chosen = self._indices(indices)
         if attr_name in vars(self) or hasattr(type(self), attr_name):
             raise AttributeError(
-                f"attr_name={attr_name!r} is shared by all environments of a GymnaxVecEnv and cannot be set; make a"
+                f"attr_name={attr_name!r} is shared by all environments of a WorldVecEnv and cannot be set; make a"
                 " new one, of grpo_jax.make(env, params) for other parameters"
             )
         for index in chosen:
@@ -231,7 +231,7 @@ class GymnaxVecEnv(OfOneWorld, VecEnv):
             return list(self.action_masks()[chosen])
         if not all(method_name in self._attributes[i] for i in chosen):
             raise AttributeError(
-                f"method_name={method_name!r}: a GymnaxVecEnv has no environment objects with methods other than"
+                f"method_name={method_name!r}: a WorldVecEnv has no environment objects with methods other than"
                 " 'render'; make_vec_env('gymnax/<id>') has them"
             )
         return [self._attributes[i][method_name](*args, **kwargs) for i in chosen]
@@ -284,3 +284,6 @@ def _advance(
 _reset = OwnedJit(_start)
 _mask = OwnedJit(lambda world, states: jax.vmap(world.action_mask)(states))
 _step = OwnedJit(_advance, donate_argnames=("words", "environments"))
+
+GymnaxVecEnv = WorldVecEnv
+"""The name that it had when all worlds were gymnax'."""

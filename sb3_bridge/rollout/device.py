@@ -25,7 +25,7 @@ from grpo_jax.worlds.base import RewardOverride, RewardOverrideState, World
 from sb3_bridge.functions.programs import OwnedJit
 from sb3_bridge.functions.reward import Reward
 from sb3_bridge.gymnax.spaces import to_numpy
-from sb3_bridge.gymnax.vec_env import GymnaxVecEnv
+from sb3_bridge.gymnax.vec_env import WorldVecEnv
 from sb3_bridge.rollout.callbacks import (
     Model,
     StepLocals,
@@ -39,7 +39,7 @@ from sb3_bridge.rollout.host import clip
 class Simulator(NamedTuple):
     """A gymnax VecEnv, and the monitors around it that a rollout on the device must feed itself."""
 
-    env: GymnaxVecEnv
+    env: WorldVecEnv
     monitors: tuple[VecMonitor, ...]
 
 
@@ -52,7 +52,7 @@ def find_simulator(env: VecEnv | None) -> Simulator | None:
     while isinstance(env, VecMonitor):
         monitors.append(env)
         env = env.venv
-    return Simulator(env, tuple(monitors)) if isinstance(env, GymnaxVecEnv) else None
+    return Simulator(env, tuple(monitors)) if isinstance(env, WorldVecEnv) else None
 
 
 def override(world: World, reward: Reward | None) -> World:
@@ -146,7 +146,7 @@ def _at(index: Any, tree: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _playing_back(env: GymnaxVecEnv, returned: Any) -> Iterator[None]:
+def _playing_back(env: WorldVecEnv, returned: Any) -> Iterator[None]:
     """Inside it ``env.step_wait()`` returns a step that was made already, so that monitors count it by their own code."""
     env.__dict__["step_wait"] = lambda: returned
     try:
@@ -169,7 +169,7 @@ class _Fetched(dict[str, Any]):
 class _Steps:
     """The steps of a finished rollout, told to the host."""
 
-    env: GymnaxVecEnv
+    env: WorldVecEnv
     policy: Policy
     reward: Reward | None
     trajectory: Trajectory

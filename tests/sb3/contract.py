@@ -1,6 +1,6 @@
 """What the tests of SB3's contract share: small worlds that run on both paths, and what is noted of a run.
 
-``"host"`` steps a ``DummyVecEnv``, whose environments are cloned, ``"device"`` a ``GymnaxVecEnv``, of the same worlds. All
+``"host"`` steps a ``DummyVecEnv``, whose environments are cloned, ``"device"`` a ``WorldVecEnv``, of the same worlds. All
 models share their shapes, so that each path compiles once.
 """
 
@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from toys import Line
 
 from grpo_jax.spaces import Box, Discrete
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 from sb3_bridge.gymnax.env import GymnaxEnv
 
 torch.set_num_threads(1)
@@ -79,7 +79,7 @@ LONG_BOX = Walk(BOX.action_space, goal=1000, limit=1000)
 
 def venv(kind, world=LINE, n_envs=N_ENVS):
     if kind == "device":
-        env = GymnaxVecEnv(world, n_envs=n_envs)
+        env = WorldVecEnv(world, n_envs=n_envs)
     else:
         env = DummyVecEnv([lambda: Monitor(GymnaxEnv(world)) for _ in range(n_envs)])
     env.seed(0)

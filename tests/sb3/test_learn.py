@@ -34,7 +34,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 
 @on_both
@@ -162,13 +162,13 @@ SIMULATED = {"horizon": 2, "reward_function": lean}
 REPEATED = {
     "dummy": cartpole,
     "normalized": lambda: VecNormalize(cartpole()),
-    "device": lambda: GymnaxVecEnv(ENV, 2),
-    "normalized gymnax": lambda: VecNormalize(GymnaxVecEnv(ENV, 2)),
+    "device": lambda: WorldVecEnv(ENV, 2),
+    "normalized gymnax": lambda: VecNormalize(WorldVecEnv(ENV, 2)),
 }
 
 
 def trained(env, seed):
-    branches = SIMULATED if isinstance(env, GymnaxVecEnv) else {}
+    branches = SIMULATED if isinstance(env, WorldVecEnv) else {}
     return GRPO("MlpPolicy", env, seed=seed, **branches, **SMALL).learn(48)
 
 
@@ -224,8 +224,8 @@ def test_set_env_between_host_and_device():
     assert model.simulator_steps == 0
     model.candidates, model.horizon, model.branch_every = "auto", 1, 1
     envs = {
-        "simulator": GymnaxVecEnv(ENV, 2),
-        "episodes": VecNormalize(GymnaxVecEnv(ENV, 2)),
+        "simulator": WorldVecEnv(ENV, 2),
+        "episodes": VecNormalize(WorldVecEnv(ENV, 2)),
         "clone": VecNormalize(cartpole()),
     }
     expected = 0

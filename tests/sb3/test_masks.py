@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 from toys import Maze
 
 from grpo_jax.spaces import Discrete, MultiDiscrete
-from sb3_bridge import GRPO, GymnaxVecEnv, Planner
+from sb3_bridge import GRPO, Planner, WorldVecEnv
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.gymnax.env import GymnaxEnv
 from sb3_bridge.masks import has_masks
@@ -267,6 +267,13 @@ def test_a_loaded_model_knows_that_there_were_masks(tmp_path):
     model = GRPO.load(tmp_path / "model")
     with pytest.warns(UserWarning, match="was not told which"):
         model.predict(np.ones(4, np.float32))
+    model.save(tmp_path / "again")  # after the warning
+    again = GRPO.load(tmp_path / "again")
+    for export in (again.to_torch, again.to_sb3):
+        with pytest.warns(UserWarning, match="SB3's policies know nothing"):
+            export()
+    with pytest.warns(UserWarning, match="was not told which"):
+        again.predict(np.ones(4, np.float32))
 
 
 def test_contribs_evaluation():
@@ -291,7 +298,7 @@ def test_contribs_evaluation():
 def test_worlds_with_masks(space):
     """What is forbidden pays NaN in this world, which no rollout and no evaluation lets pass."""
     world, looker = Maze(space), Looker()
-    env = GymnaxVecEnv(world, 4, seed=0)
+    env = WorldVecEnv(world, 4, seed=0)
     model = GRPO("MlpPolicy", env, **SMALL, horizon=3, persistence=0.5)
     model.learn(64, callback=looker)
     trajectory, log_probs, _ = looker.rollouts[0]
@@ -325,7 +332,7 @@ def test_one_world_is_an_environment_with_masks():
 
 
 def test_worlds_without_masks_have_no_such_method():
-    env = GymnaxVecEnv("CartPole-v1", 2)
+    env = WorldVecEnv("CartPole-v1", 2)
     assert not env.has_attr("action_masks") and not hasattr(GymnaxEnv("CartPole-v1"), "action_masks")
     with pytest.raises(AttributeError):
         env.env_method("action_masks")

@@ -13,7 +13,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.ppo import MlpPolicy as TorchMlpPolicy
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 SMALL = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
 WAYS = {
@@ -33,7 +33,7 @@ def glide(state, action):
 
 REGIMES = {
     "clone": (lambda: make_vec_env("CartPole-v1", 1, seed=0), {"dynamics": "clone", "horizon": 4}),
-    "simulator": (lambda: GymnaxVecEnv("CartPole-v1", 1, seed=0), {"horizon": 4, "bootstrap": True}),
+    "simulator": (lambda: WorldVecEnv("CartPole-v1", 1, seed=0), {"horizon": 4, "bootstrap": True}),
     "learned": (lambda: make_vec_env("CartPole-v1", 1, seed=0), {"dynamics": "learned", "horizon": 4}),
     "function": (
         lambda: make_vec_env("CartPole-v1", 1, seed=0),

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from toys import MaskedLine
 
 from grpo_jax.spaces import Discrete
-from sb3_bridge import GRPO, GymnaxVecEnv, Planner
+from sb3_bridge import GRPO, Planner, WorldVecEnv
 
 SMALL = {"n_steps": 16, "batch_size": 16, "policy_kwargs": {"net_arch": [4]}, "seed": 0}
 SHORT = {"horizon": 6, "n_rollouts": 2, "seed": 0}
@@ -87,7 +87,7 @@ def test_the_reward_function_judges_and_sees_what_was_not_normalized():
 
 @pytest.mark.parametrize("kind", ["simulator", "twin"])
 def test_an_untrained_policy_keeps_the_pole_up(kind):
-    made = GymnaxVecEnv("CartPole-v1", 2, seed=0) if kind == "simulator" else None
+    made = WorldVecEnv("CartPole-v1", 2, seed=0) if kind == "simulator" else None
     model = GRPO("MlpPolicy", made or make_vec_env("CartPole-v1", 2, seed=0), **SMALL)
     planner = Planner(model, horizon=40, n_rollouts=4, confidence=1.0, seed=0)
     alone, planned = (
@@ -118,7 +118,7 @@ def test_another_environment_than_the_models():
 
 
 def test_forbidden_actions_are_not_taken():
-    env = GymnaxVecEnv(MaskedLine(Discrete(2)), 8)
+    env = WorldVecEnv(MaskedLine(Discrete(2)), 8)
     planner = Planner(GRPO("MlpPolicy", env, **SMALL), **SHORT)
     observation, masks = env.reset(), np.array(env.env_method("action_masks"))
     np.testing.assert_array_equal(planner.predict(observation)[0], 1)
@@ -138,7 +138,7 @@ def test_a_seed_repeats_it():
 
 
 def test_observations_of_another_state_or_number():
-    env = GymnaxVecEnv("CartPole-v1", 2, seed=0)
+    env = WorldVecEnv("CartPole-v1", 2, seed=0)
     planner = Planner(GRPO("MlpPolicy", env, **SMALL), **SHORT)
     observation = env.reset()
     with pytest.raises(ValueError, match="the one that env gave last"):

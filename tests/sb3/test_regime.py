@@ -26,7 +26,7 @@ from sb3.sleds import (
 )
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 
@@ -38,7 +38,7 @@ WHOLE = {"n_steps": 32, "batch_size": 32, "n_epochs": 10}
 
 
 def test_a_gymnax_env_is_its_own_simulator(capsys):
-    model = make(GymnaxVecEnv("CartPole-v1", 2), verbose=1)
+    model = make(WorldVecEnv("CartPole-v1", 2), verbose=1)
     assert model.chosen_dynamics == "simulator"
     assert "are followed for 128 steps in the simulator" in told(capsys)
 
@@ -169,7 +169,7 @@ def test_another_env_is_another_choice(capsys):
     assert model.chosen_dynamics == "clone" and "in exact clones" in told(capsys)
 
 
-SIMULATED = lambda: GymnaxVecEnv("CartPole-v1", 1)
+SIMULATED = lambda: WorldVecEnv("CartPole-v1", 1)
 
 
 DEFAULTS = {
@@ -270,7 +270,7 @@ def test_clones_that_cannot_be_had_are_an_error_with_the_reason():
         make(dummy(Uncopyable), dynamics="clone")
     with pytest.raises(Unclonable, match="TIDE, a global of"):
         make(dummy(Tidal), dynamics="clone")
-    with pytest.raises(ValueError, match="dynamics='simulator' needs a GymnaxVecEnv"):
+    with pytest.raises(ValueError, match="dynamics='simulator' needs a WorldVecEnv"):
         make(dummy(Sled), dynamics="simulator")
 
 
@@ -311,7 +311,7 @@ def test_candidates_may_be_named(env, candidates, capsys):
 
 
 def test_trajectories_need_the_simulator():
-    make(GymnaxVecEnv("CartPole-v1", 4), candidates="trajectory", group_size=2)
+    make(WorldVecEnv("CartPole-v1", 4), candidates="trajectory", group_size=2)
     with pytest.raises(
         ValueError, match="candidates='trajectory' needs environments that can be reset alike"
     ):
@@ -319,8 +319,8 @@ def test_trajectories_need_the_simulator():
 
 
 def test_a_simulator_takes_no_other_dynamics():
-    with pytest.raises(ValueError, match="dynamics='learned' has no meaning in a GymnaxVecEnv"):
-        make(GymnaxVecEnv("CartPole-v1", 2), dynamics="learned")
+    with pytest.raises(ValueError, match="dynamics='learned' has no meaning in a WorldVecEnv"):
+        make(WorldVecEnv("CartPole-v1", 2), dynamics="learned")
 
 
 def test_a_baseline_that_episodes_cannot_have_is_refused_at_once():

@@ -11,7 +11,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.results_plotter import X_EPISODES, X_TIMESTEPS, ts2xy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 from sb3_bridge.gymnax.env import GymnaxEnv
 
 
@@ -69,8 +69,8 @@ def monitored(kind, folder):
     if kind == "monitor":
         return make_vec_env(lambda: GymnaxEnv(LINE), n_envs=2, seed=0, monitor_dir=str(folder))
     if kind == "vec_monitor":
-        return VecMonitor(GymnaxVecEnv(LINE, n_envs=2, seed=0), str(folder / "0"))
-    return GymnaxVecEnv(LINE, n_envs=2, seed=0, monitor_dir=folder)
+        return VecMonitor(WorldVecEnv(LINE, n_envs=2, seed=0), str(folder / "0"))
+    return WorldVecEnv(LINE, n_envs=2, seed=0, monitor_dir=folder)
 
 
 # SB3 says so of any VecMonitor around environments that are monitored.
@@ -116,7 +116,7 @@ def test_monitors_agree_with_and_without_callbacks(tmp_path):
     for name, callback in [("plain", None), ("called", Recorder())]:
         folder = tmp_path / name
         folder.mkdir()
-        env = VecMonitor(GymnaxVecEnv(LINE, n_envs=2, seed=0, monitor_dir=folder), str(folder / "1"))
+        env = VecMonitor(WorldVecEnv(LINE, n_envs=2, seed=0, monitor_dir=folder), str(folder / "1"))
         make(GRPO, "device", env=env).learn(2 * ROLLOUT, callback)
         running = np.array(env.episode_lengths)
         env.close()

@@ -194,11 +194,11 @@ def test_the_command_line_takes_the_same_ids(walks, capsys, tmp_path):
 
 
 def test_sb3s_object_takes_the_same_ids(walks):
-    from sb3_bridge import GRPO, GymnaxVecEnv
+    from sb3_bridge import GRPO, WorldVecEnv
 
-    assert GymnaxVecEnv("brax/walk", n_envs=2).world == Walk()
+    assert WorldVecEnv("brax/walk", n_envs=2).world == Walk()
     model = GRPO("MlpPolicy", "brax/walk", n_steps=8, batch_size=8)
-    assert isinstance(model.get_env(), GymnaxVecEnv) and model.get_env().world == Walk()
+    assert isinstance(model.get_env(), WorldVecEnv) and model.get_env().world == Walk()
 
 
 @pytest.mark.parametrize("missing", ["is_truncated", "registered_envs"])

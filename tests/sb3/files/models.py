@@ -15,7 +15,7 @@ from toys import Line
 
 import grpo_jax
 from grpo_jax import spaces as own_spaces
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 from sb3_bridge.files.model_zip import load_zip
 
 SETTINGS = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "seed": 0, "policy_kwargs": {"net_arch": [8]}}
@@ -57,14 +57,14 @@ def upright(state, action, next_state):
 def make_env(kind, n_envs=N_ENVS):
     if kind == "host":
         return make_vec_env("CartPole-v1", n_envs)
-    return GymnaxVecEnv(grpo_jax.make("CartPole-v1", reward_function=upright), n_envs)
+    return WorldVecEnv(grpo_jax.make("CartPole-v1", reward_function=upright), n_envs)
 
 
 def make_lane(kind, n_envs=N_ENVS):
     """Environments that stand at a reset behind every rollout, and whose reset is always the same."""
     if kind == "host":
         return make_vec_env(Lane, n_envs)
-    return GymnaxVecEnv(Line(action_space=own_spaces.Discrete(2), goal=100, limit=8), n_envs)
+    return WorldVecEnv(Line(action_space=own_spaces.Discrete(2), goal=100, limit=8), n_envs)
 
 
 def make(kind, env=None, cls=GRPO, **changes):

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 from sb3_bridge.functions.programs import OwnedJit
 
 SETTINGS = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "horizon": 2, "seed": 0, "device": "cpu"}
 
 
 def learn(regime, reward, step):
-    env = GymnaxVecEnv("CartPole-v1", 2, seed=0) if regime == "simulator" else gymnasium.make("CartPole-v1")
+    env = WorldVecEnv("CartPole-v1", 2, seed=0) if regime == "simulator" else gymnasium.make("CartPole-v1")
     dynamics = {"simulator": "auto", "function": step}.get(regime, regime)
     model = GRPO("MlpPolicy", env, reward_function=reward, dynamics=dynamics, **SETTINGS)
     model.learn(16)

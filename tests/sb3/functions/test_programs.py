@@ -13,7 +13,7 @@ from flax import struct
 from gymnasium import spaces
 
 import grpo_jax
-from sb3_bridge import GymnaxVecEnv
+from sb3_bridge import WorldVecEnv
 from sb3_bridge.functions.programs import Borrowed, OwnedJit, borrow
 from sb3_bridge.functions.reward import resolve_reward
 from sb3_bridge.gymnax import vec_env
@@ -148,16 +148,16 @@ def test_a_reward_function_leaves_nothing_behind(framework):
 
 
 def test_worlds_of_ids_share_their_programs_and_others_own_them():
-    played = GymnaxVecEnv("CartPole-v1", 2, seed=0)
+    played = WorldVecEnv("CartPole-v1", 2, seed=0)
     assert played.program_owner is None
     n_owners = len(vec_env._reset._programs)
     for _ in range(3):
         world = grpo_jax.make("CartPole-v1", reward_function=lambda s, a, n: 1.0 - jnp.abs(n[2]))
         assert owner_of(world) is world
-        env = GymnaxVecEnv(world, 2, seed=0)
+        env = WorldVecEnv(world, 2, seed=0)
         env.reset()
         assert len(vec_env._reset._programs) == n_owners + 1
-        GymnaxVecEnv(world, 2, seed=1).reset()
+        WorldVecEnv(world, 2, seed=1).reset()
         assert len(vec_env._reset._programs) == n_owners + 1
         del world, env
         gc.collect()

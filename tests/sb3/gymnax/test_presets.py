@@ -12,7 +12,7 @@ import grpo_jax
 from grpo_jax import GRPOConfig
 from grpo_jax.config import field_names, scheduled
 from grpo_jax.policies.networks import CNN
-from sb3_bridge import GRPO, CnnPolicy, GymnaxVecEnv, MlpPolicy
+from sb3_bridge import GRPO, CnnPolicy, MlpPolicy, WorldVecEnv
 from sb3_bridge.gymnax import presets
 from sb3_bridge.settings import config_of
 
@@ -70,7 +70,7 @@ def test_a_model_has_its_presets_settings(env_id, recwarn):
 @pytest.mark.parametrize("remaining", [1.0, 0.6, 0.0])
 def test_rates_decay_with_the_remaining_progress(remaining):
     arguments = presets.arguments_of(DECAYING, grpo_jax.make("CartPole-v1").observation_space)
-    model = GRPO(env=GymnaxVecEnv("CartPole-v1", n_envs=DECAYING.n_envs), **arguments)
+    model = GRPO(env=WorldVecEnv("CartPole-v1", n_envs=DECAYING.n_envs), **arguments)
     model._current_progress_remaining = remaining
     assert_same(config_of(model), of_the_algorithm(DECAYING, remaining))
 
@@ -99,7 +99,7 @@ def test_two_iterations_are_those_of_grpo_jax():
 
 
 def test_overrides_replace_settings():
-    env = GymnaxVecEnv("CartPole-v1", n_envs=4)
+    env = WorldVecEnv("CartPole-v1", n_envs=4)
     model = GRPO.from_preset(
         env, horizon=7, learning_rate=1e-3, policy_kwargs={"net_arch": [8]}, batch_size=64
     )
@@ -116,7 +116,7 @@ def test_overrides_replace_settings():
     [
         ("CartPole", ValueError, "CartPole-v1"),
         (7, TypeError, "env=7 must be a gymnax id"),
-        (GymnaxVecEnv(grpo_jax.make("CartPole-v1")), ValueError, "not made from an id"),
+        (WorldVecEnv(grpo_jax.make("CartPole-v1")), ValueError, "not made from an id"),
     ],
 )
 def test_what_has_no_preset_is_refused(env, error, message):
@@ -126,7 +126,7 @@ def test_what_has_no_preset_is_refused(env, error, message):
 
 def test_an_id_without_a_preset_is_refused(monkeypatch):
     monkeypatch.setattr(grpo_jax, "preset_ids", lambda: ["Pendulum-v1"])
-    for env in ("CartPole-v1", GymnaxVecEnv("CartPole-v1")):
+    for env in ("CartPole-v1", WorldVecEnv("CartPole-v1")):
         with pytest.raises(ValueError, match="env='CartPole-v1' has no preset, but Pendulum-v1"):
             GRPO.from_preset(env)
 
@@ -158,7 +158,7 @@ def test_a_schedule_of_optimizer_steps_is_refused():
 def test_networks_are_those_of_grpo_jax(env_id, config):
     world = grpo_jax.make(env_id)
     arguments = presets.arguments_of(config, world.observation_space)
-    model = GRPO(env=GymnaxVecEnv(env_id, n_envs=config.n_envs), **arguments)
+    model = GRPO(env=WorldVecEnv(env_id, n_envs=config.n_envs), **arguments)
     assert model.policy.structure == grpo_jax.make_policy(config, world.observation_space, world.action_space)
     is_map = env_id.endswith("MinAtar") and config.network == "auto"
     assert isinstance(model.policy, CnnPolicy if is_map else MlpPolicy)
@@ -166,7 +166,7 @@ def test_networks_are_those_of_grpo_jax(env_id, config):
 
 def test_a_model_of_a_preset_comes_back_from_its_file(tmp_path):
     arguments = presets.arguments_of(DECAYING, grpo_jax.make("Breakout-MinAtar").observation_space)
-    model = GRPO(env=GymnaxVecEnv("Breakout-MinAtar", n_envs=16), **arguments)
+    model = GRPO(env=WorldVecEnv("Breakout-MinAtar", n_envs=16), **arguments)
     model.save(tmp_path / "model")
     again = GRPO.load(tmp_path / "model")
     assert again.policy.structure == model.policy.structure

@@ -1,4 +1,4 @@
-"""GymnaxVecEnv: SB3's own DummyVecEnv of the same environments is the oracle."""
+"""WorldVecEnv: SB3's own DummyVecEnv of the same environments is the oracle."""
 
 import copy
 import os
@@ -25,7 +25,8 @@ from stable_baselines3.common.vec_env import (
 
 import grpo_jax
 from grpo_jax import spaces
-from sb3_bridge import GymnaxVecEnv
+import sb3_bridge
+from sb3_bridge import WorldVecEnv
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
@@ -62,7 +63,7 @@ def play(env, n_steps, seed=0):
     ],
 )
 def test_equals_sb3s_dummy_vec_env(env_id, n_steps):
-    ours = GymnaxVecEnv(env_id, n_envs=3, seed=7)
+    ours = WorldVecEnv(env_id, n_envs=3, seed=7)
     theirs = make_vec_env(f"gymnax/{env_id}", n_envs=3, seed=7)
     assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
     for left, right in zip(play(ours, n_steps), play(theirs, n_steps), strict=True):
@@ -84,7 +85,7 @@ def test_equals_sb3s_dummy_vec_env(env_id, n_steps):
 
 
 def test_ends_of_episodes():
-    env = GymnaxVecEnv("Pendulum-v1", n_envs=2, seed=0)
+    env = WorldVecEnv("Pendulum-v1", n_envs=2, seed=0)
     env.reset()
     for _ in range(199):
         _, _, dones, infos = env.step(np.zeros((2, 1)))
@@ -105,9 +106,9 @@ def equal(left, right):
 
 
 def test_seeds_take_effect_at_the_next_reset():
-    env = GymnaxVecEnv("CartPole-v1", n_envs=3, seed=5)
+    env = WorldVecEnv("CartPole-v1", n_envs=3, seed=5)
     first = play(env, 40)
-    assert equal(first, play(GymnaxVecEnv("CartPole-v1", n_envs=3, seed=5), 40))
+    assert equal(first, play(WorldVecEnv("CartPole-v1", n_envs=3, seed=5), 40))
     assert not equal(first, play(env, 40))  # the streams go on
     assert env.seed(5) == [5, 6, 7]
     before = np.asarray(env.environments.observation)
@@ -115,8 +116,8 @@ def test_seeds_take_effect_at_the_next_reset():
     assert not np.array_equal(before, first[0])  # not yet
     assert equal(first, play(env, 40))
     # Environment i of n is what a single one with seed + i would be.
-    np.testing.assert_array_equal(first[0][2:], GymnaxVecEnv("CartPole-v1", seed=7).reset())
-    starts = np.concatenate([GymnaxVecEnv("CartPole-v1", n_envs=2).reset() for _ in range(2)])
+    np.testing.assert_array_equal(first[0][2:], WorldVecEnv("CartPole-v1", seed=7).reset())
+    starts = np.concatenate([WorldVecEnv("CartPole-v1", n_envs=2).reset() for _ in range(2)])
     assert len(np.unique(starts, axis=0)) == 4
     np.random.seed(0)
     seeds = env.seed()
@@ -125,7 +126,7 @@ def test_seeds_take_effect_at_the_next_reset():
 
 
 def test_what_comes_out_stays_as_it_is():
-    env = GymnaxVecEnv("CartPole-v1", n_envs=4, seed=0)
+    env = WorldVecEnv("CartPole-v1", n_envs=4, seed=0)
     seen = [env.reset()]
     copies = [seen[0].copy()]
     for _ in range(30):
@@ -139,14 +140,14 @@ def test_what_comes_out_stays_as_it_is():
 def test_two_instances_share_one_program():
     from sb3_bridge.gymnax.vec_env import _step
 
-    play(GymnaxVecEnv("CartPole-v1", n_envs=3, seed=0), 2)
+    play(WorldVecEnv("CartPole-v1", n_envs=3, seed=0), 2)
     n_traces = _step.of()._cache_size()
-    play(GymnaxVecEnv("CartPole-v1", n_envs=3, seed=1), 2)
+    play(WorldVecEnv("CartPole-v1", n_envs=3, seed=1), 2)
     assert _step.of()._cache_size() == n_traces
 
 
 def test_device_state_can_be_taken_out_and_put_back():
-    env = GymnaxVecEnv("CartPole-v1", n_envs=2, seed=0)
+    env = WorldVecEnv("CartPole-v1", n_envs=2, seed=0)
     with pytest.raises(RuntimeError, match="environments was read before reset"):
         _ = env.environments
     env.reset()
@@ -168,7 +169,7 @@ def test_device_state_can_be_taken_out_and_put_back():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 def test_a_copy_goes_its_own_way(copied, tmp_path):
-    env = GymnaxVecEnv("CartPole-v1", n_envs=2, seed=0, render_mode="rgb_array", monitor_dir=tmp_path)
+    env = WorldVecEnv("CartPole-v1", n_envs=2, seed=0, render_mode="rgb_array", monitor_dir=tmp_path)
     assert equal(play(copied(env), 5), play(env, 5))  # seeds that wait for the reset too
     env.render()
     env.set_attr("goal", [1], indices=0)
@@ -190,17 +191,17 @@ def test_a_copy_goes_its_own_way(copied, tmp_path):
 
 def test_copies_share_a_world_that_cannot_be_pickled():
     world = grpo_jax.make("CartPole-v1", reward_function=lambda s, a, n: 1.0 - jnp.abs(n[2]))
-    env = GymnaxVecEnv(world, n_envs=2, seed=0)
+    env = WorldVecEnv(world, n_envs=2, seed=0)
     assert copy.deepcopy(env).world is world
     with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
         pickle.dumps(env)
 
 
 def test_attributes_and_methods():
-    env = GymnaxVecEnv("CartPole-v1", n_envs=3, seed=0, render_mode="rgb_array")
+    env = WorldVecEnv("CartPole-v1", n_envs=3, seed=0, render_mode="rgb_array")
     assert env.get_attr("render_mode") == ["rgb_array"] * 3 and env.metadata["render_fps"] == 30
     assert env.get_attr("world", indices=1) == [env.world]
-    assert env.spec.id == "gymnax/CartPole-v1" and GymnaxVecEnv(env.world).spec is None
+    assert env.spec.id == "gymnax/CartPole-v1" and WorldVecEnv(env.world).spec is None
     env.set_attr("difficulty", 2, indices=[0, -1])
     assert env.get_attr("difficulty", [0, 2]) == [2, 2] and not env.has_attr("difficulty")
     env.set_attr("double", lambda x: 2 * x)
@@ -220,9 +221,9 @@ def test_attributes_and_methods():
     env.close()
     env.close()
     with pytest.warns(UserWarning, match="no `render_mode`"):
-        assert GymnaxVecEnv("CartPole-v1").render() is None
+        assert WorldVecEnv("CartPole-v1").render() is None
     with pytest.raises(RuntimeError, match="render_mode=None"):
-        GymnaxVecEnv("CartPole-v1").get_images()
+        WorldVecEnv("CartPole-v1").get_images()
 
 
 def dict_world(max_steps=3):
@@ -241,7 +242,7 @@ def dict_world(max_steps=3):
 
 
 def test_worlds_with_dict_observations():
-    env = GymnaxVecEnv(dict_world(), n_envs=2, seed=0)
+    env = WorldVecEnv(dict_world(), n_envs=2, seed=0)
     first = env.reset()
     assert {name: (part.dtype, part.shape) for name, part in first.items()} == {
         "x": (np.float32, (2, 2)),
@@ -257,13 +258,13 @@ def test_worlds_with_dict_observations():
 
 def test_environment_objects_and_replaced_rewards():
     env, params = gymnax.make("CartPole-v1")
-    assert GymnaxVecEnv(env, n_envs=2, seed=0).reset().shape == (2, 4)
+    assert WorldVecEnv(env, n_envs=2, seed=0).reset().shape == (2, 4)
     world = grpo_jax.make(
         env,
         params.replace(max_steps_in_episode=5),
         reward_function=lambda state, action, next_state: 10.0 + 0.0 * state[0],
     )
-    env = GymnaxVecEnv(world, n_envs=2, seed=0, render_mode="rgb_array")
+    env = WorldVecEnv(world, n_envs=2, seed=0, render_mode="rgb_array")
     env.reset()
     for _ in range(5):
         _, rewards, dones, infos = env.step(np.array([0, 1]))
@@ -276,7 +277,7 @@ def test_environment_objects_and_replaced_rewards():
 def test_x64():
     with jax.enable_x64(True):
         for env_id in ("Pendulum-v1", "FrozenLake-misc"):
-            env = GymnaxVecEnv(env_id, n_envs=2, seed=0)
+            env = WorldVecEnv(env_id, n_envs=2, seed=0)
             first = env.reset()
             observations, rewards, dones, _ = env.step(np.stack([env.action_space.sample()] * 2))
             assert first.dtype == observations.dtype == env.observation_space.dtype
@@ -285,7 +286,7 @@ def test_x64():
 
 def test_ppo_learns():
     def ppo(n_steps):
-        env = GymnaxVecEnv("CartPole-v1", n_envs=8)
+        env = WorldVecEnv("CartPole-v1", n_envs=8)
         return PPO(
             "MlpPolicy", env, n_steps=n_steps, batch_size=128, learning_rate=3e-3, seed=0, device="cpu"
         )
@@ -306,18 +307,18 @@ def test_wrappers():
         model = PPO(policy, env, n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu")
         return model.learn(64)
 
-    normalized = VecNormalize(GymnaxVecEnv("Pendulum-v1", n_envs=2))
+    normalized = VecNormalize(WorldVecEnv("Pendulum-v1", n_envs=2))
     learn(normalized)
     assert normalized.get_original_obs().shape == (2, 3) and normalized.world is normalized.venv.world
-    learn(VecFrameStack(VecCheckNan(GymnaxVecEnv("CartPole-v1", n_envs=2), raise_exception=True), 3))
-    learn(GymnaxVecEnv("Breakout-MinAtar", n_envs=2))
-    learn(GymnaxVecEnv("FrozenLake-misc", n_envs=2))
+    learn(VecFrameStack(VecCheckNan(WorldVecEnv("CartPole-v1", n_envs=2), raise_exception=True), 3))
+    learn(WorldVecEnv("Breakout-MinAtar", n_envs=2))
+    learn(WorldVecEnv("FrozenLake-misc", n_envs=2))
     with pytest.raises(AssertionError, match="must be an image"):  # float feature maps: as for any such env
-        VecTransposeImage(GymnaxVecEnv("Breakout-MinAtar"))
+        VecTransposeImage(WorldVecEnv("Breakout-MinAtar"))
 
 
 def test_vec_monitor(tmp_path):
-    inner = GymnaxVecEnv("CartPole-v1", n_envs=2, seed=0)
+    inner = WorldVecEnv("CartPole-v1", n_envs=2, seed=0)
     with pytest.warns(
         UserWarning, match="already wrapped with a `Monitor`"
     ):  # true: to write the file all the same
@@ -336,22 +337,22 @@ def test_other_vec_envs_by_id():
     PPO("MlpPolicy", "gymnax/CartPole-v1", n_steps=16, batch_size=16, n_epochs=1, device="cpu").learn(16)
     # The process of a SubprocVecEnv has not imported the bridge: the id tells it to.
     env = make_vec_env("sb3_bridge:gymnax/CartPole-v1", seed=7, vec_env_cls=SubprocVecEnv)
-    np.testing.assert_array_equal(env.reset(), GymnaxVecEnv("CartPole-v1", seed=7).reset())
+    np.testing.assert_array_equal(env.reset(), WorldVecEnv("CartPole-v1", seed=7).reset())
     env.close()
 
 
 def test_errors():
     for n_envs in (0, -1, 1.5, True, "2"):
         with pytest.raises(ValueError, match=f"n_envs={n_envs!r} must be an integer of at least 1"):
-            GymnaxVecEnv("CartPole-v1", n_envs=n_envs)
+            WorldVecEnv("CartPole-v1", n_envs=n_envs)
     with pytest.raises(ValueError, match="env='CartPol-v1'.*did you mean CartPole-v1"):
-        GymnaxVecEnv("CartPol-v1")
+        WorldVecEnv("CartPol-v1")
     with pytest.raises(ValueError, match="render_mode='human' must be None or 'rgb_array'"):
-        GymnaxVecEnv("CartPole-v1", render_mode="human")
+        WorldVecEnv("CartPole-v1", render_mode="human")
     for seed in (-1, 0.5, True):
         with pytest.raises(ValueError, match=f"seed={seed!r} must be an integer from 0"):
-            GymnaxVecEnv("CartPole-v1", seed=seed)
-    env = GymnaxVecEnv("CartPole-v1", n_envs=2)
+            WorldVecEnv("CartPole-v1", seed=seed)
+    env = WorldVecEnv("CartPole-v1", n_envs=2)
     with pytest.raises(RuntimeError, match=r"step\(\) was called before reset"):
         env.step(np.zeros(2, int))
     with pytest.raises(RuntimeError, match="without actions"):
@@ -363,7 +364,7 @@ def test_errors():
         env.step(np.array([0, 2]))
     with pytest.raises(TypeError, match="expected integers"):
         env.step(np.full(2, 0.5))
-    pendulum = GymnaxVecEnv("Pendulum-v1", n_envs=2, seed=0)
+    pendulum = WorldVecEnv("Pendulum-v1", n_envs=2, seed=0)
     pendulum.reset()
     with pytest.raises(ValueError, match=r"(?s)action=.*nan.* must be finite"):
         pendulum.step(np.full((2, 1), np.nan))
@@ -372,3 +373,7 @@ def test_errors():
     env.set_options({"low": 0})
     with pytest.raises(ValueError, match="options=.*no reset options"):
         env.reset()
+
+
+def test_the_former_name_is_another_name_for_it():
+    assert sb3_bridge.GymnaxVecEnv is WorldVecEnv

@@ -12,7 +12,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 from sb3_bridge.rollout import callbacks
 
 SMALL = {"n_steps": 8, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
@@ -28,8 +28,8 @@ FIELDS = (
 )
 ENVS = {
     "host": lambda: DummyVecEnv([Track] * 2),
-    "device": lambda: GymnaxVecEnv("CartPole-v1", n_envs=2, seed=0),
-    "device box": lambda: GymnaxVecEnv("Pendulum-v1", n_envs=2, seed=0),
+    "device": lambda: WorldVecEnv("CartPole-v1", n_envs=2, seed=0),
+    "device box": lambda: WorldVecEnv("Pendulum-v1", n_envs=2, seed=0),
 }
 
 

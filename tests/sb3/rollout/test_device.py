@@ -16,11 +16,11 @@ from stable_baselines3.common.callbacks import (
 )
 
 from grpo_jax.spaces import Discrete
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 
 def run_with(callback, world=LINE, **settings):
-    env = GymnaxVecEnv(world, n_envs=N_ENVS)
+    env = WorldVecEnv(world, n_envs=N_ENVS)
     model = make(GRPO, "device", env=env, **settings)
     model.learn(3 * ROLLOUT, callback() if callback else None)
     return model, env
@@ -88,7 +88,7 @@ def test_the_environments_stand_where_the_step_left_them():
 
 def test_pictures_show_the_step():
     """``render`` in a callback shows what that step reached."""
-    env = GymnaxVecEnv("CartPole-v1", n_envs=1, seed=0, render_mode="rgb_array")
+    env = WorldVecEnv("CartPole-v1", n_envs=1, seed=0, render_mode="rgb_array")
     frames, states = [], []
 
     class Film(BaseCallback):

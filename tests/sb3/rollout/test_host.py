@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from sb3_bridge import GRPO, GymnaxVecEnv
+from sb3_bridge import GRPO, WorldVecEnv
 
 torch.set_num_threads(1)
 
@@ -48,7 +48,7 @@ KINDS = {
     "checked": lambda: VecCheckNan(cartpole(), raise_exception=True),
     "all": lambda: VecFrameStack(VecCheckNan(VecNormalize(VecMonitor(cartpole()))), 2),
     "gymnax on the host": lambda: make_vec_env("gymnax/CartPole-v1", n_envs=2),
-    "gymnax normalized": lambda: VecNormalize(GymnaxVecEnv(ENV, 2)),
+    "gymnax normalized": lambda: VecNormalize(WorldVecEnv(ENV, 2)),
 }
 
 
@@ -124,10 +124,10 @@ def test_kinds_of_environments_on_the_host(kind):
 @pytest.mark.parametrize(
     ("env", "n_envs", "where"),
     [
-        (lambda: "gymnax/CartPole-v1", 1, GymnaxVecEnv),
-        (lambda: GymnaxVecEnv(ENV, 1), 1, GymnaxVecEnv),
-        (lambda: GymnaxVecEnv(ENV, 3, seed=1), 3, GymnaxVecEnv),
-        (lambda: VecMonitor(GymnaxVecEnv(ENV, 3)), 3, VecMonitor),
+        (lambda: "gymnax/CartPole-v1", 1, WorldVecEnv),
+        (lambda: WorldVecEnv(ENV, 1), 1, WorldVecEnv),
+        (lambda: WorldVecEnv(ENV, 3, seed=1), 3, WorldVecEnv),
+        (lambda: VecMonitor(WorldVecEnv(ENV, 3)), 3, VecMonitor),
     ],
 )
 def test_gymnax_is_branched_on_the_device(env, n_envs, where):
@@ -333,7 +333,7 @@ FORMS = {
     ("env", "branches", "forms"),
     [
         (cartpole, {"horizon": 2, "branch_every": 1}, tuple(FORMS)),
-        (lambda: GymnaxVecEnv(ENV, 2), {"horizon": 2}, ("jax", "numpy batched")),
+        (lambda: WorldVecEnv(ENV, 2), {"horizon": 2}, ("jax", "numpy batched")),
     ],
 )
 def test_all_forms_of_a_reward_train_alike_and_leave_the_statistics_alone(env, branches, forms):
@@ -352,9 +352,7 @@ def test_all_forms_of_a_reward_train_alike_and_leave_the_statistics_alone(env, b
     assert not np.array_equal(results[None], first)
 
 
-@pytest.mark.parametrize(
-    ("env", "branches"), [(cartpole, {}), (lambda: GymnaxVecEnv(ENV, 2), {"horizon": 2})]
-)
+@pytest.mark.parametrize(("env", "branches"), [(cartpole, {}), (lambda: WorldVecEnv(ENV, 2), {"horizon": 2})])
 @pytest.mark.parametrize("fault", ["nan", "raise"])
 def test_errors_of_a_reward_show_what_it_was_given(env, branches, fault):
     switch = SimpleNamespace(on=False)
