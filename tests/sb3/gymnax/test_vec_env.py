@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import (
 )
 
 import grpo_jax
-from grpo_jax import spaces
 import sb3_bridge
+from grpo_jax import spaces
 from sb3_bridge import WorldVecEnv
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
