@@ -297,6 +297,8 @@ def describe(
         actions = f"all {count} actions" if kind == "enumerate" else f"{count} sampled actions"
         states = "every state" if config.branch_every == 1 else f"one state in {config.branch_every}"
         groups = f"{actions} of {states} are followed for {config.horizon} steps in {where}"
+        if config.persistence:
+            groups += f", actions persist with probability {config.persistence:.2g}"
     critic = "with a critic" if has_critic else "without a critic"
     if has_critic > config.bootstrap:  # see ``twins/pace.py``
         critic += " where they do not differ"

@@ -10,8 +10,9 @@ import torch
 from stable_baselines3.common.utils import FloatSchedule
 
 from grpo_jax.config import GRPOConfig, field_names
+from grpo_jax.groups.candidates import resolve
 from sb3_bridge.regime import as_episodes, candidates_in
-from sb3_bridge.twins.pace import paced
+from sb3_bridge.twins.pace import paced, persistence
 
 SCHEDULES = ("clip_range", "clip_range_vf", "clip_range_high")
 """Attributes that are schedules, whatever they are set to; None stays None."""
@@ -60,9 +61,14 @@ def config_of(model: Any) -> GRPOConfig:
     values["learning_rate"] = now(model.lr_schedule)
     values["optimizer"] = model.policy.optimizer.factory
     config = GRPOConfig(**values)
-    if model.chosen_dynamics == "twin" and config.candidates != "episodes":
-        return paced(config, model._pace)
-    return config
+    if model.chosen_dynamics != "twin" or config.candidates == "episodes":
+        return config
+    is_sampled = resolve(config, model.policy.structure.distribution) == "sample"
+    if (
+        is_sampled and model.persistence is None and model.reward_function is None
+    ):  # 0.0 in the end: None would compile anew
+        config = config.replace(persistence=persistence(model._n_iterations * config.n_states))
+    return paced(config, model._pace)
 
 
 def jax_device(device: torch.device | str) -> Any:
