@@ -22,7 +22,9 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_bridge import GRPO
+from sb3_bridge.settings import config_of
 from sb3_bridge.twins.twin import NoTwin, Twin
+from sb3_bridge.update import follow
 
 LENGTHS = {"n_steps": 32, "batch_size": 32, "horizon": 4, "branch_every": 1, "bootstrap": True}
 IDS = (
@@ -296,3 +298,32 @@ def test_a_dict_of_what_the_twin_gives_is_another_observation():
 
     with pytest.raises(NoTwin, match="the twin gives observation, .*the environment observation\\['only'\\]"):
         Twin(dummy(lambda: Named(CartPoleEnv())))
+
+
+def test_sampled_actions_persist_at_first_and_then_no_more():
+    model = make("Pendulum-v1", dynamics="twin", **LENGTHS)
+    assert config_of(model).persistence == 0.8
+    model.learn(64)
+    assert config_of(model).persistence == pytest.approx(0.8 * (1 - 64 / 10_000))
+    programs = follow.of()._cache_size()
+    model._n_iterations = 10_000
+    assert config_of(model).persistence == 0.0
+    model.learn(32, reset_num_timesteps=False)
+    assert follow.of()._cache_size() == programs
+
+
+@pytest.mark.parametrize(
+    ("env_id", "settings", "expected"),
+    [
+        ("CartPole-v1", {}, None),  # all actions are compared
+        ("Pendulum-v1", {"persistence": 0}, None),
+        ("Pendulum-v1", {"persistence": 0.3}, 0.3),
+        ("Pendulum-v1", {"reward_function": speed}, None),
+        ("Pendulum-v1", {"dynamics": "clone"}, None),
+        ("Pendulum-v1", {"candidates": "episodes", "dynamics": "auto"}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:GRPO compares episodes")
+def test_elsewhere_none_persist_unless_asked_for(env_id, settings, expected):
+    model = make(env_id, **LENGTHS | {"dynamics": "twin", **settings})
+    assert config_of(model).persistence == expected
