@@ -95,7 +95,7 @@ class GRPO(Training):
       backup: ``"mean"`` or (optimistic) ``"max"`` over a candidate's branches.
       persistence: probability that the action before is repeated instead of asking the policy, in rollouts and in
         branches, for rewards that only many equal actions reach; number or function of the remaining progress. None: 0, but
-        0.8 at first and 0 from 10,000 decision steps on for sampled actions in a twin, without a ``reward_function``.
+        in a twin, without ``reward_function``, 0.8 for the first sampled actions, and for others while they change nothing.
       branch_past_truncation: whether branches go on where a time limit would cut the episode.
       bootstrap: whether a critic values what lies behind a branch or a rollout; None: not in a simulator, not with a
         ``reward_function`` where its consequences are followed, and in a twin only until candidates differ without one.

@@ -63,11 +63,10 @@ def config_of(model: Any) -> GRPOConfig:
     config = GRPOConfig(**values)
     if model.chosen_dynamics != "twin" or config.candidates == "episodes":
         return config
-    is_sampled = resolve(config, model.policy.structure.distribution) == "sample"
-    if (
-        is_sampled and model.persistence is None and model.reward_function is None
-    ):  # 0.0 in the end: None would compile anew
-        config = config.replace(persistence=persistence(model._n_iterations * config.n_states))
+    if model.persistence is None and model.reward_function is None:
+        is_sampled = resolve(config, model.policy.structure.distribution) == "sample"
+        n_decisions = model._n_iterations * config.n_states
+        config = config.replace(persistence=persistence(model._pace, n_decisions, is_sampled))
     return paced(config, model._pace)
 
 

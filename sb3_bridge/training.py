@@ -330,7 +330,11 @@ class Training(Acting):
             )
             check_update(metrics, trajectory, branches and branches[1].returns)
         keeper_of(self).is_within = False
-        self._pace = pace.noted(config, self._pace, metrics)
+        before, self._pace = self._pace, pace.noted(config, self._pace, metrics)
+        if pace.stays_silent(self._pace) and not pace.stays_silent(before) and config_of(self).persistence:
+            self._say(
+                f"GRPO: actions make no difference: from now on they persist (persistence={pace.PERSISTENCE})"
+            )
         self.policy.state = state.learner.policy
         self.policy.optimizer.state = state.learner.optimizer
         self._reference = state.learner.reference

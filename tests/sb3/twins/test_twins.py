@@ -327,3 +327,21 @@ def test_sampled_actions_persist_at_first_and_then_no_more():
 def test_elsewhere_none_persist_unless_asked_for(env_id, settings, expected):
     model = make(env_id, **LENGTHS | {"dynamics": "twin", **settings})
     assert config_of(model).persistence == expected
+
+
+@pytest.mark.parametrize("given", [None, 0, 0.3])
+def test_where_no_action_makes_a_difference_for_long_actions_persist(given, capsys):
+    model = make(
+        "MountainCar-v0", **LENGTHS | {"dynamics": "twin", "bootstrap": None, "persistence": given}, verbose=1
+    )
+    seen = []
+    for _ in range(9):
+        seen.append(config_of(model).persistence)
+        model.learn(32, reset_num_timesteps=False)
+    # A critic, under which actions do differ, is asked in every second rollout: after the fourth silent one of the others.
+    assert seen == ([None] * 7 + [0.8] * 2 if given is None else [given or None] * 9)
+    assert ("from now on they persist" in capsys.readouterr().out) == (given is None)
+    model._pace["has_spoken"] = True
+    assert config_of(model).persistence == seen[-1], "it goes on so"
+    del model._pace["n_silent"]  # a file from before
+    assert config_of(model).persistence == (given or None)
