@@ -331,7 +331,7 @@ class Training(Acting):
             check_update(metrics, trajectory, branches and branches[1].returns)
         keeper_of(self).is_within = False
         before, self._pace = self._pace, pace.noted(config, self._pace, metrics)
-        if pace.stays_silent(self._pace) and not pace.stays_silent(before) and config_of(self).persistence:
+        if self.persistence is None and pace.stays_silent(self._pace) and not pace.stays_silent(before):
             self._say(
                 f"GRPO: actions make no difference: from now on they persist (persistence={pace.PERSISTENCE})"
             )
