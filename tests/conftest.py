@@ -7,6 +7,7 @@ import ctypes
 import gc
 import importlib.metadata
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -74,3 +75,11 @@ def real_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of SIGINT, which jobs in the background, and processes of pytest-xdist, ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

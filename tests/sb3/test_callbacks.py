@@ -69,6 +69,10 @@ def test_events_are_those_of_ppo(kind):
     assert set(ppo.names) <= set(grpo.names)
 
 
+BUSY = pytest.mark.filterwarnings("ignore:.*most of the run")  # on a busy machine
+
+
+@BUSY
 @pytest.mark.parametrize("world", [LINE, BOX], ids=["Discrete", "Box"])
 def test_locals_are_those_of_ppo(world):
     """Names, types, dtypes and shapes; of infos, for each way in which a step can end. ``make_vec_env``'s is the host's."""
@@ -102,6 +106,7 @@ def test_locals_are_those_of_ppo(world):
     assert len(seen[0]) == 4  # the step; its info; that of a goal; that of a time limit
 
 
+@BUSY
 @on_both
 def test_locals_of_a_box_hold_the_action_before_and_after_clipping(kind):
     recorder = Recorder()

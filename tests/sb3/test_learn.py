@@ -226,7 +226,7 @@ def test_set_env_between_host_and_device():
     envs = {
         "simulator": WorldVecEnv(ENV, 2),
         "episodes": VecNormalize(WorldVecEnv(ENV, 2)),
-        "clone": VecNormalize(cartpole()),
+        "twin": VecNormalize(cartpole()),
     }
     expected = 0
     for kind, env in envs.items():

@@ -228,7 +228,7 @@ def test_two_branchers_on_one_subprocess_env_do_not_meet():
 
 @pytest.mark.parametrize("number", [1, 2, 5])
 @pytest.mark.parametrize("moment", ["send", "", "recv"])
-def test_an_interrupt_leaves_no_answer_in_the_pipes(moment, number, monkeypatch):
+def test_an_interrupt_leaves_no_answer_in_the_pipes(moment, number, ctrl_c, monkeypatch):
     env = forked([kinds.Counter] * 2)
     brancher = Brancher(env)
     env.reset()

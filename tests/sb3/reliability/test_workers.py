@@ -97,14 +97,6 @@ def test_in_a_step_of_learning(what, message):
     model.policy.predict(np.zeros((1, *env.observation_space.shape), np.float32))
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's own handling of SIGINT, which processes of pytest-xdist ignore."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_in_branches_leaves_what_can_learn_again(ctrl_c):
     """The terminal's Ctrl-C, which all processes of its group get."""
     env = workers("")
@@ -170,7 +162,7 @@ def is_zombie(pid):
 
 
 @pytest.mark.parametrize("moment", ["step_async", "step_wait"])
-def test_an_interrupt_of_a_step_leaves_no_answer_in_the_pipes(moment, monkeypatch):
+def test_an_interrupt_of_a_step_leaves_no_answer_in_the_pipes(moment, ctrl_c, monkeypatch):
     env = workers("", n=2)
     env.reset()
     whole, actions = getattr(env, moment), np.stack([env.action_space.sample()] * 2)

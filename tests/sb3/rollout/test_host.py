@@ -52,7 +52,7 @@ KINDS = {
 }
 
 
-CHOSEN = {"normalized": "clone", "gymnax on the host": "clone"}
+CHOSEN = {"gymnax on the host": "clone"}
 CHOSEN |= {"stacked": "episodes", "all": "episodes", "gymnax normalized": "episodes"}
 """Where there is no twin, or no clones can be had either."""
 
