@@ -103,12 +103,12 @@ class Twin:
             for one in view.wrappers
             if isinstance(one, VecNormalize) and (one.norm_obs or one.norm_reward)
         ]
-        is_dict = any(one.norm_obs and isinstance(one.obs_rms, dict) for one in scaling)
+        is_other = len(scaling) > 1 or any(one.norm_obs and isinstance(one.obs_rms, dict) for one in scaling)
         for one in view.wrappers:
-            if is_dict or len(scaling) > 1 or isinstance(one, VecTransposeImage | VecExtractDictObs):
+            if isinstance(one, VecTransposeImage | VecExtractDictObs) or (is_other and one in scaling):
                 raise NoTwin(
-                    f"{type(one).__name__} changes observations outside of the environments, of which a twin knows nothing"
-                    " but one VecNormalize of vectors: use a gymnasium.Wrapper around each of them, or dynamics='clone'"
+                    f"{type(one).__name__} changes observations or rewards outside of the environments, where a twin knows of one"
+                    " VecNormalize of vectors alone: use a gymnasium.Wrapper around each of them, or dynamics='clone'"
                 )
         self._normalizer = scaling[0] if scaling else None
 
