@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_bridge.clones.core_state import ACTION_MASKS
+from sb3_bridge.clones.core_state import ACTION_MASKS, choices_of
 from sb3_bridge.clones.processes import died, uninterrupted
 
 
@@ -62,7 +62,7 @@ def checked_masks(
     Raises:
       ValueError: a wrong shape, anything but bool (or integers that are 0 or 1), or a state in which no action is allowed.
     """
-    nvec = _nvec(space)
+    nvec = choices_of(space)
     try:
         array = np.asarray(masks)
     except ValueError:  # rows of different lengths
@@ -87,11 +87,3 @@ def checked_masks(
             f"{name} allows no action{part} in {row} {which}: an episode that cannot go on must end (terminated=True)"
         )
     return array
-
-
-def _nvec(space: gymnasium.Space) -> tuple[int, ...]:
-    """Choices of each part of an action; none of a Box."""
-    if isinstance(space, gymnasium.spaces.MultiBinary):
-        return (2,) * space.n
-    nvec: Any = getattr(space, "nvec", getattr(space, "n", ()))
-    return tuple(np.ravel(nvec).tolist())

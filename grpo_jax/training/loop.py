@@ -273,7 +273,6 @@ def evaluate_candidates(
 ) -> tuple[Group, Branches]:
     """The candidates of all decision states, and the group returns of those that are branched; arguments of ``compare``."""
     policy, learner = state.policy, state.learner
-    trajectory = _with_distribution(policy, learner.policy, trajectory)
     wanted = branched(config, state.iteration)
     group, branch_key = draw_group(config, policy, learner.policy, trajectory, state.key)
     persistence = _persistence(config, learner, progress)

@@ -25,6 +25,15 @@ ACTION_MASKS = "action_masks"
 """The method of an environment that says which actions are allowed, ``() -> bool [n]``, as sb3-contrib's MaskablePPO asks for it;
 for MultiDiscrete and MultiBinary the masks of all parts, one after the other."""
 
+
+def choices_of(space: gymnasium.Space) -> tuple[int, ...]:
+    """Choices of each part of an action, of which a mask has as many entries; none of a Box."""
+    if isinstance(space, gymnasium.spaces.MultiBinary):
+        return (2,) * space.n
+    nvec: Any = getattr(space, "nvec", getattr(space, "n", ()))
+    return tuple(np.ravel(nvec).tolist())
+
+
 # Wrappers that change no transition: replicas do without them. A class derived from one may do more, and is kept.
 _TRANSPARENT: tuple[type, ...] = (
     Monitor,

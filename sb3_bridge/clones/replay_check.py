@@ -15,7 +15,15 @@ import numpy as np
 
 from sb3_bridge.clones.changes import Fingerprint, SharedState, fingerprint
 from sb3_bridge.clones.copying import GENERATORS, Unclonable
-from sb3_bridge.clones.core_state import ACTION_MASKS, Functions, cores_for, layers_of, links, spaces_of
+from sb3_bridge.clones.core_state import (
+    ACTION_MASKS,
+    Functions,
+    choices_of,
+    cores_for,
+    layers_of,
+    links,
+    spaces_of,
+)
 from sb3_bridge.clones.sandbox import CAN_FORK, global_generators, going_on, here, in_child
 from sb3_bridge.clones.snapshot import Cloner, CloneReport, Replica
 
@@ -124,12 +132,9 @@ def _allowed(env: gymnasium.Env, action: Any, space: Any) -> Any:
     """The action, or in the place of its parts that the environment forbids now others, drawn by the space's generator."""
     if not env.has_wrapper_attr(ACTION_MASKS):
         return action
-    nvec = np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))
-    if isinstance(space, gymnasium.spaces.MultiBinary):
-        nvec = np.full(space.n, 2)
     mask = np.asarray(env.get_wrapper_attr(ACTION_MASKS)(), bool)
     parts = np.array(action).reshape(-1)
-    for index, allowed in enumerate(np.split(mask, np.cumsum(nvec)[:-1])):
+    for index, allowed in enumerate(np.split(mask, np.cumsum(choices_of(space))[:-1])):
         if not allowed[parts[index]]:
             parts[index] = space.np_random.choice(np.flatnonzero(allowed))
     return parts.reshape(np.shape(action))[()]
