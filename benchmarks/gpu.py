@@ -9,6 +9,8 @@ ceilings
 stage
     The stage that follows branches, alone: the ``n_envs`` x 32 decision states of an iteration, all candidates, MLP 2x64 or the
     network of MinAtar. Only steps that count are counted; CartPole's policy is trained before, so that nearly all do.
+bfloat16
+    The same with a policy that computes in bfloat16 in branches, at the largest ``n_envs``: what half the bytes would bring.
 chunks
     The same at the largest ``n_envs``, by ``max_branches``.
 iteration
@@ -46,7 +48,7 @@ from grpo_jax import counter
 from grpo_jax.noise import as_key, bits_to_uniform, draw_bits, split
 from grpo_jax.training import loop, run
 
-PARTS = ("ceilings", "stage", "chunks", "iteration", "agents", "noise", "profile")
+PARTS = ("ceilings", "stage", "bfloat16", "chunks", "iteration", "agents", "noise", "profile")
 ENVS = ("CartPole-v1", "Breakout-MinAtar", "Pendulum-v1")
 N_STEPS = 32
 ROUNDS = 5
@@ -96,7 +98,8 @@ def ceilings() -> list[Row]:
     """What the device can do."""
     key, rows = jax.random.key(0), []
     data = jax.random.normal(key, (1 << 28,))
-    copied, _ = seconds_of(lambda: jax.jit(lambda x: x + 1.0)(data))
+    copy = jax.jit(lambda x: x + 1.0)
+    copied, _ = seconds_of(lambda: copy(data))
     rows.append({"ceiling": "copy", "GB/s": 2 * data.nbytes / copied / 1e9})
     a = jax.random.normal(key, (8192, 8192))
     narrow, weight = jax.random.normal(key, (1 << 22, 64)), jax.random.normal(key, (64, 64))
@@ -160,8 +163,8 @@ class Prepared:
         }
 
 
-def stage(env_id: str, n_envs: int, max_branches: int = 0) -> Row:
-    """The stage that follows branches, alone."""
+def stage(env_id: str, n_envs: int, max_branches: int = 0, dtype: Any = jnp.float32) -> Row:
+    """The stage that follows branches, alone; the policy computes in ``dtype``."""
     env, config = grpo_jax.make(env_id), config_of(env_id, n_envs)
     policy = grpo_jax.make_policy(config, env.observation_space, env.action_space)
     key, n_states = as_key(jax.random.key(0)), n_envs * N_STEPS
@@ -177,11 +180,18 @@ def stage(env_id: str, n_envs: int, max_branches: int = 0) -> Row:
 
     states, actions = prepare(key)
 
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+
+    def act(observation: Any, mask: jax.Array | None, uniforms: jax.Array) -> jax.Array:
+        seen = jax.tree.map(lambda leaf: leaf.astype(dtype), observation)
+        found = policy.parameters(narrow, seen, mask).astype(jnp.float32)
+        return policy.to_world(policy.distribution.sample(found, uniforms))
+
     @jax.jit
     def follow(states: Any, actions: jax.Array) -> Any:
         return grpo_jax.group_returns(
             env,
-            lambda observation, mask, uniforms: policy.act(parameters, observation, mask, uniforms),
+            act,
             key,
             states,
             actions,
@@ -199,6 +209,7 @@ def stage(env_id: str, n_envs: int, max_branches: int = 0) -> Row:
         "branches": n_states * group,
         "horizon": config.horizon,
         "max_branches": max_branches,
+        "dtype": jnp.dtype(dtype).name,
         "counted": counted / (n_states * group * config.horizon),
         "seconds": taken,
         "simulator_steps/s": counted / taken,
@@ -283,6 +294,9 @@ def rows_of(part: str, options: argparse.Namespace) -> Any:
     elif part == "agents":
         for n_agents in options.agents:
             yield agents(n_agents)
+    elif part == "bfloat16":
+        for env_id in options.envs:
+            yield stage(env_id, max(options.n_envs), dtype=jnp.bfloat16)
     elif part == "chunks":
         for env_id in options.envs:
             for power in options.chunks:
