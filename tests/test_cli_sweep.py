@@ -21,7 +21,7 @@ BOTH = ("--sweep", "learning_rate=1e-3,1e-2", "horizon=8,4", "--n-seeds", "2")
 
 
 def table(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((out / "sweep.csv").open()))
+    return list(csv.DictReader((out / "sweep.csv").read_text().splitlines()))
 
 
 @pytest.fixture(scope="module")
