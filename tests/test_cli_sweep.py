@@ -101,6 +101,10 @@ def test_ctrl_c_and_resume_end_like_an_undisturbed_sweep(
     assert not (parts / "sweep.csv").exists() and not (parts / "program_2").exists()
     assert main(["evaluate", str(parts), "--no-cache"]) == 2
     assert f"go on by `grpo-jax resume {parts}`" in capsys.readouterr().err
+    # A killed sweep has rows behind its checkpoint, and a half-written last one.
+    first = next(parts.rglob("metrics.csv"))
+    rows = (whole / first.relative_to(parts)).read_text().splitlines()
+    first.write_text(first.read_text() + rows[-1] + "\n0,0,4,25")
     assert main(["resume", str(parts), "--no-cache"]) == 0
     names = [
         "sweep.csv",

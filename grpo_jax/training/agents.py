@@ -19,8 +19,8 @@ from grpo_jax.training.loop import TrainState, init
 from grpo_jax.types import PyTree
 from grpo_jax.worlds.base import World
 
-CPU_BYTES = 2 << 20
-"""What a block of agents may touch in an iteration on a CPU: about a core's own cache."""
+CPU_BYTES = 1 << 20
+"""What a block of agents may touch in an iteration on a CPU: a part of a core's own cache (docs/sweeps.md has what was measured)."""
 DEVICE_BYTES = 4 << 30
 """The same on another device, where it does not say how much memory it has."""
 DEVICE_SHARE = 0.5
