@@ -57,8 +57,8 @@ def over_agents(one: Callable[[Any], T], agents: PyTree, block: int) -> T:
 
 def stack_configs(configs: Sequence[GRPOConfig]) -> GRPOConfig:
     """Configs of one structure as one, whose traced fields are arrays ``[A]``."""
-    dtype = jnp.result_type(float)
-    return jax.tree.map(lambda *leaves: jnp.asarray(leaves, dtype), *configs)
+    # Python's numbers stay weakly typed, as in a single run: float32 parameters stay float32 under x64.
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *configs)
 
 
 def agent(tree: T, index: int) -> T:

@@ -127,6 +127,8 @@ def run(
     if n_seeds is not None and n_seeds < 1:
         raise ValueError(f"n_seeds={n_seeds} must be at least 1")
     check_block(block)
+    if block is not None and n_seeds is None:
+        raise ValueError(f"block={block} is a number of seeds side by side: give n_seeds, too")
     check_cadence(callback_every, callback_at)
     if opponent_every is not None:
         check_opponent(env)

@@ -121,8 +121,9 @@ def test_every_traced_field_is_one_program(name):
     values = [1.5, 2.0] if name == "dual_clip" else [0.5, 0.25]
     configs = [TINY.replace(**setting) for setting in expand(TINY, {name: values}, zipped=False)]
     assert programs_of(configs) == [[0, 1]]
-    stacked = agents.stack_configs(configs)
-    np.testing.assert_allclose(getattr(stacked, name), values)
+    stacked = getattr(agents.stack_configs(configs), name)
+    np.testing.assert_allclose(stacked, values)
+    assert stacked.weak_type  # as numbers are: under x64, strong float64 would promote float32 parameters
 
 
 def test_fields_that_shape_a_program_are_programs_of_their_own(monkeypatch):
@@ -253,6 +254,11 @@ def test_bad_input_is_refused_before_anything_is_compiled(fields, error, message
     monkeypatch.setattr("grpo_jax.training.sweep.run_settings", lambda *_, **__: pytest.fail("was run"))
     with pytest.raises(error, match=message):
         sweep(**fields)
+
+
+def test_a_block_needs_seeds():
+    with pytest.raises(ValueError, match="block=2 is a number of seeds side by side"):
+        grpo_jax.run(TINY, LINE, KEY, TOTAL, block=2)
 
 
 def test_swapped_arguments_are_named():
