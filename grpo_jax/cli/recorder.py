@@ -212,7 +212,8 @@ class Recorder:
             known = values[~np.isnan(values)]
             if known.size and name != "decision_steps":
                 room = next((room for room, names in _TAGS.items() if name in names), "train")
-                scalars[f"{room}/{name}"] = float(known.mean())
+                with np.errstate(invalid="ignore"):  # inf - inf, of an agent that failed
+                    scalars[f"{room}/{name}"] = float(known.mean(dtype=np.float64))
         self._events.add(scalars, chunk.decision_steps // self._run.n_agents)
 
     def _tell_once(self, what: str, message: str) -> None:

@@ -21,7 +21,7 @@ from grpo_jax.training.sweep import Part, Sweep, gather
 from grpo_jax.worlds.base import World
 
 _MAX_LINES = 10
-"""So many agents that failed are named, and so many settings printed at most twice over."""
+"""So many settings that failed, and seeds of each, are named; twice as many settings are printed."""
 
 
 def directories(directory: RunDirectory, run: Run) -> list[tuple[list[int], Run, RunDirectory]]:
@@ -134,14 +134,17 @@ def _print(done: Sweep, run: Run) -> None:
     progress.print_table(list(rows[0]), shown)
     if len(order) > len(shown):
         print(f"... and {len(order) - len(shown)} more in sweep.csv")
-    failed = np.argwhere(done.failed_at > 0)
-    for p, seed in failed[:_MAX_LINES]:
+    failed = np.flatnonzero(np.any(done.failed_at > 0, axis=1))
+    for p in failed[:_MAX_LINES]:
+        seeds = np.flatnonzero(done.failed_at[p])
+        told = [f"iteration {done.failed_at[p, seed]} of seed {seed}" for seed in seeds[:_MAX_LINES]]
+        more = [f"{len(seeds) - _MAX_LINES} more"] if len(seeds) > _MAX_LINES else []
         progress.warn(
-            f"{_words(done.settings[p])}, seed {seed}: numbers became NaN or inf in iteration {done.failed_at[p, seed]};"
-            " the state is the one before, and counts as the worst"
+            f"{_words(done.settings[p])}: numbers became NaN or inf in {', '.join(told + more)}; they count as"
+            " the worst, and their states are those of the iteration before"
         )
     if len(failed) > _MAX_LINES:
-        progress.warn(f"so did {len(failed) - _MAX_LINES} more, of {done.failed_at.size}")
+        progress.warn(f"so they did in {len(failed) - _MAX_LINES} more settings, which sweep.csv names")
     if done.best is None:
         progress.warn(
             "no setting has a score: lower learning_rate, or make runs longer until an episode ends"
