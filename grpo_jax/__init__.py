@@ -21,6 +21,7 @@ from grpo_jax.training.faults import NonFiniteError
 from grpo_jax.training.loop import TrainState, init, iteration
 from grpo_jax.training.run import Chunk, run
 from grpo_jax.training.self_play import against
+from grpo_jax.training.sweep import Sweep, sweep
 from grpo_jax.training.train import Result, train
 from grpo_jax.types import Batch, Group, Step
 from grpo_jax.worlds.base import World, override_reward
@@ -46,6 +47,7 @@ __all__ = [
     "PolicyState",
     "Result",
     "Step",
+    "Sweep",
     "TrainState",
     "World",
     "__version__",
@@ -74,6 +76,7 @@ __all__ = [
     "sample_actions",
     "save",
     "spaces",
+    "sweep",
     "train",
     "trajectory_advantages",
     "update",

@@ -14,18 +14,19 @@ import jax
 import numpy as np
 
 import grpo_jax
-from grpo_jax import spaces
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import plots, progress, render
-from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse
+from grpo_jax.cli import plots, progress, render, sweeps
+from grpo_jax.cli.envs import envs
+from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse, swept
 from grpo_jax.cli.recorder import Recorder
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import UnsealedWarning
+from grpo_jax.training.agents import default_block, over_agents
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.run import first_state
+from grpo_jax.training.sweep import check_program, expand, first_settings, run_settings
 from grpo_jax.worlds.base import World
-from grpo_jax.worlds.make import SUITES
 
 _EVALUATION = 0xE7A1
 """Folded into the seed, so that no evaluation plays the episodes of the training."""
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case Evaluate():
                     return _evaluate(options)
                 case _:
-                    return _envs(options.suite)
+                    return envs(options.suite)
     except SystemExit as stop:  # the parser's help and complaints
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(options: Any, interrupt: progress.Interrupt) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
+    settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
     # All that can be wrong with the input is found before anything is written.
     run = Run(
         options.env,
@@ -89,8 +91,10 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         options.total_timesteps,
         options.checkpoint_every,
         options.keep,
+        tuple(settings),
     )
-    jax.eval_shape(lambda key: grpo_jax.init(config, world, key), jax.random.key(run.seed))
+    for _, program in run.programs():
+        check_program(program.configs[0], world, run.total_timesteps)
     directory = RunDirectory(options.out)
     directory.check_free(overwrite=options.overwrite)
     directory.path.mkdir(parents=True, exist_ok=True)
@@ -98,6 +102,8 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         directory.create(run, overwrite=options.overwrite)
         if run.env not in grpo_jax.preset_ids():
             print(f"{run.env} has no preset: settings that no flag names are the defaults")
+        if len(run.programs()) > 1:
+            return _go_on_programs(directory, run, interrupt)
         return _go_on(directory, run, world, None, interrupt)
 
 
@@ -107,19 +113,47 @@ def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
         directory.read()  # raises
     with directory.locked():
         run = directory.read()
-        world, state = directory.restore(run)
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
-        done, total = _iterations(state), iterations_for(run.config, run.total_timesteps)
-        if done > total:
-            steps = done * run.config.n_states
-            raise ValueError(
-                f"total_timesteps={run.total_timesteps} is less than the {steps} steps that are done"
-            )
-        if done == total:
-            print(f"{directory.path}: all iterations are done; --total-timesteps makes the run longer")
+        if len(run.programs()) > 1:
+            return _go_on_programs(directory, run, interrupt, new_metrics=options.new_metrics)
+        world, state = _restore(directory, run)
         return _go_on(directory, run, world, state, interrupt, new_metrics=options.new_metrics)
+
+
+def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | None]:
+    """The world and the state to go on from."""
+    world, state = directory.restore(run)
+    config = run.configs[0]
+    done, total = _iterations(state), iterations_for(config, run.total_timesteps)
+    if done > total:
+        steps = done * config.n_states
+        raise ValueError(
+            f"total_timesteps={run.total_timesteps} is less than the {steps} steps that are done"
+        )
+    if done == total:
+        print(f"{directory.path}: all iterations are done; --total-timesteps makes the run longer")
+    return world, state
+
+
+def _go_on_programs(
+    directory: RunDirectory, run: Run, interrupt: progress.Interrupt, *, new_metrics: bool = False
+) -> int:
+    """Trains the programs of a sweep, one after the other, each in a directory of its own; sums the sweep up."""
+    directory.write(run)
+    status = 0
+    for _, program, child in sweeps.directories(directory, run):
+        sweeps.make_directory(child)
+        with child.locked():
+            sweeps.prepare(child, program)
+            world, state = _restore(child, program)
+            one = _go_on(child, program, world, state, interrupt, new_metrics=new_metrics)
+        if one > 1:
+            print(f"all programs of this sweep {_how_to_go_on(directory)}")
+            return one
+        status = max(status, one)
+    return status if sweeps.sum_up(directory, run) else 1
 
 
 def _go_on(
@@ -147,11 +181,11 @@ def _go_on(
             assert interrupt.requested is not None  # nothing else stops a run early
             print(f"stopped at iteration {_iterations(state)}; {_how_to_go_on(directory)}")
             return 128 + interrupt.requested
-        _sum_up(directory, run, world, state)
+        is_good = _sum_up(directory, run, world, state)
     except KeyboardInterrupt:  # at once: what the last checkpoint has is kept
         print(_how_to_go_on(directory))
         raise
-    return 0 if record.gap is None else 1
+    return 0 if record.gap is None and is_good else 1
 
 
 def _advance(
@@ -165,9 +199,12 @@ def _advance(
     """Trains to the end of the run, or until a signal; whether the end was reached, and the last state, saved."""
     before, start, timing = (0, 0), time.perf_counter(), ""
     if state is None:
-        state = first_state(run.config, world, jax.random.key(run.seed), n_seeds=run.vmapped)
+        if run.settings:
+            state = first_settings(run.configs, world, jax.random.key(run.seed), run.seeds)
+        else:
+            state = first_state(run.config, world, jax.random.key(run.seed), n_seeds=run.seeds)
         record.checkpoint(state)  # whenever the run dies from here on, there is something to go on from
-    elif _iterations(state) == iterations_for(run.config, run.total_timesteps):
+    elif _iterations(state) == iterations_for(run.configs[0], run.total_timesteps):
         return True, state
     else:
         before = (grpo_jax.count(state.decision_steps), grpo_jax.count(state.simulator_steps))
@@ -188,15 +225,16 @@ def _advance(
             return interrupt.requested is None
 
         try:
-            state, _ = grpo_jax.run(
-                run.config,
+            train: Any = run_settings if run.settings else grpo_jax.run
+            state, _ = train(
+                run.configs if run.settings else run.config,
                 world,
                 jax.random.key(run.seed),
                 run.total_timesteps,
                 callback=callback,
                 callback_at=run.cadence[1],
                 state=state,
-                n_seeds=run.vmapped,
+                n_seeds=run.seeds,
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error
@@ -206,24 +244,35 @@ def _advance(
             raise NotSaved(f"{error}. {record.last_good()}; {_how_to_go_on(directory)}") from error
     interrupt.can_wait = False
     print(timing)
-    return _iterations(state) == iterations_for(run.config, run.total_timesteps), state
+    is_over = bool(run.settings) and interrupt.requested is None  # where no agent of a sweep is left
+    return is_over or _iterations(state) == iterations_for(run.configs[0], run.total_timesteps), state
 
 
-def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) -> None:
-    """Writes what a finished run leaves, and plays it."""
+def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) -> bool:
+    """Writes what a finished run leaves, and plays it, or compares a sweep's settings; whether these have a score."""
     try:
         grpo_jax.save(directory.policy, state.learner.policy)
     except OSError as error:
         raise NotSaved(
             f"{error}. All of the run is in {directory.checkpoint}; {_how_to_go_on(directory)}"
         ) from error
+    if run.settings:
+        is_good = sweeps.sum_up(directory, run)
+        _print_files(directory)
+        return is_good
     try:
         curve = directory.read_metrics(("decision_steps", "episode_return"))
         plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
     except (OSError, ValueError) as error:
         progress.warn(f"no picture of the run was drawn ({error})")
     _play(run, world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
-    print("written:", *(file for file in directory.files if file.exists()), sep="\n  ")
+    _print_files(directory)
+    return True
+
+
+def _print_files(directory: RunDirectory) -> None:
+    files = (*directory.files, *directory.sweep_files)
+    print("written:", *(file for file in files if file.exists()), sep="\n  ")
 
 
 def _how_to_go_on(directory: RunDirectory) -> str:
@@ -232,8 +281,11 @@ def _how_to_go_on(directory: RunDirectory) -> str:
 
 def _evaluate(options: Evaluate) -> int:
     directory = RunDirectory(options.directory)
-    run = directory.read()
-    world, state = directory.restore(run, options.checkpoint)
+    run, state = directory.read(), None
+    if run.settings:
+        run, world, state = sweeps.best(directory, run, options.checkpoint)
+    else:
+        world, state = directory.restore(run, options.checkpoint)
     if options.render is not None:
         render.check(world, options.render)
     if state is None:
@@ -283,53 +335,14 @@ def _play(
     if run.vmapped is None:
         episodes = jax.tree.map(lambda leaf: leaf[None], play(state, key))
     else:
-        episodes = jax.vmap(play)(state, jax.random.split(key, run.n_seeds))
+        agents = (state, jax.random.split(key, run.n_seeds))
+        block = default_block(run.config, world, run.n_seeds)
+        episodes = over_agents(lambda agent: play(*agent), agents, block)
     jax.block_until_ready(episodes)
     progress.print_results(episodes, time.perf_counter() - start, deterministic=deterministic)
     if plan is not None:
         steps, decisions = grpo_jax.count(episodes.simulator_steps), int(episodes.lengths.sum())
         print(f"planned: {steps:,} simulator steps, {steps / decisions:,.0f} for a decision")
-
-
-def _envs(suite: str) -> int:
-    if suite != "gymnax":  # making one takes seconds
-        print("\n".join(grpo_jax.env_ids(suite)))
-        return 0
-    rows, presets = [], grpo_jax.preset_ids()
-    for env_id in grpo_jax.env_ids():
-        world = grpo_jax.make(env_id)
-        rows.append(
-            (
-                env_id,
-                _describe(world.observation_space),
-                _describe(world.action_space),
-                f"{grpo_jax.preset_timesteps(env_id):,}" if env_id in presets else "-",
-                *_expected(env_id),
-            )
-        )
-    columns = ("id", "observations", "actions", "timesteps", "score", "sec")
-    progress.print_table(columns, rows)  # fits 80 characters
-    print("timesteps: decision steps of the preset's run; -: no preset, the default settings")
-    print("score, sec: median return to expect of it, sampled policy; seconds of training on one CPU core")
-    print(f"--suite NAME lists those of another suite, where it is installed: {', '.join(SUITES)}")
-    return 0
-
-
-def _expected(env_id: str) -> tuple[str, str]:
-    """Score and seconds to expect of the preset; "-" where they are not known."""
-    expected = grpo_jax.preset_expectation(env_id)
-    if expected is None:
-        return "-", "-"
-    score, seconds = expected
-    digits = 0 if abs(score) >= 100 else 1 if abs(score) >= 10 else 2
-    return f"{score:.{digits}f}", f"{seconds:.{1 if seconds < 100 else 0}f}"
-
-
-def _describe(space: spaces.Space) -> str:
-    content = (
-        space.n if isinstance(space, spaces.Discrete | spaces.MultiBinary) else getattr(space, "shape", "")
-    )
-    return f"{type(space).__name__}({str(content).strip('(),').replace(' ', '')})"
 
 
 def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
@@ -338,6 +351,8 @@ def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) ->
         f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
     ]
     seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
+    if run.settings:
+        seeds = f"{len(run.settings)} settings of {', '.join(run.settings[0])}, {seeds}"
     device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
     done = f"from iteration {_iterations(state)} " if state is not None else ""
     length = f"{done}to {run.total_timesteps:,} decision steps"

@@ -7,12 +7,16 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_type_hints
 
 from grpo_jax.config import GRPOConfig, Schedule
+from grpo_jax.files import read_bounded
 from grpo_jax.groups.plan import Plan
 from grpo_jax.presets import DEFAULT_TIMESTEPS, preset, preset_ids, preset_timesteps
+
+_MAX_CONFIG_BYTES = 1 << 20
 
 FINAL_EPISODES = 128
 """Episodes of each seed that a run is judged by at its end."""
@@ -38,6 +42,13 @@ class Train:
     """How often a checkpoint is written: seconds, as in 60s, or iterations, as in 100."""
     keep: int = 1
     """How many of the last checkpoints stay, in checkpoints/; the best one stays besides, as best.msgpack."""
+    sweep: tuple[str, ...] = ()
+    """Fields and the values to try, such as learning_rate=1e-4,3e-4,1e-3 gamma=0.9,0.99: every combination is trained with
+    every seed. The best one is written as best_config.json."""
+    zipped: bool = False
+    """The values of --sweep belong together: the first of each field, the second of each, and so on."""
+    from_config: Path | None = None
+    """Start from the settings in this file, such as a sweep's best_config.json, instead of the preset's; flags change them."""
     cache: bool = True
     """Keep compiled programs in the user's cache directory."""
     # In a subclass that `parse` makes: config, whose fields are GRPOConfig's, not validated yet.
@@ -103,20 +114,61 @@ def parse(argv: list[str]) -> Command:
 
     Raises:
       SystemExit: help was asked for (0), or the arguments cannot be understood (2).
+      ValueError, TypeError, OSError: of the file that --from-config names.
     """
     env_id = next((argument for argument in argv if argument in preset_ids()), "")
     options = _parse_with(argv, env_id)
     if isinstance(options, Train) and options.env != env_id:  # the id stood elsewhere, or has no preset
         options = _parse_with(argv, options.env)
+    if isinstance(options, Train) and options.from_config is not None:
+        options = _parse_with(argv, options.env, _config_in(options.from_config))
     return options
 
 
-def _parse_with(argv: list[str], env_id: str) -> Command:
+def swept(arguments: Sequence[str]) -> dict[str, list[Any]]:
+    """The fields of ``--sweep`` and their values.
+
+    Raises:
+      ValueError: an argument that names no values, or a field twice.
+    """
+    fields: dict[str, list[Any]] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (name and equals and text) or name in fields:
+            raise ValueError(
+                f"--sweep {argument!r} must be a field and its values, each field once: gamma=0.9,0.99"
+            )
+        try:
+            fields[name] = list(ast.literal_eval(f"[{text}]"))
+        except (ValueError, SyntaxError):  # words, such as baseline=policy,mean
+            fields[name] = [_literal(word.strip()) for word in text.split(",")]
+    return fields
+
+
+def _literal(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def _config_in(path: Path) -> GRPOConfig:
+    try:
+        return GRPOConfig.from_json(read_bounded(path, _MAX_CONFIG_BYTES).decode())
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"from_config={str(path)!r} holds no settings, as best_config.json of a sweep does ({error})"
+        ) from error
+
+
+def _parse_with(argv: list[str], env_id: str, config: GRPOConfig | None = None) -> Command:
     import tyro
 
     # A twin of GRPOConfig: numbers where schedules could stand, and no validation inside of the parser.
     has_preset = env_id in preset_ids()
-    flags, docs, defaults = [], _field_docs(), preset(env_id) if has_preset else GRPOConfig()
+    flags, docs = [], _field_docs()
+    defaults = config or (preset(env_id) if has_preset else GRPOConfig())
     for name, hint in get_type_hints(GRPOConfig).items():
         if name == "optimizer":  # a function cannot be typed
             continue
@@ -126,8 +178,10 @@ def _parse_with(argv: list[str], env_id: str) -> Command:
             (name, Annotated[plain, tyro.conf.arg(help=docs.get(name, ""))], getattr(defaults, name))
         )
     settings = dataclasses.make_dataclass("Settings", flags)
-    config = dataclasses.field(default_factory=settings)
-    train = dataclasses.make_dataclass("Train", [("config", settings, config)], bases=(Train,), frozen=True)
+    of_config = dataclasses.field(default_factory=settings)
+    train = dataclasses.make_dataclass(
+        "Train", [("config", settings, of_config)], bases=(Train,), frozen=True
+    )
     default = train(
         env=tyro.MISSING,
         total_timesteps=preset_timesteps(env_id) if has_preset else DEFAULT_TIMESTEPS,

@@ -66,7 +66,7 @@ class Progress:
             for after, before in zip(now, self._before, strict=True)
         )
         reward = f"return {_over_seeds(chunk.metrics['episode_return'])}"
-        entropy = f"entropy {np.mean(chunk.metrics['entropy'][..., -1]):.2f}"
+        entropy = f"entropy {np.nanmean(chunk.metrics['entropy'][..., -1]):.2f}"
         if self._bar is not None:
             # Short: a bar and its line share 80 columns.
             line = f"{reward}  {_short(decisions)} steps/s  {_short(simulated)} simulated/s  {entropy}"

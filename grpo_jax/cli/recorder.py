@@ -56,8 +56,10 @@ class Recorder:
           ValueError: rows of iterations that are done are missing or damaged.
         """
         self._directory, self._run = directory, run
+        seeds, settings = range(run.n_seeds), range(len(run.settings))
+        self._agents = [f"{p},{seed}" for p in settings for seed in seeds] or [str(seed) for seed in seeds]
         self._done = 0 if state is None else int(np.max(np.asarray(state.iteration)))
-        steps = 0 if state is None else grpo_jax.count(state.decision_steps) // run.n_seeds
+        steps = 0 if state is None else grpo_jax.count(state.decision_steps) // run.n_agents
         size = directory.checkpoint.stat().st_size if self._done else 0
         notes = read_notes(directory.checkpoint, size) if self._done else {}
         if run.keep > 1:
@@ -133,7 +135,8 @@ class Recorder:
         try:
             if self._run.keep > 1 and self._done:
                 self._keep(content)
-            if episode_return > self._best:
+            # The mean over a sweep's settings, good and bad ones, says nothing about a checkpoint.
+            if episode_return > self._best and not self._run.settings:
                 write_atomically(self._directory.best, content)
                 self._best = episode_return
         except OSError as error:
@@ -162,20 +165,23 @@ class Recorder:
 
     def _add_rows(self, chunk: Chunk) -> None:
         names = [name for name in sorted(chunk.metrics) if name not in _INDEX]
+        first_names = (*(("setting",) if self._run.settings else ()), *_INDEX[:2])
         text = b""
         if not self._header:
-            self._header = [*_INDEX, *names]
+            self._header = [*first_names, _INDEX[2], *names]
             text = (",".join(self._header) + "\n").encode()
         # A file that another version began keeps its columns.
         unknown = np.full_like(chunk.metrics["decision_steps"], np.nan)
-        columns = [np.atleast_2d(chunk.metrics.get(name, unknown)) for name in self._header[2:]]
-        table = np.stack(columns, axis=-1).swapaxes(0, 1).tolist()  # [iteration][seed][column]
-        row = ",".join(["%d", "%d", *["%.9g"] * len(columns)]) + "\n"  # 9 digits hold a float32 exactly
+        columns = [
+            np.atleast_2d(chunk.metrics.get(name, unknown)) for name in self._header[len(first_names) :]
+        ]
+        table = np.stack(columns, axis=-1).swapaxes(0, 1).tolist()  # [iteration][agent][column]
+        row = ",".join(["%s", "%d", *["%.9g"] * len(columns)]) + "\n"  # 9 digits hold a float32 exactly
         first = chunk.iteration - len(table) + 1
         text += "".join(
-            row % (seed, first + i, *values)
-            for i, seeds in enumerate(table)
-            for seed, values in enumerate(seeds)
+            row % (agent, first + i, *values)
+            for i, agents in enumerate(table)
+            for agent, values in zip(self._agents, agents, strict=True)
         ).encode()
         if not self._pending:
             self._pending_first = first
@@ -206,8 +212,9 @@ class Recorder:
             known = values[~np.isnan(values)]
             if known.size and name != "decision_steps":
                 room = next((room for room, names in _TAGS.items() if name in names), "train")
-                scalars[f"{room}/{name}"] = float(known.mean())
-        self._events.add(scalars, chunk.decision_steps // self._run.n_seeds)
+                with np.errstate(invalid="ignore"):  # inf - inf, of an agent that failed
+                    scalars[f"{room}/{name}"] = float(known.mean(dtype=np.float64))
+        self._events.add(scalars, chunk.decision_steps // self._run.n_agents)
 
     def _tell_once(self, what: str, message: str) -> None:
         if what not in self._troubles:

@@ -9,6 +9,10 @@
 ``metrics.csv``        one row for each iteration and seed
 ``tensorboard/``       the same, mean over seeds and over the iterations between two looks of the host
 ``learning_curve.png`` return against decision steps, at the end
+``sweep.csv``          of a sweep: a row for each setting, with its score, at the end
+``sweep.png``          of a sweep: the same as a picture
+``best_config.json``   of a sweep: the best setting, for ``train --from-config``
+``program_1/``, ...    of a sweep whose settings are several programs: a run directory for each of them
 ====================== ==================================================================================
 
 Each checkpoint knows how many bytes of ``metrics.csv`` belong to it, and their checksum.
@@ -44,6 +48,7 @@ from grpo_jax.files import (
 )
 from grpo_jax.training.checkpoint import restore_state, shapes
 from grpo_jax.training.loop import TrainState, iterations_for
+from grpo_jax.training.sweep import Setting, programs_of
 from grpo_jax.worlds.base import World
 
 VERSION = 2
@@ -66,6 +71,7 @@ class Run:
       total_timesteps: decision steps of each seed.
       checkpoint_every: seconds, as in ``"10s"``, or iterations, as in ``"100"``.
       keep: the last checkpoints that stay.
+      settings: of a sweep, the fields that differ from ``config``, with every seed each; empty: no sweep.
 
     Raises:
       TypeError, ValueError: one of them cannot be.
@@ -78,6 +84,7 @@ class Run:
     total_timesteps: int
     checkpoint_every: str = "10s"
     keep: int = 1
+    settings: tuple[Setting, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.env, str) or len(self.env) > 200:
@@ -86,13 +93,45 @@ class Run:
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        iterations_for(self.config, self.total_timesteps)
+        configs = self.configs
+        for config in configs:
+            iterations_for(config, self.total_timesteps)
+        if self.settings:  # as the config holds them: JSON knows no tuples
+            settings = [
+                {name: getattr(config, name) for name in setting}
+                for setting, config in zip(self.settings, configs, strict=True)
+            ]
+            object.__setattr__(self, "settings", tuple(settings))
         _ = self.cadence
 
     @property
-    def vmapped(self) -> int | None:
-        """``n_seeds`` as ``grpo_jax.run`` and ``restore`` want it: a single run has no axis of seeds."""
+    def seeds(self) -> int | None:
+        """``n_seeds`` as ``grpo_jax.run`` wants it: a single run is no seed of several."""
         return None if self.n_seeds == 1 else self.n_seeds
+
+    @property
+    def configs(self) -> tuple[GRPOConfig, ...]:
+        """Of all settings; of no sweep, the one."""
+        return tuple(self.config.replace(**setting) for setting in self.settings or ({},))
+
+    @property
+    def n_agents(self) -> int:
+        """Seeds of all settings."""
+        return self.n_seeds * len(self.settings or (None,))
+
+    @property
+    def vmapped(self) -> int | None:
+        """The axis of agents that the state has; None: a single run has none."""
+        return None if self.n_agents == 1 and not self.settings else self.n_agents
+
+    def programs(self) -> list[tuple[list[int], Run]]:
+        """The runs that are one program each, and which settings these have."""
+        if not self.settings:
+            return [([0], self)]
+        return [
+            (indices, dataclasses.replace(self, settings=tuple(self.settings[p] for p in indices)))
+            for indices in programs_of(self.configs)
+        ]
 
     @property
     def cadence(self) -> tuple[float | None, int | None]:
@@ -114,6 +153,8 @@ class Run:
             "versions": {"grpo_jax": grpo_jax.__version__, "jax": jax.__version__},
             "format": VERSION,
         }
+        if not self.settings:  # as versions without sweeps wrote it
+            del content["settings"]
         return json.dumps(content | {"checksum": _checksum(content)}, indent=2) + "\n"
 
     @classmethod
@@ -136,13 +177,14 @@ class Run:
                     " `grpo-jax resume`"
                 )
             names += ["checkpoint_every", "keep"]
-            if unknown := set(content) - {*names, "config", "versions", "format"}:
+            if unknown := set(content) - {*names, "config", "versions", "format", "settings"}:
                 raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))!r:.60}")
+        settings = tuple(content.get("settings", ()))
         for name in ("net_arch", "critic_net_arch"):
-            if len(content["config"].get(name) or ()) > _MAX_LAYERS:
+            if any(len(fields.get(name) or ()) > _MAX_LAYERS for fields in (content["config"], *settings)):
                 raise ValueError(f"{name} has more than {_MAX_LAYERS} layers")
         config = GRPOConfig.from_json(json.dumps(content["config"]))
-        return cls(config=config, **{name: content[name] for name in names}), sealed
+        return cls(config=config, settings=settings, **{name: content[name] for name in names}), sealed
 
 
 class RunDirectory:
@@ -160,6 +202,10 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.learning_curve = path / "learning_curve.png"
         self.files = tuple(vars(self).values())[1:]
+        self.sweep_table = path / "sweep.csv"
+        self.sweep_picture = path / "sweep.png"
+        self.best_config = path / "best_config.json"
+        self.sweep_files = (self.sweep_table, self.sweep_picture, self.best_config)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,7 +217,7 @@ class RunDirectory:
         """
         with _open_own(self.path / ".lock", os.O_RDWR | os.O_CREAT) as file:
             _lock(file, self.path)
-            for path in (*self.files, self.kept / "_"):
+            for path in (*self.files, *self.sweep_files, self.kept / "_"):
                 remove_temporaries(path)
             yield
 
@@ -186,12 +232,16 @@ class RunDirectory:
           FileExistsError: the directory holds a run already.
         """
         self.check_free(overwrite=overwrite)
-        for file in self.files:
+        for file in (*self.files, *self.sweep_files, *self.path.glob("program_[0-9]*")):
             if file.is_dir() and not file.is_symlink():
                 shutil.rmtree(file)
             else:
                 file.unlink(missing_ok=True)
         self.write(run)
+
+    def program(self, index: int) -> RunDirectory:
+        """The directory of one of a sweep's programs, from 0."""
+        return RunDirectory(self.path / f"program_{index + 1}")
 
     def check_free(self, *, overwrite: bool = False) -> None:
         """Raises FileExistsError where the directory holds a run that is not to be overwritten."""
@@ -240,7 +290,7 @@ class RunDirectory:
         """
         try:
             world = grpo_jax.make(run.env)
-            template = shapes(run.config, world, run.vmapped)
+            template = shapes(run.configs[0], world, run.vmapped)
         except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
             raise ValueError(f"{self.config} says what cannot be ({error})") from error
         path = checkpoint or self.checkpoint
@@ -255,14 +305,14 @@ class RunDirectory:
         return world, None
 
     def read_metrics(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Columns of ``metrics.csv``, each ``[n_seeds, n_iterations]``."""
+        """Columns of ``metrics.csv``, each ``[A, n_iterations]``: seeds, or the seeds of all settings."""
         with self.metrics.open(encoding="utf-8") as file:
             header = file.readline().strip().split(",")
-        columns = [header.index(name) for name in ("seed", *names)]
+        columns = [header.index(name) for name in ("iteration", *names)]
         table = np.loadtxt(self.metrics, delimiter=",", skiprows=1, usecols=columns, ndmin=2)
-        n_seeds = len(np.unique(table[:, 0]))
-        by_seed = table.reshape(-1, n_seeds, len(columns)).transpose(2, 1, 0)
-        return dict(zip(names, by_seed[1:], strict=True))
+        n_agents = int(np.sum(table[:, 0] == table[0, 0]))
+        by_agent = table.reshape(-1, n_agents, len(columns)).transpose(2, 1, 0)
+        return dict(zip(names, by_agent[1:], strict=True))
 
 
 def open_rows(path: Path, n_bytes: int) -> BinaryIO:

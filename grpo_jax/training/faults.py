@@ -51,7 +51,7 @@ def raise_faults(
     """Raises where the metrics of guarded, strict iterations count a fault.
 
     Args:
-      config: the settings.
+      config: the settings; of several seeds, traced fields ``[n_seeds]``.
       env: the world.
       state: what these iterations left: with a fault, the state before it.
       metrics: ``[n]``, or ``[n_seeds, n]``.
@@ -66,7 +66,8 @@ def raise_faults(
     one, where = state, ""
     if faulty.ndim == 2:
         seed = int(np.argmax(np.any(faulty, axis=1)))
-        one, where = jax.tree.map(lambda leaf: leaf[seed], state), f" of seed {seed}"
+        config, one = jax.tree.map(lambda leaf: leaf[seed], (config, state))
+        where = f" of seed {seed}"
     iteration = int(one.iteration) + 1
     stage, what = _locate(config, env, one, n_iterations)
     advice = _ADVICE.get(stage, "Check the reward (reward_function) and the world, or lower learning_rate")

@@ -16,6 +16,7 @@ from grpo_jax import counter
 from grpo_jax.cache import compile_quickly
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
+from grpo_jax.training.agents import check_block, default_block, over_agents, stack_configs
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
 from grpo_jax.training.loop import TrainState, check_arguments, guarded_iteration, init, iterations_for
@@ -35,7 +36,7 @@ class Chunk(NamedTuple):
     """What a callback sees.
 
     Attributes:
-      state: the state after the chunk; leaves ``[n_seeds, ...]`` where seeds are vmapped.
+      state: the state after the chunk; leaves ``[n_seeds, ...]`` where there are several.
       metrics: NumPy arrays ``[n_iterations of the chunk]``, or ``[n_seeds, n_iterations]``.
       iteration: iterations done so far, of n_iterations.
       n_iterations: iterations of the whole run.
@@ -87,6 +88,7 @@ def run(
     callback_at: int | None = None,
     state: TrainState | None = None,
     n_seeds: int | None = None,
+    block: int | None = None,
     quick_compile: bool = False,
     opponent_every: int | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
@@ -101,7 +103,9 @@ def run(
       callback_every: iterations in a chunk, at most ``MAX_CHUNK``; None: as many as take ``CHUNK_SECONDS``.
       callback_at: the callback also sees the state at each multiple of so many iterations; None: at none in particular.
       state: a state to go on from.
-      n_seeds: trains this many seeds side by side, from keys split off ``key``; None: one run, from ``key`` itself.
+      n_seeds: trains this many seeds in one program, from keys split off ``key``; None: one run, from ``key`` itself.
+      block: seeds that are computed side by side, the blocks one after the other; None: what suits the backend and the
+        size of a run. Results do not depend on it but by rounding.
       quick_compile: on a CPU, halves the time to compile for loops that are a quarter slower and round differently: for
         runs of seconds. Without effect elsewhere, and where XLA does not know how (from jax 0.11 on).
       opponent_every: self-play: the opponent in ``env`` is the policy itself, as it was at the start and then at each
@@ -122,10 +126,10 @@ def run(
     n_iterations = iterations_for(config, total_timesteps)
     if n_seeds is not None and n_seeds < 1:
         raise ValueError(f"n_seeds={n_seeds} must be at least 1")
-    if callback_every is not None and not 1 <= callback_every <= MAX_CHUNK:
-        raise ValueError(f"callback_every={callback_every} must be None or from 1 to {MAX_CHUNK} iterations")
-    if callback_at is not None and callback_at < 1:
-        raise ValueError(f"callback_at={callback_at} must be None or at least 1 iteration")
+    check_block(block)
+    if block is not None and n_seeds is None:
+        raise ValueError(f"block={block} is a number of seeds side by side: give n_seeds, too")
+    check_cadence(callback_every, callback_at)
     if opponent_every is not None:
         check_opponent(env)
         if opponent_every < 1 or n_seeds is not None:
@@ -133,18 +137,65 @@ def run(
                 f"opponent_every={opponent_every}, n_seeds={n_seeds}: at least 1 iteration, and one seed, which is its own"
                 " opponent; run several one after the other"
             )
+    configs, keys = config, as_key(key)
+    if n_seeds is not None:
+        block = block or default_block(config, env, n_seeds)
+        configs, keys = stack_configs([config] * n_seeds), jax.random.split(keys, n_seeds)
+    return advance(
+        configs,
+        env,
+        keys,
+        n_iterations,
+        block=None if n_seeds is None else block,
+        state=state,
+        callback=callback,
+        callback_every=callback_every,
+        callback_at=callback_at,
+        quick_compile=quick_compile,
+        opponent_every=opponent_every,
+    )
+
+
+def check_cadence(callback_every: int | None, callback_at: int | None) -> None:
+    """Refuses what ``run`` cannot call back at."""
+    if callback_every is not None and not 1 <= callback_every <= MAX_CHUNK:
+        raise ValueError(f"callback_every={callback_every} must be None or from 1 to {MAX_CHUNK} iterations")
+    if callback_at is not None and callback_at < 1:
+        raise ValueError(f"callback_at={callback_at} must be None or at least 1 iteration")
+
+
+def advance(
+    config: GRPOConfig,
+    env: World,
+    keys: jax.Array,
+    n_iterations: int,
+    *,
+    block: int | None,
+    state: TrainState | None = None,
+    freeze: bool = False,
+    callback: Callback | None = None,
+    callback_every: int | None = None,
+    callback_at: int | None = None,
+    quick_compile: bool = False,
+    opponent_every: int | None = None,
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """``run`` for agents whose settings differ: ``config`` and ``keys`` have an axis ``[A]`` with ``block``, none without.
+
+    With ``freeze``, an agent whose numbers are not finite keeps its last good state, and the others go on, until none is
+    left; its metrics are NaN behind the iteration that failed. Else ``NonFiniteError``, as from ``run``.
+    """
     # A chunk may write over the state before it where nobody else holds that: no caller, no callback, no opponent.
     is_free = state is None and callback is None and opponent_every is None
     program = _chunk_in_place if is_free else _chunk
     clock = time.perf_counter()
     if state is None:
-        state = first_state(config, env, key, n_seeds=n_seeds)
+        state = first_states(config, env, keys, block)
     if opponent_every is not None:
         env = against(env, state)
     done = int(np.max(np.asarray(state.iteration)))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
-    lowered = program.lower(*arguments, n_seeds is not None, jax.debug_nans.value)
-    advance = compile_quickly(lowered) if quick_compile else lowered.compile()
+    lowered = program.lower(*arguments, block, jax.debug_nans.value)
+    proceed = compile_quickly(lowered) if quick_compile else lowered.compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
     history: list[dict[str, np.ndarray]] = []
@@ -157,21 +208,25 @@ def run(
         if opponent_every is not None:
             length = min(length, opponent_every - done % opponent_every)
         clock = time.perf_counter()
-        state, table = advance(config, env, state, np.int32(length), np.int32(n_iterations))
+        state, table = proceed(config, env, state, np.int32(length), np.int32(n_iterations))
         metrics = table.columns(length)
-        done += length
         per_iteration = (time.perf_counter() - clock) / length
+        if freeze:
+            metrics, n_rows = _without_frozen(metrics, np.asarray(state.iteration) - done)
+            if not n_rows:
+                break
+        else:
+            raise_faults(config, env, state, metrics, n_iterations)
+            n_rows = length
+        done += n_rows
         history.append(metrics)
-        raise_faults(config, env, state, metrics, n_iterations)
         if opponent_every is not None and done % opponent_every == 0:
             env = against(env, state)
         if is_new and (done >= SPREAD_ITERATIONS or done == n_iterations):
             is_new = False
             first = _joined(history)
             warn_without_spread(
-                config,
-                first["frac_zero_std"][..., :SPREAD_ITERATIONS],
-                first["frac_below_floor"][..., :SPREAD_ITERATIONS],
+                config, *(_known(first[name]) for name in ("frac_zero_std", "frac_below_floor"))
             )
         if callback is not None:
             chunk = Chunk(
@@ -188,6 +243,8 @@ def run(
             answer = callback(chunk)
             if answer is not None and not answer:
                 break
+        if n_rows < length:  # no agent is left
+            break
         if callback_every is None:
             length = max(1, min(2 * length, round(CHUNK_SECONDS / max(per_iteration, 1e-9))))
     return state, _joined(history)
@@ -195,11 +252,41 @@ def run(
 
 def first_state(config: GRPOConfig, env: World, key: jax.Array, *, n_seeds: int | None = None) -> TrainState:
     """The state that ``run`` begins with; arguments as there."""
-    keys = as_key(key) if n_seeds is None else jax.random.split(as_key(key), n_seeds)
-    state: TrainState = compile_quickly(_init.lower(config, env, keys, n_seeds is not None))(
-        config, env, keys
-    )
+    if n_seeds is None:
+        return first_states(config, env, as_key(key), None)
+    keys = jax.random.split(as_key(key), n_seeds)
+    return first_states(stack_configs([config] * n_seeds), env, keys, default_block(config, env, n_seeds))
+
+
+def first_states(config: GRPOConfig, env: World, keys: jax.Array, block: int | None) -> TrainState:
+    """The states that ``advance`` begins with; arguments as there."""
+    state: TrainState = compile_quickly(_init.lower(config, env, keys, block))(config, env, keys)
     return state
+
+
+def _without_frozen(metrics: dict[str, np.ndarray], n_good: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    """Metrics that are NaN behind an agent's fault, and how many rows were reached by any agent.
+
+    Args:
+      metrics: ``[A, n]`` each.
+      n_good: ``[A]`` iterations of these that each agent did; below 0 where it had failed before.
+    """
+    length = next(iter(metrics.values())).shape[-1]
+    n_rows = max(0, int(n_good.max()))
+    is_over = np.arange(length) > n_good[:, None]  # the row at n_good is the one that failed: it says how
+    kept = ("decision_steps", "simulator_steps")
+    masked = {
+        name: (values if name in kept else np.where(is_over, np.nan, values))[:, :n_rows]
+        for name, values in metrics.items()
+    }
+    return masked, n_rows
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    """What is no NaN of the first iterations."""
+    first = values[..., :SPREAD_ITERATIONS]
+    known = first[~np.isnan(first)]
+    return known if known.size else np.zeros(1)
 
 
 def _joined(history: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -208,10 +295,13 @@ def _joined(history: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in history], axis=-1) for name in names}
 
 
-@functools.partial(jax.jit, static_argnames="vmapped")
-def _init(config: GRPOConfig, env: World, key: jax.Array, vmapped: bool) -> TrainState:
-    one = functools.partial(init, config, env)
-    return jax.vmap(one)(key) if vmapped else one(key)
+@functools.partial(jax.jit, static_argnames="block")
+def _init(config: GRPOConfig, env: World, keys: jax.Array, block: int | None) -> TrainState:
+    def one(agent: tuple[GRPOConfig, jax.Array]) -> TrainState:
+        return init(agent[0], env, agent[1])
+
+    agents = (config, keys)
+    return one(agents) if block is None else over_agents(one, agents, block)
 
 
 def _iterations(
@@ -220,13 +310,14 @@ def _iterations(
     state: TrainState,
     length: jax.Array,
     n_iterations: jax.Array,
-    vmapped: bool,
+    block: int | None,
     debug_nans: bool,
 ) -> tuple[TrainState, _Table]:
     """``length`` iterations, at most ``MAX_CHUNK``; rows of the table are unspecified after ``length``."""
     del debug_nans  # is read while tracing ``iteration``, so each setting needs a program of its own
 
-    def one(state: TrainState) -> tuple[TrainState, _Table]:
+    def one(agent: tuple[GRPOConfig, TrainState]) -> tuple[TrainState, _Table]:
+        config, state = agent
         # A jitted function of its own: one trace for the shapes and for the loop.
         advance = jax.jit(functools.partial(guarded_iteration, config, env, strict=True))
         names = sorted(jax.eval_shape(advance, state, n_iterations)[1])
@@ -242,8 +333,9 @@ def _iterations(
         state, table = jax.lax.fori_loop(0, length, body, (state, table))
         return state, _Table(table, tuple(names))
 
-    return jax.vmap(one)(state) if vmapped else one(state)
+    agents = (config, state)
+    return one(agents) if block is None else over_agents(one, agents, block)
 
 
-_chunk = jax.jit(_iterations, static_argnames=("vmapped", "debug_nans"))
-_chunk_in_place = jax.jit(_iterations, static_argnames=("vmapped", "debug_nans"), donate_argnames="state")
+_chunk = jax.jit(_iterations, static_argnames=("block", "debug_nans"))
+_chunk_in_place = jax.jit(_iterations, static_argnames=("block", "debug_nans"), donate_argnames="state")
