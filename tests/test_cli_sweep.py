@@ -220,6 +220,8 @@ def test_settings_survive_the_file_that_holds_them() -> None:
     assert run.vmapped == run.n_agents == 4 and len(run.programs()) == 2
     plain = Run("CartPole-v1", grpo_jax.GRPOConfig(), 0, 1, 100)
     assert "settings" not in plain.to_json() and Run.from_json(plain.to_json()) == (plain, True)
+    with pytest.raises(ValueError, match="a sweep of 1001 settings is more than 1000"):
+        Run("CartPole-v1", grpo_jax.GRPOConfig(), 0, 2, 100, settings=({"gamma": 0.5},) * 1001)
     with pytest.raises(TypeError, match="no field gama"):
         Run("CartPole-v1", grpo_jax.GRPOConfig(), 0, 2, 100, settings=({"gama": 0.5},))
 

@@ -57,6 +57,7 @@ VERSION = 2
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_FRESH_BYTES = 1 << 30
 _MAX_LAYERS = 100
+_MAX_SETTINGS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,10 @@ class Run:
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if len(self.settings) > _MAX_SETTINGS:
+            raise ValueError(
+                f"a sweep of {len(self.settings)} settings is more than {_MAX_SETTINGS}: split it"
+            )
         configs = self.configs
         for config in configs:
             iterations_for(config, self.total_timesteps)
