@@ -12,6 +12,7 @@ seconds of training, compiling and evaluations apart. One line of JSON a row.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from typing import Any
@@ -79,7 +80,7 @@ def train_ppo(env_id: str, options: dict[str, Any], n_steps: int, seed: int) -> 
         env, num_timesteps=n_steps, num_evals=N_EVALUATIONS + 1, seed=seed, progress_fn=progress, **settings
     )
     # The first part of training compiles; the others do not.
-    rates = [(b[1] - a[1]) / max(b[0] - a[0], 1e-9) for a, b in zip(curve[1:], curve[2:], strict=False)]
+    rates = [(b[1] - a[1]) / max(b[0] - a[0], 1e-9) for a, b in itertools.pairwise(curve[1:])]
     rate = sorted(rates)[len(rates) // 2] if rates else float("nan")
     compiling = curve[1][0] - curve[1][1] / rate
     return [(max(0.0, seconds - compiling), steps, value) for seconds, steps, value in curve], compiling

@@ -16,7 +16,8 @@ import jax
 
 import grpo_jax
 from grpo_jax import noise
-from grpo_jax.training.loop import TrainState, iteration
+from grpo_jax.training.iterate import iteration
+from grpo_jax.training.loop import TrainState
 
 
 def compile_seconds(function: Callable[..., Any], *args: Any, repeats: int = 3) -> float:

@@ -137,7 +137,7 @@ class Prepared:
             lambda config, state, trajectory: loop.compare(config, self.env, state, trajectory)
         )
         self.improve = jax.jit(loop.improve)
-        self.whole = jax.jit(lambda config, state: loop.iteration(config, self.env, state, 1000))
+        self.whole = jax.jit(lambda config, state: grpo_jax.iteration(config, self.env, state, 1000))
 
     def parts(self) -> Row:
         """Seconds of each part, and of the iteration."""
@@ -224,7 +224,10 @@ def agents(n_agents: int) -> Row:
     state = run.first_state(config, env, jax.random.key(0), n_seeds=n_agents)
     advance = jax.jit(
         lambda state: jax.lax.fori_loop(
-            0, 8, lambda _, state: jax.vmap(lambda one: loop.iteration(config, env, one, 38)[0])(state), state
+            0,
+            8,
+            lambda _, state: jax.vmap(lambda one: grpo_jax.iteration(config, env, one, 38)[0])(state),
+            state,
         )
     )
     taken, compiling = seconds_of(lambda: advance(state), 3)

@@ -183,8 +183,8 @@ def measure_programs(env_id: str, env: grpo_jax.World) -> dict[str, Any]:
     state = jax.eval_shape(lambda key: grpo_jax.init(config, env, key), key)
     n_iterations = np.int32(100)
     programs: dict[str, Callable[[], Any]] = {
-        "init": lambda: run._init.lower(config, env, key, False),
-        "chunk": lambda: run._chunk.lower(config, env, state, np.int32(0), n_iterations, False),
+        "init": lambda: run._init.lower(config, env, key, None),
+        "chunk": lambda: run._chunk.lower(config, env, state, np.int32(0), n_iterations, None, False, None),
         "evaluate": lambda: evaluate._play.lower(
             state.policy, state.learner.policy, env, key, 128, False, LONGEST_EVALUATION
         ),

@@ -14,11 +14,13 @@ from grpo_jax.learning import losses
 from grpo_jax.learning.update import Learner, update
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
 from grpo_jax.presets import Expectation, preset, preset_expectation, preset_ids, preset_timesteps
+from grpo_jax.shards import make_mesh
 from grpo_jax.training.checkpoint import restore, save
 from grpo_jax.training.diagnose import NoSpreadWarning
 from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
 from grpo_jax.training.faults import NonFiniteError
-from grpo_jax.training.loop import TrainState, init, iteration
+from grpo_jax.training.iterate import iteration
+from grpo_jax.training.loop import TrainState, init
 from grpo_jax.training.run import Chunk, run
 from grpo_jax.training.self_play import against
 from grpo_jax.training.sweep import Sweep, sweep
@@ -65,6 +67,7 @@ __all__ = [
     "iteration",
     "losses",
     "make",
+    "make_mesh",
     "make_policy",
     "override_reward",
     "preset",

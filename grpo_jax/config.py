@@ -81,6 +81,9 @@ class GRPOConfig:
     for worlds whose truncation is nothing but a time limit."""
     common_random_numbers: bool = True
     """Whether the candidates of a state share their randomness, so that a difference is due to the action."""
+    n_shards: int = 1
+    """Parts that the environments are divided into, each of which shuffles its decision states on its own: what several devices
+    need. Advantages' scales, statistics and gradients are over all. Divides n_envs and batch_size; a multiple of the devices."""
     max_branches: int = 0
     """Branches that run side by side; more are run in chunks. 0: on a CPU 4096, or as many as keep their states and
     observations within 2 MiB; else 1048576, or 4 GiB, at most a sixteenth of the device's memory."""
@@ -288,6 +291,7 @@ _AT_LEAST = {
     "group_size": 2,
     "max_enumerated": 2,
     "max_branches": 0,
+    "n_shards": 1,
     "reference_interval": 1,
 }
 _WHY = {
@@ -354,10 +358,14 @@ def _validate(config: GRPOConfig) -> None:
             raise ValueError(f"{name}={widths!r} must hold positive layer sizes, such as (64, 64)")
     if config.n_steps % config.branch_every:
         raise ValueError(f"branch_every={config.branch_every} must divide n_steps={config.n_steps}")
+    for name in ("n_envs", "batch_size"):
+        if (size := getattr(config, name)) % config.n_shards:
+            raise ValueError(f"{name}={size} must be a multiple of n_shards={config.n_shards}")
     if config.candidates == "trajectory":
-        if config.n_envs % config.group_size:
+        if config.n_envs // config.n_shards % config.group_size:
+            parts = "" if config.n_shards == 1 else f" n_shards={config.n_shards} times"
             raise ValueError(
-                f"n_envs={config.n_envs} must be a multiple of group_size={config.group_size}: a trajectory group"
+                f"n_envs={config.n_envs} must be a multiple of{parts} group_size={config.group_size}: a trajectory group"
                 " is group_size environments from one reset"
             )
         if config.bootstrap:

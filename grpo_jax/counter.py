@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import shards
 from grpo_jax.types import Counter
 
 
@@ -23,6 +24,13 @@ def merge(left: Counter, right: Counter) -> Counter:
     """The sum of two counters."""
     total = add(left, right.low)
     return Counter(high=total.high + right.high, low=total.low)
+
+
+def over_shards(counter: Counter) -> Counter:
+    """The sum of all shards' counters."""
+    # Sums of half words fit a word for up to 65,536 shards.
+    low, middle, high = shards.total((counter.low & 0xFFFF, counter.low >> 16, counter.high))
+    return add(add(Counter(high + (middle >> 16), jnp.zeros_like(low)), (middle & 0xFFFF) << 16), low)
 
 
 def to_float(counter: Counter) -> jax.Array:

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import grpo_jax
+from grpo_jax import shards
 from grpo_jax.cache import enable_cache
 from grpo_jax.cli import plots, progress, render, sweeps
 from grpo_jax.cli.envs import envs
@@ -81,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(options: Any, interrupt: progress.Interrupt) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
+    mesh = _mesh(options.devices)
+    if mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
+        config = config.replace(n_shards=mesh.devices.size)
     settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
     # All that can be wrong with the input is found before anything is written.
     run = Run(
@@ -95,6 +100,7 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
     )
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
+    _check_mesh(mesh, run)
     directory = RunDirectory(options.out)
     directory.check_free(overwrite=options.overwrite)
     directory.path.mkdir(parents=True, exist_ok=True)
@@ -103,8 +109,22 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         if run.env not in grpo_jax.preset_ids():
             print(f"{run.env} has no preset: settings that no flag names are the defaults")
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt)
-        return _go_on(directory, run, world, None, interrupt)
+            return _go_on_programs(directory, run, interrupt, mesh)
+        return _go_on(directory, run, world, None, interrupt, mesh)
+
+
+def _mesh(devices: str) -> Mesh | None:
+    """The devices that ``--devices`` asks for; None: the default one."""
+    if devices != "all" and not devices.isdecimal():
+        raise ValueError(f"--devices={devices!r} must be a number of devices, or all")
+    mesh = shards.make_mesh(None if devices == "all" else int(devices))
+    return None if mesh.devices.size == 1 else mesh
+
+
+def _check_mesh(mesh: Mesh | None, run: Run) -> None:
+    for _, program in run.programs() if mesh is not None else ():
+        seeds = program.n_seeds * len(program.configs) if program.seeds or program.settings else None
+        shards.check_mesh(mesh, program.configs[0].n_shards, seeds)
 
 
 def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
@@ -116,10 +136,11 @@ def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
+        _check_mesh(mesh := _mesh(options.devices), run)
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, new_metrics=options.new_metrics)
+            return _go_on_programs(directory, run, interrupt, mesh, new_metrics=options.new_metrics)
         world, state = _restore(directory, run)
-        return _go_on(directory, run, world, state, interrupt, new_metrics=options.new_metrics)
+        return _go_on(directory, run, world, state, interrupt, mesh, new_metrics=options.new_metrics)
 
 
 def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | None]:
@@ -138,7 +159,12 @@ def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | Non
 
 
 def _go_on_programs(
-    directory: RunDirectory, run: Run, interrupt: progress.Interrupt, *, new_metrics: bool = False
+    directory: RunDirectory,
+    run: Run,
+    interrupt: progress.Interrupt,
+    mesh: Mesh | None,
+    *,
+    new_metrics: bool = False,
 ) -> int:
     """Trains the programs of a sweep, one after the other, each in a directory of its own; sums the sweep up."""
     directory.write(run)
@@ -148,7 +174,7 @@ def _go_on_programs(
         with child.locked():
             sweeps.prepare(child, program)
             world, state = _restore(child, program)
-            one = _go_on(child, program, world, state, interrupt, new_metrics=new_metrics)
+            one = _go_on(child, program, world, state, interrupt, mesh, new_metrics=new_metrics)
         if one > 1:
             print(f"all programs of this sweep {_how_to_go_on(directory)}")
             return one
@@ -162,6 +188,7 @@ def _go_on(
     world: World,
     state: TrainState | None,
     interrupt: progress.Interrupt,
+    mesh: Mesh | None,
     *,
     new_metrics: bool = False,
 ) -> int:
@@ -170,7 +197,7 @@ def _go_on(
         with Recorder(directory, run, state, new_metrics=new_metrics) as record:
             directory.write(run)
             _print_start(directory, run, state)
-            is_done, state = _advance(directory, run, world, state, record, interrupt)
+            is_done, state = _advance(directory, run, world, state, record, interrupt, mesh)
             record.finish()
         if record.gap is not None:
             first, last = record.gap
@@ -195,6 +222,7 @@ def _advance(
     state: TrainState | None,
     record: Recorder,
     interrupt: progress.Interrupt,
+    mesh: Mesh | None,
 ) -> tuple[bool, TrainState]:
     """Trains to the end of the run, or until a signal; whether the end was reached, and the last state, saved."""
     before, start, timing = (0, 0), time.perf_counter(), ""
@@ -235,6 +263,7 @@ def _advance(
                 callback_at=run.cadence[1],
                 state=state,
                 n_seeds=run.seeds,
+                mesh=mesh,
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error

@@ -47,6 +47,9 @@ class Train:
     every seed. The best one is written as best_config.json."""
     zipped: bool = False
     """The values of --sweep belong together: the first of each field, the second of each, and so on."""
+    devices: str = "1"
+    """Devices that share the work: a number, or all. They share the seeds, if there are several; else the environments, in as
+    many parts (--n-shards)."""
     from_config: Path | None = None
     """Start from the settings in this file, such as a sweep's best_config.json, instead of the preset's; flags change them."""
     cache: bool = True
@@ -66,6 +69,8 @@ class Resume:
     """How often a checkpoint is written: seconds, as in 60s, or iterations, as in 100; None: as before."""
     keep: int | None = None
     """How many of the last checkpoints stay; None: as before."""
+    devices: str = "1"
+    """Devices that share the work, which may be others than before: a number, or all."""
     new_metrics: bool = False
     """Go on although rows of metrics.csv are lost or damaged: what is left of it is set aside."""
     cache: bool = True

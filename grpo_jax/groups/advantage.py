@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from grpo_jax import shards
 from grpo_jax.config import Baseline, Scale
 
 SPREAD_FLOOR = 1e-6
@@ -182,15 +183,15 @@ def shrinkage(group: GroupReturns) -> jax.Array:
     """
     active, means = group.active, group.mean + group.offset
     noise = group.variance / jnp.maximum(group.count - 1.0, 1.0)  # of a mean: unbiased variance over size
-    n_active = jnp.sum(active).astype(means.dtype)
+    n_active = shards.total(jnp.sum(active)).astype(means.dtype)
     n_others = n_active - active
 
     def of_other_groups(values: jax.Array) -> jax.Array:
         values = jnp.where(active, values, 0.0)
-        return (jnp.sum(values) - values) / jnp.maximum(n_others, 1.0)
+        return (shards.total(jnp.sum(values)) - values) / jnp.maximum(n_others, 1.0)
 
     # Centred first: the difference of two large squares would be all rounding.
-    center = jnp.sum(jnp.where(active, means, 0.0)) / jnp.maximum(n_active, 1.0)
+    center = shards.total(jnp.sum(jnp.where(active, means, 0.0))) / jnp.maximum(n_active, 1.0)
     shift_of_others = of_other_groups(means - center)
     observed = of_other_groups((means - center) ** 2) - shift_of_others**2
     noise_of_others = of_other_groups(noise)
@@ -232,8 +233,10 @@ def by_group(spread: jax.Array, square: jax.Array, active: jax.Array) -> jax.Arr
 def by_batch(spread: jax.Array, square: jax.Array, active: jax.Array) -> jax.Array:
     """The root mean square deviation within all active groups (after Lite PPO, arXiv:2508.08221), ``[]``."""
     del spread
-    n_active = jnp.sum(active).astype(square.dtype)
-    mean_square = jnp.sum(jnp.where(active, square, 0.0)) / jnp.maximum(n_active, 1.0)
+    n_active, sum_of_squares = shards.total(
+        (jnp.sum(active).astype(square.dtype), jnp.sum(jnp.where(active, square, 0.0)))
+    )
+    mean_square = sum_of_squares / jnp.maximum(n_active, 1.0)
     return jnp.where(n_active > 0, jnp.sqrt(mean_square), 1.0)
 
 

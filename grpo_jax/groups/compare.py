@@ -155,7 +155,7 @@ def _with_executed(config: GRPOConfig, batch: Batch) -> Batch:
     executed = episode_advantages(
         batch.value_target - batch.value,
         ~batch.compared,
-        jnp.zeros_like(group.executed),
+        None,
         scale=config.advantage_scale,
         spread_floor=config.spread_floor,
         magnitude=jnp.maximum(jnp.abs(batch.value_target), jnp.abs(batch.value)),
@@ -185,7 +185,7 @@ def compare_episodes(
     values = targets = magnitude = None
     if config.bootstrap:
         values, targets = _critic(config, policy, policy_state, trajectory)
-        returns, group = targets - values, jnp.zeros_like(trajectory.time)
+        returns, group = targets - values, None
         valid, magnitude = jnp.ones_like(ended), jnp.maximum(jnp.abs(targets), jnp.abs(values))
     else:
         nothing = jnp.zeros_like(trajectory.reward)

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import shards
 from grpo_jax.config import Baseline, Scale, TrajectoryForm
 from grpo_jax.groups.advantage import (
     SCALES,
@@ -83,7 +84,7 @@ def trajectory_advantages(
 def episode_advantages(
     returns: jax.Array,
     valid: jax.Array,
-    group: jax.Array,
+    group: jax.Array | None,
     *,
     baseline: Baseline = "mean",
     scale: Scale = "batch",
@@ -95,8 +96,8 @@ def episode_advantages(
     Args:
       returns: ``[B]``, what was earned from each step on.
       valid: ``[B]`` bool, the return is known.
-      group: ``[B]`` int, steps with equal numbers are compared: the time since the reset (GR2PO, arXiv:2609.19850), or
-        one number for all.
+      group: ``[B]`` int, steps of a shard with equal numbers are compared: the time since the reset (GR2PO,
+        arXiv:2609.19850). None: all steps, those of other shards too, are one group.
       baseline: ``mean`` (or ``policy``, weights being equal), or ``leave_one_out``.
       scale: see :func:`group_advantages`.
       spread_floor: see :func:`group_advantages`.
@@ -106,17 +107,29 @@ def episode_advantages(
     Returns:
       ``Advantages`` with fields ``[B, 1]`` and ``[B]``: groups of one executed action each.
     """
-    chex.assert_rank([returns, valid, group], 1)
-    chex.assert_equal_shape([returns, valid, group])
-    returns, n_steps = jnp.asarray(returns), returns.shape[0]
-    _, segment = jnp.unique(group, return_inverse=True, size=n_steps)
+    chex.assert_rank([returns, valid], 1)
+    chex.assert_equal_shape([returns, valid])
+    returns = jnp.asarray(returns)
     known = valid & jnp.isfinite(returns)
+    if group is None:
+        segment = jnp.zeros(returns.shape, jnp.int32)
 
-    def total(values: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(values, segment, num_segments=n_steps)
+        def total(values: jax.Array) -> jax.Array:
+            return shards.total(jnp.sum(values, keepdims=True))
 
-    def greatest(values: jax.Array) -> jax.Array:
-        return jax.ops.segment_max(jnp.where(known, values, -jnp.inf), segment, num_segments=n_steps)
+        def greatest(values: jax.Array) -> jax.Array:
+            return shards.greatest(jnp.max(values, where=known, initial=-jnp.inf, keepdims=True))
+
+    else:
+        chex.assert_equal_shape([returns, group])
+        n_steps = returns.shape[0]
+        _, segment = jnp.unique(group, return_inverse=True, size=n_steps)
+
+        def total(values: jax.Array) -> jax.Array:
+            return jax.ops.segment_sum(values, segment, num_segments=n_steps)
+
+        def greatest(values: jax.Array) -> jax.Array:
+            return jax.ops.segment_max(jnp.where(known, values, -jnp.inf), segment, num_segments=n_steps)
 
     high, low = greatest(returns), -greatest(-returns)
     offset = offset_of(low, high)

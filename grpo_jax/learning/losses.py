@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from grpo_jax import shards
 from grpo_jax.config import KLEstimator, Surrogate
 
 MAX_LOG_RATIO = 20.0
@@ -181,10 +182,14 @@ KL_ESTIMATORS: dict[KLEstimator, Callable[[Divergence], jax.Array]] = {
 """Estimates of KL(pi || pi_ref) in each decision state, by the names that the config has for them."""
 
 
-def mean_over(rows: jax.Array, values: jax.Array) -> jax.Array:
-    """Means of ``values [..., B]`` over the ``rows [B]`` that are True, whatever stands in the others; 0 without any."""
-    share = rows / jnp.maximum(jnp.sum(rows), 1)
-    return jnp.sum(jnp.where(rows, values * share, 0.0), axis=-1)
+def mean_over(rows: jax.Array, values: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """Means of ``values [..., B]`` over the ``rows [B]`` that are True, whatever stands in the others; 0 without any.
+
+    ``count``: how many there are in all shards; what these rows add to the mean is then returned. None: they are counted.
+    """
+    share = rows / jnp.maximum(shards.total(jnp.sum(rows)) if count is None else count, 1)
+    part = jnp.sum(jnp.where(rows, values * share, 0.0), axis=-1)
+    return shards.total(part) if count is None else part
 
 
 def value_loss(

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import struct
 
+from grpo_jax import shards
 from grpo_jax.config import GRPOConfig, scheduled
 from grpo_jax.learning import losses
 from grpo_jax.noise import as_key, draw_bits
@@ -97,12 +98,16 @@ def loss(
     batch: Batch,
     clip_low: jax.Array | float,
     clip_high: jax.Array | float,
+    counts: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The objective of a (mini)batch, to be minimised, and its metrics.
 
     - sum over candidates of the surrogate, averaged over the decision states that are ``compared`` and over the others,
     - ent_coef entropy + kl_coef KL(pi || pi_ref) + vf_coef value loss, averaged over all that are ``alive``.
+
+    With ``counts``, :func:`_counts` of a minibatch of all shards, what this shard's part of it adds to each of these means.
     """
+    n_alive, n_compared, n_others = (None,) * 3 if counts is None else counts
     state = state.replace(params=params)
     seen, value = (state, batch.observation, batch.action_mask), None
     if batch.value is None:
@@ -110,12 +115,13 @@ def loss(
     else:
         parameters, value = policy.parameters_and_value(*seen)
     terms = _terms(config, policy, parameters, batch, clip_low, clip_high)
-    average = functools.partial(losses.mean_over, batch.alive)
-    average_compared = functools.partial(losses.mean_over, batch.alive & batch.compared)
+    average = functools.partial(losses.mean_over, batch.alive, count=n_alive)
+    average_compared = functools.partial(losses.mean_over, batch.alive & batch.compared, count=n_compared)
     counted = batch.group.valid & batch.active[:, None]
     objective = losses.SURROGATES[config.surrogate](terms)
     objective = jnp.sum(jnp.where(counted, objective, 0.0), axis=1)
-    policy_loss = -average_compared(objective) - losses.mean_over(batch.alive & ~batch.compared, objective)
+    others = losses.mean_over(batch.alive & ~batch.compared, objective, n_others)
+    policy_loss = -average_compared(objective) - others
     entropy = average(policy.distribution.entropy(parameters))
     assert not callable(config.ent_coef), "update() has asked the schedule"
     total = policy_loss - config.ent_coef * entropy
@@ -224,13 +230,13 @@ def update(
         clip_high = scheduled(config.clip_range_high, config.clip_range_decay, n_before, progress)
     config = config.replace(ent_coef=scheduled(config.ent_coef, config.ent_coef_decay, n_before, progress))
     rows = _order(config, key)
+    counts = _counts(config, batch, rows) if shards.within() else None
     step = _stepper(config, policy, learner.policy, batch, clip_low, clip_high, progress)
 
     def body(carry: _Carry) -> _Carry:
         i, learner, sums, _ = carry
-        learner, metrics, finite, too_far = step(
-            learner, jax.lax.dynamic_index_in_dim(rows, i, keepdims=False)
-        )
+        at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        learner, metrics, finite, too_far = step(learner, at(rows), None if counts is None else at(counts))
         # One vector: XLA compiles a kernel for each number that is added on its own.
         row = jnp.stack([metrics[name] for name in names])
         row = jnp.append(jnp.where(finite, row, 0.0), ~finite)
@@ -241,7 +247,7 @@ def update(
         remains = i < config.n_updates
         return remains if config.target_kl is None else remains & ~too_far
 
-    shapes = jax.eval_shape(step, learner, rows[0])[1]
+    shapes = jax.eval_shape(step, learner, rows[0], None if counts is None else counts[0])[1]
     names, dtype = sorted(shapes), shapes["loss"].dtype
     taken, learner, sums, _ = jax.lax.while_loop(
         goes_on, body, (jnp.int32(0), learner, jnp.zeros(len(names) + 1, dtype), jnp.bool_(False))
@@ -255,6 +261,17 @@ def update(
     metrics["ent_coef"] = jnp.asarray(config.ent_coef, dtype)
     metrics["n_updates"] = (learner.n_updates - n_before).astype(dtype)
     return learner, metrics
+
+
+def _counts(config: GRPOConfig, batch: Batch, rows: jax.Array) -> jax.Array:
+    """Decision states of each minibatch, in all shards: those that are alive, of them the compared ones, and the others.
+
+    int32 ``[n_updates, 3]``, in one reduction, so that a minibatch needs no other than that of its gradient.
+    """
+    alive = batch.alive.at[rows].get(mode="fill", fill_value=False)
+    compared = alive & batch.compared.at[rows].get(mode="fill", fill_value=False)
+    counts: jax.Array = shards.total(jnp.stack([alive, compared, alive & ~compared]).sum(axis=-1))
+    return counts.T
 
 
 def _order(config: GRPOConfig, key: jax.Array) -> jax.Array:
@@ -276,17 +293,19 @@ def _stepper(
     clip_low: jax.Array | float,
     clip_high: jax.Array | float,
     progress: jax.Array | float,
-) -> Callable[[Learner, jax.Array], tuple[Learner, Metrics, jax.Array, jax.Array]]:
-    """An optimizer step: ``(learner, rows) -> (learner, metrics, is finite, goes beyond target_kl)``."""
+) -> Callable[[Learner, jax.Array, jax.Array | None], tuple[Learner, Metrics, jax.Array, jax.Array]]:
+    """An optimizer step: ``(learner, rows, counts) -> (learner, metrics, is finite, goes beyond target_kl)``."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     take_rows = row_taker(batch)
 
     @jax.jit  # one trace, for the shapes and for the loop
-    def step(learner: Learner, rows: jax.Array) -> tuple[Learner, Metrics, jax.Array, jax.Array]:
+    def step(
+        learner: Learner, rows: jax.Array, counts: jax.Array | None
+    ) -> tuple[Learner, Metrics, jax.Array, jax.Array]:
         minibatch = take_rows(rows)  # out of range: the last row, not alive
         minibatch = minibatch.replace(alive=minibatch.alive & (rows < config.n_states))
-        (total, metrics), gradients = gradient(
-            learner.policy.params, config, policy, state, minibatch, clip_low, clip_high
+        (total, metrics), gradients = shards.total(
+            gradient(learner.policy.params, config, policy, state, minibatch, clip_low, clip_high, counts)
         )
         learning_rate = scheduled(
             config.learning_rate, config.learning_rate_decay, learner.n_updates, progress

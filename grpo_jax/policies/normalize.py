@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax import counter
+from grpo_jax import counter, shards
 from grpo_jax.types import Counter, PyTree
 
 CLIP = 10.0
@@ -40,17 +40,17 @@ def initial(example: PyTree) -> RunningStatistics:
 
 
 def update(statistics: RunningStatistics, batch: PyTree) -> RunningStatistics:
-    """Adds a batch ``[N, *shape]`` (Chan et al. 1979, parallel form of Welford's algorithm, divided by the count)."""
-    n_new = jax.tree.leaves(batch)[0].shape[0]
+    """Adds a batch ``[N, *shape]``, and those of all shards (Chan et al. 1979, parallel form of Welford's algorithm, divided by the count)."""
+    n_new = jax.tree.leaves(batch)[0].shape[0] * shards.count()
     count = counter.add(statistics.count, jnp.uint32(n_new))
     share = n_new / counter.to_float(count)  # of the batch in all that was seen
 
     def moved_mean(mean: jax.Array, batch: jax.Array) -> jax.Array:
-        return mean + (jnp.mean(batch, axis=0) - mean) * share
+        return mean + (shards.mean(jnp.mean(batch, axis=0)) - mean) * share
 
     def moved_variance(variance: jax.Array, mean: jax.Array, batch: jax.Array) -> jax.Array:
-        batch_mean = jnp.mean(batch, axis=0)
-        own = jnp.mean((batch - batch_mean) ** 2, axis=0)
+        batch_mean = shards.mean(jnp.mean(batch, axis=0))
+        own = shards.mean(jnp.mean((batch - batch_mean) ** 2, axis=0))
         # The squares of the means' distance first: it is what else could be lost beside a large variance.
         return variance + (own - variance + (batch_mean - mean) ** 2 * (1.0 - share)) * share
 

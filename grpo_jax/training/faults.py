@@ -11,6 +11,7 @@ import numpy as np
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.training import loop
+from grpo_jax.training.iterate import shard_config, shard_state
 from grpo_jax.training.loop import Comparison, TrainState
 from grpo_jax.types import PyTree, Trajectory
 from grpo_jax.worlds.base import RewardOverride, World
@@ -83,6 +84,8 @@ def raise_faults(
 
 def _locate(config: GRPOConfig, env: World, state: TrainState, n_iterations: int) -> tuple[str, str]:
     """Stage and what was wrong there."""
+    if config.n_shards > 1:
+        return _locate_in_shards(config, env, state, n_iterations)
     progress = state.iteration / n_iterations
     keep = config.bootstrap
     acted, trajectory = jax.jit(loop.collect, static_argnames=("keep_next_observation", "keep_states"))(
@@ -97,6 +100,22 @@ def _locate(config: GRPOConfig, env: World, state: TrainState, n_iterations: int
         return found
     after, metrics = jax.jit(loop.improve)(config, acted, comparison, progress)
     return _in_learner(config, acted, after, comparison, jax.device_get(metrics))
+
+
+def _locate_in_shards(
+    config: GRPOConfig, env: World, state: TrainState, n_iterations: int
+) -> tuple[str, str]:
+    """The first shard in which something is wrong; its own part of the batch then has to tell."""
+    part_config, found = shard_config(config), ("", "")
+    n = part_config.n_envs
+    for shard in range(config.n_shards):
+        rows = slice(shard * n, (shard + 1) * n)
+        environments = jax.tree.map(lambda leaf, rows=rows: leaf[rows], state.environments)
+        part = shard_state(state.replace(environments=environments), shard)
+        found = _locate(part_config, env, part, n_iterations)
+        if found[0]:
+            return found[0], f"{found[1]} (counted within shard {shard} of {config.n_shards})"
+    return found
 
 
 def _in_trajectory(env: World, trajectory: Trajectory) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from grpo_jax import counter
+from grpo_jax import counter, shards
 from grpo_jax.config import GRPOConfig, scheduled
 from grpo_jax.groups import candidates
 from grpo_jax.groups.advantage import Advantages
@@ -29,7 +29,7 @@ from grpo_jax.groups.compare import (
 from grpo_jax.learning.update import Learner, init_learner, update, update_reference
 from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
-from grpo_jax.training.metrics import episode_metrics, explained_variance, group_metrics, nonfinite_state
+from grpo_jax.training.metrics import explained_variance, group_metrics
 from grpo_jax.training.rollout import rollout, start
 from grpo_jax.types import Batch, Counter, Environments, Group, Metrics, Params, Trajectory
 from grpo_jax.worlds.base import World
@@ -129,57 +129,6 @@ def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:
         simulator_steps=counter.zero(),
         policy=policy,
     )
-
-
-def iteration(
-    config: GRPOConfig, env: World, state: TrainState, n_iterations: int | jax.Array
-) -> tuple[TrainState, Metrics]:
-    """The whole algorithm once: ``collect``, ``compare``, ``improve``.
-
-    Args:
-      config: the settings.
-      env: the world that is both acted and branched in.
-      state: the state before.
-      n_iterations: iterations of the whole run, for decaying rates.
-
-    Returns:
-      The state afterwards, and scalar metrics.
-    """
-    progress = state.iteration / n_iterations
-    before = state
-    state, trajectory = collect(
-        config, env, state, keep_next_observation=config.bootstrap, keep_states=False, progress=progress
-    )
-    comparison = compare(config, env, state, trajectory, progress)
-    state, metrics = improve(config, state, comparison, progress)
-    metrics |= episode_metrics(state.environments, trajectory)
-    metrics["nonfinite_state"] = nonfinite_state(
-        (before.learner, before.environments), (state.learner, state.environments), trajectory
-    )
-    return state, metrics
-
-
-def guarded_iteration(
-    config: GRPOConfig, env: World, state: TrainState, n_iterations: int | jax.Array, *, strict: bool
-) -> tuple[TrainState, Metrics]:
-    """An iteration whose state afterwards is good: where it would not be, the state is the one before.
-
-    Args:
-      config: the settings.
-      env: the world that is both acted and branched in.
-      state: the state before.
-      n_iterations: iterations of the whole run, for decaying rates.
-      strict: whether a group return, a loss or a gradient that is not finite also undoes the iteration; otherwise such
-        groups and minibatches are left out of training, and counted.
-
-    Returns:
-      The state afterwards, and the metrics of what was tried.
-    """
-    after, metrics = iteration(config, env, state, n_iterations)
-    faults = metrics["nonfinite_state"]
-    if strict:
-        faults += metrics["nonfinite_groups"] + metrics["nonfinite_updates"]
-    return jax.lax.cond(faults > 0, lambda new, old: old, lambda new, old: new, after, state), metrics
 
 
 def collect(
@@ -324,7 +273,7 @@ def improve(
 
     # Behind the first episode of a trajectory group nothing is decided; everywhere else every step counts.
     is_real = batch.alive if config.candidates == "trajectory" else jnp.ones_like(batch.alive)
-    n_decisions = jnp.sum(is_real, dtype=jnp.int32)
+    n_decisions = shards.total(jnp.sum(is_real, dtype=jnp.int32))
     state = state.replace(
         learner=learner,
         key=keys.next,

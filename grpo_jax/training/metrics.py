@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import shards
 from grpo_jax.groups.advantage import Advantages
 from grpo_jax.learning.losses import mean_over
 from grpo_jax.learning.update import Learner
@@ -22,16 +23,16 @@ def unknown() -> float:
 def episode_metrics(environments: Environments, trajectory: Trajectory) -> Metrics:
     """Episode statistics: means over the environments of their last finished episode, NaN before the first."""
     known = environments.last_length > 0
-    n_known = jnp.sum(known)
+    n_known = shards.total(jnp.sum(known))
 
     def mean(values: jax.Array) -> jax.Array:
-        total = jnp.sum(jnp.where(known, values, 0.0))
+        total = shards.total(jnp.sum(jnp.where(known, values, 0.0)))
         return jnp.where(n_known > 0, total / jnp.maximum(n_known, 1), unknown())
 
     return {
         "episode_return": mean(environments.last_return),
         "episode_length": mean(environments.last_length),
-        "n_episodes": jnp.sum(trajectory.ended).astype(jnp.result_type(float)),
+        "n_episodes": shards.total(jnp.sum(trajectory.ended)).astype(jnp.result_type(float)),
     }
 
 
@@ -43,15 +44,17 @@ def group_metrics(batch: Batch, advantages: Advantages) -> Metrics:
         # 1 also where no step belongs to a group: nothing can be learned then either.
         "frac_zero_std": 1.0 - mean_over(compared, advantages.active),
         "frac_below_floor": mean_over(compared, advantages.below_floor),
-        "nonfinite_groups": jnp.sum(compared & ~advantages.finite).astype(jnp.result_type(float)),
+        "nonfinite_groups": shards.total(jnp.sum(compared & ~advantages.finite)).astype(
+            jnp.result_type(float)
+        ),
     }
 
 
 def explained_variance(value: jax.Array, target: jax.Array) -> jax.Array:
     """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN where nothing varies."""
-    variance = jnp.var(target)
+    variance = _variance(target)
     varies = variance > 0
-    explained = 1.0 - jnp.var(target - value) / jnp.where(varies, variance, 1.0)
+    explained = 1.0 - _variance(target - value) / jnp.where(varies, variance, 1.0)
     return jnp.where(varies, explained, unknown())
 
 
@@ -71,7 +74,13 @@ def nonfinite_state(
         ~jnp.all(jnp.isfinite(_vector(seen))),
         jnp.any(_holds_nan(environments.state) & ~_holds_nan(environments_before.state)),
     )
-    return jnp.sum(jnp.stack(flags)).astype(jnp.result_type(float))
+    return jnp.sum(shards.total(jnp.stack(flags).astype(jnp.int32)) > 0).astype(jnp.result_type(float))
+
+
+def _variance(values: jax.Array) -> jax.Array:
+    """Over all shards."""
+    center = shards.mean(jnp.mean(values))
+    return shards.mean(jnp.mean((values - center) ** 2))
 
 
 def _vector(tree: PyTree) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from grpo_jax import counter
+from grpo_jax import counter, shards
 from grpo_jax.cache import compile_quickly
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.agents import check_block, default_block, over_agents, stack_configs
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
-from grpo_jax.training.loop import TrainState, check_arguments, guarded_iteration, init, iterations_for
+from grpo_jax.training.iterate import guarded_iteration
+from grpo_jax.training.loop import TrainState, check_arguments, init, iterations_for
 from grpo_jax.training.self_play import against, check_opponent
 from grpo_jax.worlds.base import World
 
@@ -91,6 +93,7 @@ def run(
     block: int | None = None,
     quick_compile: bool = False,
     opponent_every: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains like ``train``, number for number, but returns to the host a few times a second.
 
@@ -110,6 +113,8 @@ def run(
         runs of seconds. Without effect elsewhere, and where XLA does not know how (from jax 0.11 on).
       opponent_every: self-play: the opponent in ``env`` is the policy itself, as it was at the start and then at each
         multiple of so many iterations; a state to go on from is its own first opponent. None: ``env``'s own opponent.
+      mesh: devices, as ``make_mesh`` gives them: the ``config.n_shards`` parts of the environments are spread over them, or,
+        with one part each, the ``n_seeds``. Numbers do not depend on how many there are but by rounding. None: one device.
 
     Returns:
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
@@ -139,7 +144,8 @@ def run(
             )
     configs, keys = config, as_key(key)
     if n_seeds is not None:
-        block = block or default_block(config, env, n_seeds)
+        per_device = n_seeds // (mesh.devices.size if mesh is not None and config.n_shards == 1 else 1)
+        block = block or default_block(config, env, per_device)
         configs, keys = stack_configs([config] * n_seeds), jax.random.split(keys, n_seeds)
     return advance(
         configs,
@@ -153,6 +159,7 @@ def run(
         callback_at=callback_at,
         quick_compile=quick_compile,
         opponent_every=opponent_every,
+        mesh=mesh,
     )
 
 
@@ -178,23 +185,31 @@ def advance(
     callback_at: int | None = None,
     quick_compile: bool = False,
     opponent_every: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """``run`` for agents whose settings differ: ``config`` and ``keys`` have an axis ``[A]`` with ``block``, none without.
 
     With ``freeze``, an agent whose numbers are not finite keeps its last good state, and the others go on, until none is
     left; its metrics are NaN behind the iteration that failed. Else ``NonFiniteError``, as from ``run``.
     """
+    if mesh is not None:
+        shards.check_mesh(mesh, config.n_shards, None if block is None else len(keys))
     # A chunk may write over the state before it where nobody else holds that: no caller, no callback, no opponent.
     is_free = state is None and callback is None and opponent_every is None
     program = _chunk_in_place if is_free else _chunk
     clock = time.perf_counter()
     if state is None:
         state = first_states(config, env, keys, block)
+    if mesh is not None:
+        if block is None:
+            state = shards.place(state, mesh, _spread(state))
+        else:  # agents lie in parts, or their environments do, which the program sees to
+            config, state = shards.place((config, state), mesh, config.n_shards == 1)
     if opponent_every is not None:
         env = against(env, state)
     done = int(np.max(np.asarray(state.iteration)))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
-    lowered = program.lower(*arguments, block, jax.debug_nans.value)
+    lowered = program.lower(*arguments, block, jax.debug_nans.value, mesh)
     proceed = compile_quickly(lowered) if quick_compile else lowered.compile()
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
@@ -312,6 +327,7 @@ def _iterations(
     n_iterations: jax.Array,
     block: int | None,
     debug_nans: bool,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[TrainState, _Table]:
     """``length`` iterations, at most ``MAX_CHUNK``; rows of the table are unspecified after ``length``."""
     del debug_nans  # is read while tracing ``iteration``, so each setting needs a program of its own
@@ -319,7 +335,7 @@ def _iterations(
     def one(agent: tuple[GRPOConfig, TrainState]) -> tuple[TrainState, _Table]:
         config, state = agent
         # A jitted function of its own: one trace for the shapes and for the loop.
-        advance = jax.jit(functools.partial(guarded_iteration, config, env, strict=True))
+        advance = jax.jit(functools.partial(guarded_iteration, config, env, strict=True, mesh=mesh))
         names = sorted(jax.eval_shape(advance, state, n_iterations)[1])
         # One table instead of a buffer for each metric: a kernel to compile for each was a tenth of all.
         table = jnp.zeros((MAX_CHUNK, len(names)), jnp.result_type(float))
@@ -334,8 +350,19 @@ def _iterations(
         return state, _Table(table, tuple(names))
 
     agents = (config, state)
-    return one(agents) if block is None else over_agents(one, agents, block)
+    if block is None:
+        return one(agents)
+    if mesh is not None and config.n_shards == 1:
+        return shards.over_devices(lambda agents: over_agents(one, agents, block), agents, mesh)
+    return over_agents(one, agents, block)
 
 
-_chunk = jax.jit(_iterations, static_argnames=("block", "debug_nans"))
-_chunk_in_place = jax.jit(_iterations, static_argnames=("block", "debug_nans"), donate_argnames="state")
+def _spread(state: TrainState) -> TrainState:
+    """Which parts of a state lie in parts on the devices of a mesh: its environments."""
+    names = [field.name for field in dataclasses.fields(state) if field.name != "policy"]
+    return state.replace(**{name: name == "environments" for name in names})
+
+
+_STATIC = ("block", "debug_nans", "mesh")
+_chunk = jax.jit(_iterations, static_argnames=_STATIC)
+_chunk_in_place = jax.jit(_iterations, static_argnames=_STATIC, donate_argnames="state")

@@ -11,7 +11,8 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
-from grpo_jax.training.loop import TrainState, check_arguments, guarded_iteration, init, iterations_for
+from grpo_jax.training.iterate import guarded_iteration
+from grpo_jax.training.loop import TrainState, check_arguments, init, iterations_for
 from grpo_jax.types import Metrics
 from grpo_jax.worlds.base import World
 

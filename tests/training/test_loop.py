@@ -22,7 +22,7 @@ def learn(config, world, state, trajectory, evaluated=None):
 
 
 jitted_learn = jax.jit(learn)
-jitted_init, jitted_iteration = jax.jit(loop.init), jax.jit(loop.iteration)
+jitted_init, jitted_iteration = jax.jit(loop.init), jax.jit(grpo_jax.iteration)
 jitted_collect = jax.jit(loop.collect, static_argnames="keep_next_observation")
 
 
