@@ -83,7 +83,7 @@ class GRPOConfig:
     """Whether the candidates of a state share their randomness, so that a difference is due to the action."""
     max_branches: int = 0
     """Branches that run side by side; more are run in chunks. 0: on a CPU 4096, or as many as keep their states and
-    observations within 2 MiB; else 1048576, or 4 GiB."""
+    observations within 2 MiB; else 1048576, or 4 GiB, at most a sixteenth of the device's memory."""
 
     baseline: Baseline = "policy"
     """What a return is compared with: the policy-weighted mean of the group, its plain mean, the mean of the other

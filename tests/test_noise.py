@@ -136,3 +136,19 @@ def test_as_key_takes_both_kinds_of_jax_keys_and_its_own(key):
 def test_as_key_refuses_what_is_not_one_threefry_key(wrong):
     with pytest.raises(TypeError, match=r"key.*jax\.random\.key\("):
         noise.as_key(wrong() if callable(wrong) else wrong)
+
+
+def test_the_kernel_of_other_devices_gives_the_same_bits(monkeypatch):
+    """JAX's own, which runs on a CPU too."""
+    keys = noise.draw_bits(noise.as_key(jax.random.key(7)), (5, 2))
+    low = jnp.arange(12, dtype=jnp.uint32).reshape(3, 4)
+    arguments = [(low * 0, low), (jnp.uint32(2**32 - 1), jnp.uint32(5)), (low[:0], low[:0])]
+
+    def hashed():
+        some = [noise.threefry2x32(keys[0], *counters) for counters in arguments]
+        return some, jax.vmap(lambda key: noise.threefry2x32(key, low, low + 1))(keys)
+
+    written_out = hashed()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "threefry2x32" in str(jax.make_jaxpr(hashed)())
+    jax.tree.map(np.testing.assert_array_equal, hashed(), written_out)

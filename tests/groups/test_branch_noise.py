@@ -1,6 +1,7 @@
 """Branches in worlds of chance: random numbers, chunks, several rollouts, actions that persist, one trace."""
 
 import functools
+import types
 
 import chex
 import jax
@@ -93,6 +94,24 @@ def test_large_states_run_in_smaller_chunks():
             default_branches(world, {"a": np.zeros(state_bytes - 4, np.uint8), "b": np.float32(0)})
             == branches
         )
+
+
+@pytest.mark.parametrize(
+    ("stats", "limit"),
+    [
+        (None, 4 << 30),
+        ({}, 4 << 30),
+        ({"bytes_limit": 80 << 30}, 4 << 30),
+        ({"bytes_limit": 8 << 30}, 1 << 29),
+    ],
+)
+def test_chunks_of_a_device_take_a_sixteenth_of_its_memory(stats, limit, monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    small, large = (np.zeros(n - 4, np.uint8) for n in (32, 1 << 20))  # the observation is one number
+    assert default_branches(_Still(), small) == 1 << 20
+    assert default_branches(_Still(), large) == limit >> 20
 
 
 def states_and_networks(world, config, n_states):

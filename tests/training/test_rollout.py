@@ -128,8 +128,7 @@ def test_where_an_episode_ends_the_first_state_of_its_own_key_follows(
     world, actions = Ender(), ENDS[ends](n_envs)
     _, first = jax.eval_shape(world.reset, as_key(jax.random.key(0)))
     n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first)) + 8
-    monkeypatch.setattr(rollouts, "RESET_BYTES", n_at_once * n_bytes)
-    monkeypatch.setattr(rollouts, "CHEAP_RESETS", 0)
+    monkeypatch.setattr(rollouts, "CPU_RESETS", rollouts.ResetLimits(n_at_once * n_bytes, 0, 1 / 64))
     keys = split(as_key(jax.random.key(0)), 3 * n_envs).reshape(3, n_envs)
     before = start(world, keys[0])
     chex.assert_trees_all_equal(numbers(before.state), numbers(jax.vmap(world.reset)(keys[0])[1]))
@@ -158,8 +157,16 @@ def test_cheap_resets_seeds_side_by_side_and_one_by_one_come_to_the_same(monkeyp
         return numbers(after)
 
     cheap = jax.jit(all_steps)()
-    monkeypatch.setattr(rollouts, "CHEAP_RESETS", 0)
+    monkeypatch.setattr(rollouts, "CPU_RESETS", rollouts.CPU_RESETS._replace(cheap=0))
     chex.assert_trees_all_equal(jax.jit(lambda: all_steps())(), cheap)
+
+
+def test_a_device_that_is_no_cpu_resets_more_at_once(monkeypatch):
+    keys = split(as_key(jax.random.key(0)), 4)
+    most, _ = rollouts._size_up(Ender(), keys)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert rollouts.reset_limits() == rollouts.DEVICE_RESETS
+    assert rollouts._size_up(Ender(), keys)[0] >= 2000 * most
 
 
 def test_what_a_program_computes_is_counted():
