@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from grpo_jax.config import GRPOConfig
 from grpo_jax.files import UnsealedWarning
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.run import first_state
+from grpo_jax.training.self_play import check_opponent
 from grpo_jax.worlds.base import World
 from grpo_jax.worlds.make import SUITES
 
@@ -89,7 +90,10 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         options.total_timesteps,
         options.checkpoint_every,
         options.keep,
+        options.opponent_every,
     )
+    if run.opponent_every is not None:
+        check_opponent(world)
     jax.eval_shape(lambda key: grpo_jax.init(config, world, key), jax.random.key(run.seed))
     directory = RunDirectory(options.out)
     directory.check_free(overwrite=options.overwrite)
@@ -185,7 +189,7 @@ def _advance(
             )
             timing += f" ({progress.rates_text(*rates.values())})"
             episode_return = float(np.mean(chunk.metrics["episode_return"][..., -1]))
-            return interrupt.requested is None
+            return interrupt.requested is None or not run.can_stop(chunk.iteration)
 
         try:
             state, _ = grpo_jax.run(
@@ -197,6 +201,7 @@ def _advance(
                 callback_at=run.cadence[1],
                 state=state,
                 n_seeds=run.vmapped,
+                opponent_every=run.opponent_every,
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error
@@ -222,7 +227,7 @@ def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) 
         plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
     except (OSError, ValueError) as error:
         progress.warn(f"no picture of the run was drawn ({error})")
-    _play(run, world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
+    _play(run, lambda _: world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
     print("written:", *(file for file in directory.files if file.exists()), sep="\n  ")
 
 
@@ -233,7 +238,11 @@ def _how_to_go_on(directory: RunDirectory) -> str:
 def _evaluate(options: Evaluate) -> int:
     directory = RunDirectory(options.directory)
     run = directory.read()
+    if options.render is not None:
+        render.without_window()
     world, state = directory.restore(run, options.checkpoint)
+    if options.opponent == "self":
+        check_opponent(world)
     if options.render is not None:
         render.check(world, options.render)
     if state is None:
@@ -241,13 +250,19 @@ def _evaluate(options: Evaluate) -> int:
             f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"
         )
     key = _evaluation_key(run.seed if options.seed is None else options.seed)
-    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}")
+    against = ", against itself" if options.opponent == "self" else ""
+    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}{against}")
     deterministic, plan = options.deterministic, _plan_of(run, options)
-    _play(run, world, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
+
+    def game(state: TrainState) -> World:
+        is_self = options.opponent == "self"
+        return grpo_jax.against(world, state, deterministic=deterministic) if is_self else world
+
+    _play(run, game, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
     if options.render is not None:
         one = state if run.vmapped is None else jax.tree.map(lambda leaf: leaf[0], state)
         n_frames, earned = render.render(
-            one, world, key, options.render, deterministic=deterministic, plan=plan
+            one, game(one), key, options.render, deterministic=deterministic, plan=plan
         )
         print(f"{options.render}: {n_frames} frames, return {earned:.2f}")
     return 0
@@ -264,7 +279,7 @@ def _plan_of(run: Run, options: Evaluate) -> grpo_jax.Plan | None:
 
 def _play(
     run: Run,
-    world: World,
+    game: Callable[[TrainState], World],
     state: TrainState,
     key: jax.Array,
     n_episodes: int,
@@ -272,11 +287,11 @@ def _play(
     deterministic: bool,
     plan: grpo_jax.Plan | None = None,
 ) -> None:
-    """Plays episodes of every seed and prints what they earned."""
+    """Plays episodes of every seed, in the game that belongs to its state, and prints what they earned."""
 
     def play(state: TrainState, key: jax.Array) -> grpo_jax.Episodes:
         return grpo_jax.evaluate_episodes(
-            state, world, key, n_episodes, deterministic=deterministic, plan=plan
+            state, game(state), key, n_episodes, deterministic=deterministic, plan=plan
         )
 
     start = time.perf_counter()

@@ -66,6 +66,7 @@ class Run:
       total_timesteps: decision steps of each seed.
       checkpoint_every: seconds, as in ``"10s"``, or iterations, as in ``"100"``.
       keep: the last checkpoints that stay.
+      opponent_every: of ``grpo_jax.run``: self-play.
 
     Raises:
       TypeError, ValueError: one of them cannot be.
@@ -78,6 +79,7 @@ class Run:
     total_timesteps: int
     checkpoint_every: str = "10s"
     keep: int = 1
+    opponent_every: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.env, str) or len(self.env) > 200:
@@ -86,6 +88,13 @@ class Run:
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if (every := self.opponent_every) is not None and (type(every) is not int or every < 1):
+            raise ValueError(f"opponent_every={every!r} must be an integer of at least 1")
+        if every is not None and self.n_seeds > 1:
+            raise ValueError(
+                f"opponent_every={every}, n_seeds={self.n_seeds}: in self-play one seed is its own opponent; run"
+                " several one after the other"
+            )
         iterations_for(self.config, self.total_timesteps)
         _ = self.cadence
 
@@ -93,6 +102,10 @@ class Run:
     def vmapped(self) -> int | None:
         """``n_seeds`` as ``grpo_jax.run`` and ``restore`` want it: a single run has no axis of seeds."""
         return None if self.n_seeds == 1 else self.n_seeds
+
+    def can_stop(self, iteration: int) -> bool:
+        """Whether going on from here ends like a run that never stopped: in self-play where the opponent is the policy."""
+        return self.opponent_every is None or iteration % self.opponent_every == 0
 
     @property
     def cadence(self) -> tuple[float | None, int | None]:
@@ -114,6 +127,8 @@ class Run:
             "versions": {"grpo_jax": grpo_jax.__version__, "jax": jax.__version__},
             "format": VERSION,
         }
+        if self.opponent_every is None:  # an entry that older versions do not know
+            del content["opponent_every"]
         return json.dumps(content | {"checksum": _checksum(content)}, indent=2) + "\n"
 
     @classmethod
@@ -135,7 +150,7 @@ class Run:
                     "its checksum does not fit; put back what was there. What can be changed of a run are options of"
                     " `grpo-jax resume`"
                 )
-            names += ["checkpoint_every", "keep"]
+            names += ["checkpoint_every", "keep", *({"opponent_every"} & set(content))]
             if unknown := set(content) - {*names, "config", "versions", "format"}:
                 raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))!r:.60}")
         for name in ("net_arch", "critic_net_arch"):
