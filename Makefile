@@ -41,7 +41,9 @@ $(SUITES_READY): pyproject.toml requirements.txt requirements-suites.txt
 	touch $(SUITES_READY)
 
 test-suites: $(SUITES_READY)
-	$(SUITES_VENV)/bin/python -m pytest -n 2 --dist loadfile -q \
+	@# Pictures of robots need EGL where there is no window.
+	MUJOCO_GL=$$(MUJOCO_GL=egl $(SUITES_VENV)/bin/python -c 'import mujoco' 2>/dev/null && echo egl) \
+		$(SUITES_VENV)/bin/python -m pytest -n 2 --dist loadfile -q \
 		tests/worlds/test_suites.py tests/worlds/test_suite_details.py tests/worlds/test_suite_presets.py
 
 lint: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import functools
 import os
 import sys
@@ -27,10 +28,11 @@ MAX_FRAMES = 500
 
 
 def without_window() -> None:
-    """Keeps pygame and MuJoCo from looking for a screen; MuJoCo asks once, when it is imported."""
+    """Keeps pygame and MuJoCo from looking for a screen; MuJoCo asks once, when it is imported, and must then find EGL."""
     for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):
         os.environ.setdefault(name, "dummy")
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    is_headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    if is_headless and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
 
 
