@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from typing import Any
 
 import jax
@@ -75,11 +77,15 @@ def _draw(model: Any, moved: Any, positions: Any, velocities: Any) -> np.ndarray
 def _renderer(model: Any) -> Any:
     """One is kept: to make one takes longer than to draw."""
     try:
+        # GLFW without a screen ends the process at the second try.
+        has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if "glfw" in load("mujoco.gl_context", "brax").GLContext.__module__ and not has_screen:
+            raise RuntimeError("there is no screen")
         return load("mujoco", "brax").Renderer(model, height=240, width=320)
     except Exception as error:  # what a missing library raises depends on the library
         raise NotImplementedError(
-            f"MuJoCo cannot draw here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''});"
-            " without a window it needs the environment variable MUJOCO_GL=egl, or osmesa, before the start, and that library"
+            f"MuJoCo cannot draw here ({type(error).__name__}: {str(error).partition(chr(10))[0]}); without a window it"
+            " needs the environment variable MUJOCO_GL=egl, or osmesa, before the start, and that library"
         ) from error
 
 
