@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUITES := brax,craftax,jumanji,navix,pgx,playground,xminigrid
+SUITES_VENV := .venv-suites
+SUITES_READY := $(SUITES_VENV)/.ready
 DEMO := runs/demo
 BENCH := runs/bench
 SEEDS := 5
 JOBS := 1
 
-.PHONY: demo test lint format bench bench-full clean
+.PHONY: demo test test-suites lint format bench bench-full clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml requirements.txt
@@ -26,6 +29,22 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# An environment of its own: people install grpo-jax without them, and the other tests must pass so.
+$(SUITES_READY): pyproject.toml requirements.txt requirements-suites.txt
+	test -x $(SUITES_VENV)/bin/python || $(PYTHON) -m venv $(SUITES_VENV)
+	$(SUITES_VENV)/bin/python -m pip install -q --upgrade pip
+	$(SUITES_VENV)/bin/python -m pip install -q -c requirements.txt -c requirements-suites.txt -e '.[$(SUITES),render]' \
+		hypothesis pytest pytest-timeout pytest-xdist
+	@# The tests skip what cannot be imported; here that is a fault.
+	$(SUITES_VENV)/bin/python -W ignore -c 'import $(subst playground,mujoco_playground,$(SUITES))'
+	touch $(SUITES_READY)
+
+test-suites: $(SUITES_READY)
+	@# Pictures of robots need EGL where there is no window.
+	MUJOCO_GL=$$(MUJOCO_GL=egl $(SUITES_VENV)/bin/python -c 'import mujoco' 2>/dev/null && echo egl) \
+		$(SUITES_VENV)/bin/python -m pytest -n 2 --dist loadfile -q \
+		tests/worlds/test_suites.py tests/worlds/test_suite_details.py tests/worlds/test_suite_presets.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,4 +64,4 @@ bench-full: $(READY)
 	$(BIN)/python benchmarks/bench.py --seeds $(SEEDS) --jobs $(JOBS) --out $(BENCH) --report docs/results
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SUITES_VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -67,8 +67,8 @@ def _entry(env_id: str) -> dict[str, Any]:
         # "cartpole" is nearer to "CartPole-v1" without its version and in small letters.
         plain: dict[str, str] = {}
         for known in table:
-            plain.setdefault(known.lower(), known)
-            plain.setdefault(known.lower().rpartition("-")[0], known)
+            for name in (known, known.rpartition("-")[0] or known, known.rpartition("/")[2]):
+                plain.setdefault(name.lower(), known)
         near = difflib.get_close_matches(str(env_id).lower(), plain, n=6, cutoff=0.5)
         ids = list(dict.fromkeys(plain[name] for name in near))[:3] or list(table)[:3]
         raise ValueError(

@@ -3,6 +3,7 @@
 from sb3_bridge.grpo import GRPO
 from sb3_bridge.gymnax.registration import register_envs
 from sb3_bridge.gymnax.vec_env import GymnaxVecEnv, WorldVecEnv
+from sb3_bridge.masks import InfoMasks
 from sb3_bridge.planner import Planner
 from sb3_bridge.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_bridge.twins.registry import register_twin
@@ -11,6 +12,7 @@ __all__ = [
     "GRPO",
     "CnnPolicy",
     "GymnaxVecEnv",
+    "InfoMasks",
     "MlpPolicy",
     "MultiInputPolicy",
     "Planner",

@@ -12,6 +12,43 @@ from sb3_bridge.clones.core_state import ACTION_MASKS, choices_of
 from sb3_bridge.clones.processes import died, uninterrupted
 
 
+class InfoMasks(gymnasium.Wrapper):
+    """Gives as ``action_masks()`` what an environment tells in ``info["action_mask"]``, as Gymnasium's Taxi does.
+
+    Raises:
+      ValueError: a reset, or a step that ends no episode, tells no mask.
+    """
+
+    _mask: np.ndarray | None = None
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(**arguments)
+        self._take(info, "reset()", is_needed=True)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._take(info, f"step({action!r})", is_needed=not (terminated or truncated))
+        return observation, reward, terminated, truncated, info
+
+    def action_masks(self) -> np.ndarray:
+        """The mask of the last reset or step; see sb3-contrib's ``MaskablePPO``."""
+        if self._mask is None:
+            raise gymnasium.error.ResetNeeded(f"{ACTION_MASKS}() was called before reset() told a mask")
+        return self._mask
+
+    def _take(self, info: dict[str, Any], where: str, *, is_needed: bool) -> None:
+        mask = info.get("action_mask")
+        if mask is None and is_needed:
+            raise ValueError(
+                f"{where} of {self.env} told no info['action_mask'], which InfoMasks needs of every state in which an action"
+                " follows: let the environment tell it each time, or give it a method action_masks()"
+            )
+        self._mask = (
+            None if mask is None else np.array(mask)
+        )  # a copy: the environment may write into its own
+
+
 def has_masks(env: VecEnv) -> bool:
     """Whether the environments tell which actions they allow.
 

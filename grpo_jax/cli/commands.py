@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from grpo_jax.files import UnsealedWarning
 from grpo_jax.training.agents import default_block, over_agents
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.run import first_state
+from grpo_jax.training.self_play import check_opponent
 from grpo_jax.training.sweep import check_program, expand, first_settings, run_settings
 from grpo_jax.worlds.base import World
 
@@ -96,8 +97,11 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         options.total_timesteps,
         options.checkpoint_every,
         options.keep,
+        options.opponent_every,
         tuple(settings),
     )
+    if run.opponent_every is not None:
+        check_opponent(world)
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
     _check_mesh(mesh, run)
@@ -250,7 +254,7 @@ def _advance(
             )
             timing += f" ({progress.rates_text(*rates.values())})"
             episode_return = float(np.mean(chunk.metrics["episode_return"][..., -1]))
-            return interrupt.requested is None
+            return interrupt.requested is None or not run.can_stop(chunk.iteration)
 
         try:
             train: Any = run_settings if run.settings else grpo_jax.run
@@ -263,6 +267,7 @@ def _advance(
                 callback_at=run.cadence[1],
                 state=state,
                 n_seeds=run.seeds,
+                opponent_every=run.opponent_every,
                 mesh=mesh,
             )
         except FloatingPointError as error:
@@ -294,7 +299,7 @@ def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) 
         plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
     except (OSError, ValueError) as error:
         progress.warn(f"no picture of the run was drawn ({error})")
-    _play(run, world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
+    _play(run, lambda _: world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
     _print_files(directory)
     return True
 
@@ -311,10 +316,14 @@ def _how_to_go_on(directory: RunDirectory) -> str:
 def _evaluate(options: Evaluate) -> int:
     directory = RunDirectory(options.directory)
     run, state = directory.read(), None
+    if options.render is not None:
+        render.without_window()
     if run.settings:
         run, world, state = sweeps.best(directory, run, options.checkpoint)
     else:
         world, state = directory.restore(run, options.checkpoint)
+    if options.opponent == "self":
+        check_opponent(world)
     if options.render is not None:
         render.check(world, options.render)
     if state is None:
@@ -322,13 +331,19 @@ def _evaluate(options: Evaluate) -> int:
             f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"
         )
     key = _evaluation_key(run.seed if options.seed is None else options.seed)
-    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}")
+    against = ", against itself" if options.opponent == "self" else ""
+    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}{against}")
     deterministic, plan = options.deterministic, _plan_of(run, options)
-    _play(run, world, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
+
+    def game(state: TrainState) -> World:
+        is_self = options.opponent == "self"
+        return grpo_jax.against(world, state, deterministic=deterministic) if is_self else world
+
+    _play(run, game, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
     if options.render is not None:
         one = state if run.vmapped is None else jax.tree.map(lambda leaf: leaf[0], state)
         n_frames, earned = render.render(
-            one, world, key, options.render, deterministic=deterministic, plan=plan
+            one, game(one), key, options.render, deterministic=deterministic, plan=plan
         )
         print(f"{options.render}: {n_frames} frames, return {earned:.2f}")
     return 0
@@ -345,7 +360,7 @@ def _plan_of(run: Run, options: Evaluate) -> grpo_jax.Plan | None:
 
 def _play(
     run: Run,
-    world: World,
+    game: Callable[[TrainState], World],
     state: TrainState,
     key: jax.Array,
     n_episodes: int,
@@ -353,11 +368,11 @@ def _play(
     deterministic: bool,
     plan: grpo_jax.Plan | None = None,
 ) -> None:
-    """Plays episodes of every seed and prints what they earned."""
+    """Plays episodes of every seed, in the game that belongs to its state, and prints what they earned."""
 
     def play(state: TrainState, key: jax.Array) -> grpo_jax.Episodes:
         return grpo_jax.evaluate_episodes(
-            state, world, key, n_episodes, deterministic=deterministic, plan=plan
+            state, game(state), key, n_episodes, deterministic=deterministic, plan=plan
         )
 
     start = time.perf_counter()
@@ -365,6 +380,7 @@ def _play(
         episodes = jax.tree.map(lambda leaf: leaf[None], play(state, key))
     else:
         agents = (state, jax.random.split(key, run.n_seeds))
+        world = game(jax.tree.map(lambda leaf: leaf[0], state))
         block = default_block(run.config, world, run.n_seeds)
         episodes = over_agents(lambda agent: play(*agent), agents, block)
     jax.block_until_ready(episodes)

@@ -9,7 +9,7 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
 from grpo_jax.config import GRPOConfig, Schedule
 from grpo_jax.files import read_bounded
@@ -52,6 +52,9 @@ class Train:
     many parts (--n-shards)."""
     from_config: Path | None = None
     """Start from the settings in this file, such as a sweep's best_config.json, instead of the preset's; flags change them."""
+    opponent_every: int | None = None
+    """Self-play in a game: the opponent is the policy as it was at each multiple of so many iterations. Checkpoints are
+    written at these alone, and Ctrl-C waits for the next one; None: the game's own opponent."""
     cache: bool = True
     """Keep compiled programs in the user's cache directory."""
     # In a subclass that `parse` makes: config, whose fields are GRPOConfig's, not validated yet.
@@ -97,6 +100,8 @@ class Evaluate:
     """Branches of each candidate."""
     seed: int | None = None
     """Seed of the episodes; None: the run's, which plays those of the table at the end of training."""
+    opponent: Literal["random", "self"] = "random"
+    """Whom a game is played against: random moves, or the policy itself (with --deterministic it is, too)."""
     render: Path | None = None
     """Also draw one episode (of the first seed) into this .gif file."""
     cache: bool = True

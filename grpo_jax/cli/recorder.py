@@ -100,7 +100,7 @@ class Recorder:
             is_due = time.monotonic() - self._tried_at > seconds
         else:
             is_due = chunk.iteration // (iterations or 1) > self._tried_iteration // (iterations or 1)
-        if is_due:
+        if is_due and self._run.can_stop(chunk.iteration):
             try:
                 self.checkpoint(chunk.state, float(np.mean(chunk.metrics["episode_return"][..., -1])))
             except OSError as error:

@@ -1,10 +1,12 @@
-"""Render: one episode of a policy as a GIF, drawn by gymnax."""
+"""Render: one episode of a policy as a GIF, drawn by gymnax or by the environment's own suite."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,32 @@ MAX_FRAMES = 500
 """Where longer episodes are cut."""
 
 
+def without_window() -> None:
+    """Keeps pygame and MuJoCo from looking for a screen; MuJoCo asks once, when it is imported, and must then find EGL."""
+    for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):
+        os.environ.setdefault(name, "dummy")
+    is_headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    if is_headless and ctypes.util.find_library("EGL"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
 def check(world: World, path: Path) -> None:
     """Finds out before the work whether a GIF can be drawn.
 
     Raises:
-      ValueError: gymnax cannot draw this environment, or the path is no ``.gif`` in a directory that exists.
+      ValueError: there is no picture of this environment, or what draws it is missing, or the path is no ``.gif`` in a directory that exists.
       ModuleNotFoundError: pygame is missing.
     """
     if path.suffix.lower() != ".gif":
         raise ValueError(f"render={str(path)!r} must end in .gif")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"render={str(path)!r} is in a directory that does not exist")
-    for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # pygame shall look for no screen and no sound card
-        os.environ.setdefault(name, "dummy")
+    without_window()
     import gymnasium
 
     try:
         with contextlib.closing(Renderer()) as renderer:
-            renderer.frame(world, world.reset(jax.random.key(0))[1])
+            renderer.frame(world, jax.device_get(jax.jit(world.reset)(as_key(jax.random.key(0)))[1]))
     except NotImplementedError as error:
         raise ValueError(f"render: {error}") from error
     except gymnasium.error.DependencyNotInstalled as error:

@@ -72,6 +72,7 @@ class Run:
       total_timesteps: decision steps of each seed.
       checkpoint_every: seconds, as in ``"10s"``, or iterations, as in ``"100"``.
       keep: the last checkpoints that stay.
+      opponent_every: of ``grpo_jax.run``: self-play.
       settings: of a sweep, the fields that differ from ``config``, with every seed each; empty: no sweep.
 
     Raises:
@@ -85,6 +86,7 @@ class Run:
     total_timesteps: int
     checkpoint_every: str = "10s"
     keep: int = 1
+    opponent_every: int | None = None
     settings: tuple[Setting, ...] = ()
 
     def __post_init__(self) -> None:
@@ -94,6 +96,13 @@ class Run:
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if (every := self.opponent_every) is not None and (type(every) is not int or every < 1):
+            raise ValueError(f"opponent_every={every!r} must be an integer of at least 1")
+        if every is not None and (self.n_seeds > 1 or self.settings):
+            raise ValueError(
+                f"opponent_every={every}, n_seeds={self.n_seeds}: in self-play one seed of one setting is its own opponent;"
+                " run several one after the other"
+            )
         if len(self.settings) > _MAX_SETTINGS:
             raise ValueError(
                 f"a sweep of {len(self.settings)} settings is more than {_MAX_SETTINGS}: split it"
@@ -113,6 +122,10 @@ class Run:
     def seeds(self) -> int | None:
         """``n_seeds`` as ``grpo_jax.run`` wants it: a single run is no seed of several."""
         return None if self.n_seeds == 1 else self.n_seeds
+
+    def can_stop(self, iteration: int) -> bool:
+        """Whether going on from here ends like a run that never stopped: in self-play where the opponent is the policy."""
+        return self.opponent_every is None or iteration % self.opponent_every == 0
 
     @property
     def configs(self) -> tuple[GRPOConfig, ...]:
@@ -158,6 +171,8 @@ class Run:
             "versions": {"grpo_jax": grpo_jax.__version__, "jax": jax.__version__},
             "format": VERSION,
         }
+        if self.opponent_every is None:  # an entry that older versions do not know
+            del content["opponent_every"]
         if not self.settings:  # as versions without sweeps wrote it
             del content["settings"]
         return json.dumps(content | {"checksum": _checksum(content)}, indent=2) + "\n"
@@ -181,7 +196,7 @@ class Run:
                     "its checksum does not fit; put back what was there. What can be changed of a run are options of"
                     " `grpo-jax resume`"
                 )
-            names += ["checkpoint_every", "keep"]
+            names += ["checkpoint_every", "keep", *({"opponent_every"} & set(content))]
             if unknown := set(content) - {*names, "config", "versions", "format", "settings"}:
                 raise ValueError(f"it has unknown entries: {', '.join(sorted(unknown))!r:.60}")
         settings = tuple(content.get("settings", ()))

@@ -45,6 +45,15 @@ class World(abc.ABC):
         del state
         return None
 
+    def picture(self, state: PyTree) -> np.ndarray:
+        """Draws one state, on the host and without a window: uint8 ``[height, width, 3]``.
+
+        Raises:
+          NotImplementedError: there is no picture of it, and why.
+        """
+        del state
+        raise NotImplementedError(f"there is no picture of {type(self).__name__}")
+
     def at(self, observation: Observation, time: jax.Array | None = None) -> PyTree:
         """The states of visited observations, of any leading axes: ``[..., *shape]`` -> leaves ``[..., *]``.
 
@@ -100,6 +109,9 @@ class WrappedWorld(World):
 
     def action_mask(self, state: Any) -> jax.Array | None:
         return self.world.action_mask(state.inner)
+
+    def picture(self, state: Any) -> np.ndarray:
+        return self.world.picture(state.inner)
 
 
 @struct.dataclass

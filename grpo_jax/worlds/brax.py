@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
 from grpo_jax.spaces import Box, Space
@@ -41,8 +45,48 @@ class BraxWorld(World):
         new = self.env.step(old, action)
         return settled(state, self._see(new), new, new.reward, new.done, False)
 
+    def picture(self, state: PyTree) -> np.ndarray:
+        if hasattr(self.env, "sys"):
+            model, moved = self.env.sys.mj_model, state.pipeline_state
+            positions, velocities = moved.q, moved.qd
+        else:
+            model, moved = self.env.mj_model, state.data
+            positions, velocities = moved.qpos, moved.qvel
+        return _draw(model, moved, positions, velocities)
+
     def _see(self, state: PyTree) -> jax.Array:
         return floats(state.obs if self.observation is None else state.obs[self.observation])
+
+
+def _draw(model: Any, moved: Any, positions: Any, velocities: Any) -> np.ndarray:
+    """What MuJoCo's own renderer shows, without a window."""
+    mujoco = load("mujoco", "brax")
+    data = mujoco.MjData(model)
+    data.qpos, data.qvel = positions, velocities
+    for name in ("mocap_pos", "mocap_quat"):
+        if getattr(moved, name, None) is not None and getattr(data, name).size:
+            setattr(data, name, getattr(moved, name))
+    mujoco.mj_forward(model, data)
+    renderer = _renderer(model)
+    renderer.update_scene(data, 0 if model.ncam else -1)
+    picture: np.ndarray = renderer.render()
+    return picture
+
+
+@functools.lru_cache(maxsize=1)
+def _renderer(model: Any) -> Any:
+    """One is kept: to make one takes longer than to draw."""
+    try:
+        # GLFW without a screen ends the process at the second try.
+        has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if "glfw" in load("mujoco.gl_context", "brax").GLContext.__module__ and not has_screen:
+            raise RuntimeError("there is no screen")
+        return load("mujoco", "brax").Renderer(model, height=240, width=320)
+    except Exception as error:  # what a missing library raises depends on the library
+        raise NotImplementedError(
+            f"MuJoCo cannot draw here ({type(error).__name__}: {str(error).partition(chr(10))[0]}); without a window it"
+            " needs the environment variable MUJOCO_GL=egl, or osmesa, before the start, and that library"
+        ) from error
 
 
 def wrap(env: Any, episode_length: int, observation: str | None = None) -> TimeLimited:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
 from grpo_jax.spaces import ActionSpace, Space, from_gymnasium
@@ -47,6 +50,17 @@ class CraftaxWorld(World):
         observation, new, reward, done, _ = self.env.step_env(key, state, action, endless)
         is_late = new.timestep >= self.params.max_timesteps
         return settled(state, floats(observation), new, reward, done, is_late)
+
+    def picture(self, state: PyTree) -> np.ndarray:
+        return np.asarray(_renderer(type(self.env).__module__)(state)).astype(np.uint8)
+
+
+@functools.cache
+def _renderer(module: str) -> Callable[[PyTree], jax.Array]:
+    """Draws a state of the environments of ``craftax.craftax`` or of ``craftax.craftax_classic``."""
+    package = ".".join(module.split(".")[:2])
+    size = load(f"{package}.constants", "craftax").BLOCK_PIXEL_SIZE_HUMAN
+    return jax.jit(load(f"{package}.renderer", "craftax").make_craftax_pixel_renderer(size))
 
 
 def ids() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -61,6 +62,30 @@ class JumanjiWorld(World):
 
     def action_mask(self, state: JumanjiState) -> jax.Array | None:
         return state.mask
+
+    def picture(self, state: JumanjiState) -> np.ndarray:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        env, canvas = copy.copy(self.env), FigureCanvasAgg(Figure(figsize=(10, 10), dpi=40))
+        figure = canvas.figure
+        axes = figure.add_subplot()
+        for name, viewer in vars(self.env).items():
+            if isinstance(viewer, load("jumanji.viewer", "jumanji").MatplotlibViewer):
+                setattr(env, name, viewer := copy.copy(viewer))
+                # Not pyplot's, which would open a window.
+                viewer._get_fig_ax = lambda *_, **__: (figure, axes)
+                viewer._display = lambda figure: None
+        try:
+            env.render(jax.tree.map(jnp.asarray, state.inner))
+            canvas.draw()
+            picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+            if (picture == picture[0, 0]).all():
+                raise AttributeError("nothing was drawn")
+        except (AttributeError, TypeError) as error:  # it draws elsewhere, or not in one plane
+            what = type(self.env).__name__
+            raise NotImplementedError(f"Jumanji draws {what} in a window alone ({error})") from error
+        return picture
 
 
 def _see(observation: Any) -> tuple[Observation, jax.Array | None]:

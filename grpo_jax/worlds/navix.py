@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from grpo_jax.spaces import Discrete, Space
@@ -43,6 +44,10 @@ class NavixWorld(World):
         # step() starts over by itself at the step behind an end.
         new = self.env._step(state.replace(state=inner), action)
         return settled(state, _see(new), _slim(new), new.reward, new.is_termination(), new.is_truncation())
+
+    def picture(self, state: PyTree) -> np.ndarray:
+        tiles = load("navix.rendering.cache", "navix").RenderingCache.init(jnp.asarray(state.state.grid))
+        return np.asarray(load("navix.observations", "navix").rgb(state.state.replace(cache=tiles)))
 
 
 def _see(timestep: PyTree) -> jax.Array:

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from grpo_jax.spaces import Discrete, Space
 from grpo_jax.types import PyTree, Step
 from grpo_jax.worlds.base import World, strong
-from grpo_jax.worlds.suites import box, floats, load, making, once, settled
+from grpo_jax.worlds.suites import box, floats, load, making, once, pixels, settled
 
 Opponent = Callable[[PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
 """``(opponent_params, key, observation [*O], action_mask bool [n]) -> action int []``, for one state, in JAX."""
@@ -71,6 +72,15 @@ class PgxWorld(World):
     def action_mask(self, state: PyTree) -> jax.Array:
         mask: jax.Array = state.legal_action_mask
         return mask
+
+    def picture(self, state: PyTree) -> np.ndarray:
+        drawing = state.to_svg()
+        if "<text" in drawing or "<image" in drawing:
+            raise NotImplementedError(
+                f"pgx draws {self.env.id} with letters or images, which cannot be made pixels of here;"
+                " state.save_svg(path) of a state writes its own picture"
+            )
+        return pixels(drawing)
 
     def _others(self, key: jax.Array, state: PyTree) -> PyTree:
         """Until it is the learner's turn; ``rewards`` are then those of all moves since the learner's, and of it."""

@@ -1,4 +1,4 @@
-"""Pictures of gymnax states, drawn by gymnax's own visualizers, and GIFs of them.
+"""Pictures of states, drawn by gymnax's own visualizers or by their world, and GIFs of them.
 
 Nothing is imported before the first picture: matplotlib, pygame and Gymnasium take seconds.
 """
@@ -20,6 +20,8 @@ from grpo_jax.worlds.gymnax import GymnaxWorld
 _COLORS = 64
 """Of a GIF: enough for these pictures, and a third of the size."""
 
+_LEAST_WIDTH = 240
+
 
 class Renderer:
     """Draws states one by one; keeps the screen between them."""
@@ -38,16 +40,19 @@ class Renderer:
           uint8 ``[height, width, 3]``.
 
         Raises:
-          NotImplementedError: gymnax has no picture of this world.
+          NotImplementedError: there is no picture of this world, or what draws it is missing.
           gymnasium.error.DependencyNotInstalled: pygame is missing.
         """
         while isinstance(world, RewardOverride):
             world, state = world.world, state.inner
-        name = world.env.name if isinstance(world, GymnaxWorld) else type(world).__name__
-        classic, plots = _classic_names(), _plots()
-        if isinstance(world, GymnaxWorld) and name in classic:
+        if not isinstance(world, GymnaxWorld):
+            picture = world.picture(state)
+            factor = -(-_LEAST_WIDTH // picture.shape[1])  # whole pixels, wide enough for a caption
+            return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+        name, classic, plots = world.env.name, _classic_names(), _plots()
+        if name in classic:
             return self._classic_control(name, state, world.params)
-        if isinstance(world, GymnaxWorld) and name in plots:
+        if name in plots:
             return _plot(plots[name], world, state)
         known = ", ".join((*classic, *plots))
         raise NotImplementedError(f"gymnax has no picture of {name}; what can be rendered: {known}")

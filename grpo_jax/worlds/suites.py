@@ -10,6 +10,8 @@ import contextlib
 import difflib
 import functools
 import importlib
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -106,6 +108,21 @@ def fresh_key(old: jax.Array, key: jax.Array) -> jax.Array:
     if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(old))
     return words
+
+
+def pixels(drawing: str) -> np.ndarray:
+    """An SVG of plain shapes as uint8 ``[height, width, 3]``.
+
+    Raises:
+      NotImplementedError: pygame, which draws it, is missing.
+    """
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        import pygame
+    except ImportError as error:
+        raise NotImplementedError("this picture needs pygame: pip install pygame") from error
+    surface = pygame.image.load(io.BytesIO(drawing.encode()), "drawing.svg")
+    return np.ascontiguousarray(pygame.surfarray.array3d(surface).swapaxes(0, 1))
 
 
 def floats(observation: Any) -> jax.Array:

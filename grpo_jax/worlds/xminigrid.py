@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
 from grpo_jax.spaces import Discrete, Space
@@ -44,6 +45,11 @@ class XMiniGridWorld(World):
         is_last, is_over = new.step_type == _LAST, new.discount == 0
         seen = one_hot(new.observation, self.sizes)
         return settled(state, seen, new, new.reward, is_last & is_over, is_last & ~is_over)
+
+    def picture(self, state: PyTree) -> np.ndarray:
+        draw = load("xminigrid.rendering.rgb_render", "xminigrid").render
+        picture: np.ndarray = draw(np.asarray(state.state.grid), state.state.agent, self.params.view_size)
+        return picture
 
 
 def ids() -> tuple[str, ...]:

@@ -47,20 +47,23 @@ def find_preset(env: str | WorldVecEnv) -> tuple[str, WorldVecEnv]:
     """The id whose preset is asked for, and the environments: those given, or as many as the preset steps."""
     env_id: Any = env
     if isinstance(env, WorldVecEnv):
-        if env.spec is None:
+        if env._env_id is None:
             raise ValueError(
                 "env was not made from an id, and presets go by id: use WorldVecEnv('CartPole-v1', ...), or"
                 " GRPO('MlpPolicy', env, ...) with settings of your own"
             )
-        env_id = env.spec.id
+        env_id = env._env_id
     if not isinstance(env_id, str):
-        raise TypeError(f"env={env!r} must be a gymnax id such as 'CartPole-v1', or a WorldVecEnv")
+        raise TypeError(
+            f"env={env!r} must be a gymnax id such as 'CartPole-v1', one of a suite such as 'pgx/connect_four', or a WorldVecEnv"
+        )
     env_id = env_id.removeprefix(f"{NAMESPACE}/")
     if env_id not in grpo_jax.preset_ids():
         grpo_jax.make(env_id)  # says which ids there are
+        name = env_id if "/" in env_id else f"{NAMESPACE}/{env_id}"
         raise ValueError(
             f"env={env_id!r} has no preset, but {', '.join(grpo_jax.preset_ids())} have: use"
-            f" GRPO('MlpPolicy', '{NAMESPACE}/{env_id}', ...) with settings of your own"
+            f" GRPO('MlpPolicy', '{name}', ...) with settings of your own"
         )
     if isinstance(env, str):
         env = WorldVecEnv(env_id, grpo_jax.preset(env_id).n_envs, render_mode="rgb_array")

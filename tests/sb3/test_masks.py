@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 from toys import Maze
 
 from grpo_jax.spaces import Discrete, MultiDiscrete
-from sb3_bridge import GRPO, Planner, WorldVecEnv
+from sb3_bridge import GRPO, InfoMasks, Planner, WorldVecEnv
 from sb3_bridge.clones.brancher import Brancher
 from sb3_bridge.clones.copying import Unclonable
 from sb3_bridge.gymnax.env import GymnaxEnv
@@ -118,6 +118,57 @@ def test_masks_decide_what_is_learned():
 def test_masks_of_a_wrapper(function):
     env = DummyVecEnv([lambda: Masker(gym.wrappers.TimeLimit(Shelves(), 3), function)] * 2)
     assert GRPO("MlpPolicy", env, **SMALL, **CLONES).learn(32).simulator_steps > 0
+
+
+class Telling(Shelves):
+    """Tells in ``info`` what it allows, of the states before ``until`` alone; its array is always the same one."""
+
+    def __init__(self, until=99):
+        super().__init__()
+        self.until, self.told = until, np.zeros(4, np.int8)
+
+    def tell(self, info):
+        self.told[:] = self.is_left.reshape(-1)
+        return info | ({"action_mask": self.told} if self.is_left.sum() < self.until else {})
+
+    def reset(self, **arguments):
+        observation, info = super().reset(**arguments)
+        return observation, self.tell(info)
+
+    def step(self, action):
+        *step, info = super().step(action)
+        return *step, self.tell(info)
+
+    def action_masks(self):
+        raise AssertionError("was asked")
+
+
+def test_masks_told_in_info():
+    """As the method's: learning is equal, in clones too. Vectors of environments reset by themselves."""
+    for settings in ({"candidates": "episodes"}, CLONES):
+        told, asked = (
+            GRPO("MlpPolicy", env, **SMALL, **settings)
+            for env in (DummyVecEnv([lambda: InfoMasks(Telling())] * 2), shelves())
+        )
+        told.learn(48)
+        asked.learn(48)
+        assert told.num_timesteps == 64 and told.simulator_steps == asked.simulator_steps
+        for name, leaf in told.policy.state_dict().items():
+            np.testing.assert_array_equal(leaf, asked.policy.state_dict()[name])
+
+
+def test_a_mask_that_comes_now_and_then_is_an_error():
+    env = InfoMasks(Telling(until=4))
+    with pytest.raises(gym.error.ResetNeeded, match="before reset"):
+        env.action_masks()
+    with pytest.raises(ValueError, match=r"reset\(\) of .* told no info\['action_mask'\].*action_masks\(\)"):
+        env.reset()
+    env = InfoMasks(Telling(until=4))
+    env.env.until = 5
+    env.reset()
+    env.env.until = 3
+    with pytest.raises(ValueError, match=r"step\(1\) of"):
+        env.step(1)
 
 
 GLOBAL = Shelves(is_lenient=True)

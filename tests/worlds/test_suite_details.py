@@ -14,8 +14,10 @@ import pytest
 import grpo_jax
 from grpo_jax import spaces
 from grpo_jax.noise import as_key, split
+from grpo_jax.worlds.base import example_action
 from grpo_jax.worlds.jumanji import _actions
 from grpo_jax.worlds.pgx import random_opponent
+from grpo_jax.worlds.pictures import Renderer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -190,3 +192,54 @@ def test_masks_say_what_jumanjis_actions_are(parts, mask_shape, expected):
 def test_masks_that_could_mean_two_things_are_refused(parts, mask_shape):
     with pytest.raises(NotImplementedError, match="a mask of shape"):
         _actions("X-v0", parts, mask_shape)
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "brax/reacher",
+        "craftax/Craftax-Classic-Symbolic-v1",
+        "jumanji/Game2048-v1",
+        "jumanji/Snake-v1",
+        "navix/Navix-DoorKey-5x5-v0",
+        "pgx/connect_four",
+        "playground/CartpoleBalance",
+        "xminigrid/MiniGrid-DoorKey-5x5",
+    ],
+)
+def test_a_suite_draws_its_states(env_id):
+    """The picture is of the state that is given, of one size, and of another one where the state is."""
+    suite = env_id.partition("/")[0]
+    needs({"playground": "mujoco_playground"}.get(suite, suite))
+    if suite == "pgx":
+        needs("pygame")
+    world = grpo_jax.make(env_id)
+    reset, step = jax.jit(world.reset), jax.jit(world.step)
+    first = reset(as_key(jax.random.key(0)))[1]
+    then, action = first, example_action(world.action_space)
+    for i in range(3):
+        mask = world.action_mask(then)
+        action = action if mask is None else jnp.argmax(mask)
+        then = step(as_key(jax.random.key(i)), then, action).state
+    try:
+        pictures = [Renderer().frame(world, jax.device_get(state)) for state in (first, then, first)]
+    except NotImplementedError as error:
+        if "MUJOCO_GL" not in str(error):
+            raise
+        pytest.skip(str(error))
+    for picture in pictures:
+        assert picture.dtype == np.uint8 and picture.shape == pictures[0].shape and picture.shape[2] == 3
+        assert picture.shape[1] >= 240 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 2
+    np.testing.assert_array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_what_a_suite_cannot_draw_here_is_refused():
+    needs("pgx")
+    world = grpo_jax.make("pgx/2048")
+    with pytest.raises(NotImplementedError, match=r"pgx draws 2048 with letters.*save_svg"):
+        world.picture(world.reset(as_key(jax.random.key(0)))[1])
+    needs("jumanji")
+    world = grpo_jax.make("jumanji/RubiksCube-v0")
+    with pytest.raises(NotImplementedError, match="Jumanji draws RubiksCube in a window alone"):
+        world.picture(world.reset(as_key(jax.random.key(0)))[1])
