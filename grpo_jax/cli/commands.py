@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import grpo_jax
-from grpo_jax import shards
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import plots, progress, render, sweeps
+from grpo_jax.cli import devices, plots, progress, render, sweeps
 from grpo_jax.cli.envs import envs
 from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse, swept
 from grpo_jax.cli.recorder import Recorder
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(options: Any, interrupt: progress.Interrupt) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
-    mesh = _mesh(options.devices)
+    mesh = devices.mesh_of(options.devices)
     if mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
         config = config.replace(n_shards=mesh.devices.size)
     settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
@@ -104,7 +103,7 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         check_opponent(world)
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
-    _check_mesh(mesh, run)
+    devices.check(mesh, run)
     directory = RunDirectory(options.out)
     directory.check_free(overwrite=options.overwrite)
     directory.path.mkdir(parents=True, exist_ok=True)
@@ -117,20 +116,6 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         return _go_on(directory, run, world, None, interrupt, mesh)
 
 
-def _mesh(devices: str) -> Mesh | None:
-    """The devices that ``--devices`` asks for; None: the default one."""
-    if devices != "all" and not devices.isdecimal():
-        raise ValueError(f"--devices={devices!r} must be a number of devices, or all")
-    mesh = shards.make_mesh(None if devices == "all" else int(devices))
-    return None if mesh.devices.size == 1 else mesh
-
-
-def _check_mesh(mesh: Mesh | None, run: Run) -> None:
-    for _, program in run.programs() if mesh is not None else ():
-        seeds = program.n_seeds * len(program.configs) if program.seeds or program.settings else None
-        shards.check_mesh(mesh, program.configs[0].n_shards, seeds)
-
-
 def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
     directory = RunDirectory(options.directory)
     if not directory.config.exists():
@@ -140,7 +125,7 @@ def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
-        _check_mesh(mesh := _mesh(options.devices), run)
+        devices.check(mesh := devices.mesh_of(options.devices), run)
         if len(run.programs()) > 1:
             return _go_on_programs(directory, run, interrupt, mesh, new_metrics=options.new_metrics)
         world, state = _restore(directory, run)
