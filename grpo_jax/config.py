@@ -360,7 +360,9 @@ def _validate(config: GRPOConfig) -> None:
         raise ValueError(f"branch_every={config.branch_every} must divide n_steps={config.n_steps}")
     for name in ("n_envs", "batch_size"):
         if (size := getattr(config, name)) % config.n_shards:
-            raise ValueError(f"{name}={size} must be a multiple of n_shards={config.n_shards}")
+            raise ValueError(
+                f"{name}={size} must be a multiple of n_shards={config.n_shards}, the parts that devices share"
+            )
     if config.candidates == "trajectory":
         if config.n_envs // config.n_shards % config.group_size:
             parts = "" if config.n_shards == 1 else f" n_shards={config.n_shards} times"
