@@ -26,6 +26,7 @@ def test_each_suite_has_two():
     assert set(counted) == set(SUITES) and min(counted.values()) >= 2
 
 
+@pytest.mark.timeout(900)  # Craftax takes more than a minute to compile
 @pytest.mark.parametrize("env_id", IDS)
 def test_two_iterations_of_a_preset(env_id):
     suite = env_id.partition("/")[0]
