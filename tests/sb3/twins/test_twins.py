@@ -23,6 +23,7 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_bridge import GRPO
 from sb3_bridge.settings import config_of
+from sb3_bridge.twins import pace
 from sb3_bridge.twins.twin import NoTwin, Twin
 from sb3_bridge.update import follow
 
@@ -335,11 +336,12 @@ def test_where_no_action_makes_a_difference_for_long_actions_persist(given, caps
         "MountainCar-v0", **LENGTHS | {"dynamics": "twin", "bootstrap": None, "persistence": given}, verbose=1
     )
     seen = []
-    for _ in range(9):
+    for _ in range(2 * pace.SILENT + 1):
         seen.append(config_of(model).persistence)
         model.learn(32, reset_num_timesteps=False)
-    # A critic, under which actions do differ, is asked in every second rollout: after the fourth silent one of the others.
-    assert seen == ([None] * 7 + [0.8] * 2 if given is None else [given or None] * 9)
+    # A critic, under which actions do differ, is asked in every second rollout: after so many silent ones of the others.
+    by_itself = [None] * (2 * pace.SILENT - 1) + [0.8] * 2
+    assert seen == (by_itself if given is None else [given or None] * len(by_itself))
     assert ("from now on they persist" in capsys.readouterr().out) == (given is None)
     model._pace["has_spoken"] = True
     assert config_of(model).persistence == seen[-1], "it goes on so"
