@@ -145,6 +145,11 @@ def count() -> int:
     return int(jax.lax.axis_size(names)) if (names := _names()) else 1
 
 
+def side_by_side() -> int:
+    """Shards that share this device's memory; 1 outside of them."""
+    return int(jax.lax.axis_size(SHARDS)) if _is_bound(SHARDS) else 1
+
+
 def within() -> bool:
     """Whether the code that is traced belongs to a shard."""
     return bool(_names())

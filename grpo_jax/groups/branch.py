@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from grpo_jax import counter
+from grpo_jax import counter, shards
 from grpo_jax.config import Backup
 from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
@@ -147,7 +147,7 @@ def group_returns(
 
     if max_branches == 0:
         state = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), states)
-        max_branches = default_branches(world, state)
+        max_branches = max(1, default_branches(world, state) // shards.side_by_side())
     chunk = chunk_size(n_states, n_group * n_rollouts, max_branches)
     n_chunks = -(-n_states // chunk)
     keys = split(as_key(key), 2 * n_states).reshape(n_states, 2)  # for the world, for the policy

@@ -17,6 +17,7 @@ from toys import Line
 
 import grpo_jax
 from grpo_jax import counter, shards
+from grpo_jax.groups import branch
 from grpo_jax.policies import normalize
 from grpo_jax.spaces import Discrete
 from grpo_jax.training.iterate import shard_config
@@ -188,9 +189,20 @@ def test_statistics_are_those_of_all_shards(key):
     np.testing.assert_allclose(parts.variance, together.variance, rtol=1e-5)
 
 
+def test_shards_of_a_device_share_its_chunk_of_branches(monkeypatch):
+    sizes, env, chunk_size = [], Line(Discrete(2)), branch.chunk_size
+    monkeypatch.setattr(branch, "default_branches", lambda *_: 64)
+    monkeypatch.setattr(branch, "chunk_size", lambda *args: sizes.append(args[-1]) or chunk_size(*args))
+    for n_shards in (1, 4):
+        config = SMALL.replace(n_shards=n_shards)
+        state = jax.eval_shape(lambda config=config: grpo_jax.init(config, env, jax.random.key(0)))
+        jax.eval_shape(lambda state, config=config: grpo_jax.iteration(config, env, state, 1), state)
+    assert sizes == [64, 16]
+
+
 def test_outside_of_shards_nothing_is_summed():
     assert not shards.within()
-    assert shards.count() == 1
+    assert shards.count() == shards.side_by_side() == 1
     values = jnp.arange(3.0)
     for same in (shards.total, shards.greatest, shards.mean):
         assert same(values) is values
