@@ -96,6 +96,7 @@ def sweep(
     state: TrainState | None = None,
     block: int | None = None,
     quick_compile: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
     **fields: Iterable[Any],
 ) -> Sweep:
     """Trains every setting with every seed: ``sweep(config, env, key, steps, n_seeds=8, learning_rate=[1e-3, 3e-3])``.
@@ -120,6 +121,7 @@ def sweep(
       state: a callback's state to go on from, where all settings are one program.
       block: agents side by side, as in ``run``.
       quick_compile: as in ``run``.
+      mesh: as in ``run``; the devices share the agents of a program.
       **fields: values of each swept field.
 
     Returns:
@@ -171,6 +173,7 @@ def sweep(
             callback_every=callback_every,
             callback_at=callback_at,
             quick_compile=quick_compile,
+            mesh=mesh,
         )
         reached = int(np.max(np.asarray(last.iteration)))
         n_iterations = iterations_for(configs[indices[0]], total_timesteps)
@@ -224,6 +227,7 @@ def run_settings(
     *,
     n_seeds: int | None,
     block: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     **options: Any,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains configs of one structure, each with every seed; ``options``: those of ``run``.
@@ -232,9 +236,10 @@ def run_settings(
       The last states and the metrics, with an axis of agents: all seeds of the first config, then those of the next one.
     """
     agents, keys = _agents(configs, key, n_seeds)
-    block = block or default_block(configs[0], env, len(keys))
+    n_here = len(keys) if mesh is None else max(1, len(keys) // mesh.devices.size)
+    block = block or default_block(configs[0], env, n_here)
     n_iterations = iterations_for(configs[0], total_timesteps)
-    return advance(agents, env, keys, n_iterations, block=block, freeze=True, **options)
+    return advance(agents, env, keys, n_iterations, block=block, freeze=True, mesh=mesh, **options)
 
 
 def first_settings(

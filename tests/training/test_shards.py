@@ -106,6 +106,11 @@ def test_seeds_lie_on_devices_and_the_command_line_goes_on_with_another_number_o
         assert len(jax.tree.leaves(ends[1].params)[0].sharding.device_set) == 4
         for a, b in zip(*(jax.tree.leaves(end.params) for end in ends), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
+        swept = [
+            grpo_jax.sweep(config, env, key, 48, n_seeds=2, learning_rate=[1e-3, 1e-2], mesh=mesh).metrics["loss"]
+            for mesh in (None, grpo_jax.make_mesh(4))
+        ]
+        np.testing.assert_allclose(*swept, atol=1e-6)
 
         small = "--n-envs 8 --n-steps 4 --batch-size 16 --n-epochs 1 --horizon 4 --net-arch 8 --no-cache"
         small = [*small.split(), "--learning-rate-decay", "none"]
