@@ -14,7 +14,7 @@ from grpo_jax.learning import losses
 from grpo_jax.learning.update import Learner, update
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
 from grpo_jax.presets import Expectation, preset, preset_expectation, preset_ids, preset_timesteps
-from grpo_jax.shards import make_mesh
+from grpo_jax.shards import gather, make_mesh
 from grpo_jax.training.checkpoint import restore, save
 from grpo_jax.training.diagnose import NoSpreadWarning
 from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
@@ -61,6 +61,7 @@ __all__ = [
     "evaluate",
     "evaluate_episodes",
     "from_function",
+    "gather",
     "group_advantages",
     "group_returns",
     "init",

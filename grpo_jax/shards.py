@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -53,6 +55,11 @@ def check_mesh(mesh: Any, n_shards: int, n_agents: int | None) -> None:
         )
     n_devices = mesh.devices.size
     if n_agents is not None and n_shards == 1:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"n_seeds={n_agents} cannot lie on the devices of {jax.process_count()} processes: give each process seeds of its"
+                " own, without mesh, or spread the environments of each seed, config.replace(n_shards=...)"
+            )
         if n_agents % n_devices:
             raise ValueError(
                 f"n_seeds={n_agents} (times the settings of a sweep) must be a multiple of the {n_devices} devices of the mesh"
@@ -67,7 +74,52 @@ def check_mesh(mesh: Any, n_shards: int, n_agents: int | None) -> None:
 def place(tree: PyTree, mesh: Mesh, in_parts: PyTree) -> PyTree:
     """Puts arrays on the devices of a mesh; ``in_parts``, a prefix of the tree: bools, which are divided along axis 0."""
     spread, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(DEVICES), PartitionSpec()))
-    return jax.device_put(tree, jax.tree.map(lambda parts: spread if parts else whole, in_parts))
+    shardings = jax.tree.map(lambda parts: spread if parts else whole, in_parts)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(lambda leaf: _of_all_processes(leaf, sharding), part),
+        shardings,
+        tree,
+    )
+
+
+def _of_all_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices of all: each puts its own part."""
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        words = _of_all_processes(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    known = np.asarray(leaf)
+    return jax.make_array_from_callback(known.shape, sharding, lambda index: known[index])
+
+
+def gather(tree: PyTree) -> PyTree:
+    """Arrays that lie on several hosts, whole on each of them: what ``save`` and ``evaluate`` take. All processes call it."""
+    if jax.process_count() == 1:
+        return tree
+
+    def whole(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        if leaf.is_fully_replicated:
+            return jnp.asarray(np.asarray(leaf))
+        return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def agreed(number: int) -> int:
+    """The number that the first process has, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is set in any of the processes."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def over_devices(function: Callable[[PyTree], PyTree], tree: PyTree, mesh: Mesh) -> PyTree:

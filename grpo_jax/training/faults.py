@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax import shards
 from grpo_jax.config import GRPOConfig
 from grpo_jax.training import loop
 from grpo_jax.training.iterate import shard_config, shard_state
@@ -64,7 +65,7 @@ def raise_faults(
     faulty = np.any([np.asarray(metrics[kind]) > 0 for kind in KINDS], axis=0)
     if not np.any(faulty):
         return
-    one, where = state, ""
+    one, where = shards.gather(state), ""
     if faulty.ndim == 2:
         seed = int(np.argmax(np.any(faulty, axis=1)))
         config, one = jax.tree.map(lambda leaf: leaf[seed], (config, state))

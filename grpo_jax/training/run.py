@@ -115,6 +115,7 @@ def run(
         multiple of so many iterations; a state to go on from is its own first opponent. None: ``env``'s own opponent.
       mesh: devices, as ``make_mesh`` gives them: the ``config.n_shards`` parts of the environments are spread over them, or,
         with one part each, the ``n_seeds``. Numbers do not depend on how many there are but by rounding. None: one device.
+        Devices of several hosts (``jax.distributed``): each process calls this alike; where one's callback stops, all do.
 
     Returns:
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
@@ -222,6 +223,7 @@ def advance(
             length = min(length, callback_at - done % callback_at)
         if opponent_every is not None:
             length = min(length, opponent_every - done % opponent_every)
+        length = shards.agreed(length)  # which follows from a clock
         clock = time.perf_counter()
         state, table = proceed(config, env, state, np.int32(length), np.int32(n_iterations))
         metrics = table.columns(length)
@@ -243,6 +245,7 @@ def advance(
             warn_without_spread(
                 config, *(_known(first[name]) for name in ("frac_zero_std", "frac_below_floor"))
             )
+        is_stopped = False
         if callback is not None:
             chunk = Chunk(
                 state=state,
@@ -256,8 +259,9 @@ def advance(
             )
             # `is not None`: np.bool_(False) stops, forgetting to return anything does not.
             answer = callback(chunk)
-            if answer is not None and not answer:
-                break
+            is_stopped = answer is not None and not answer
+        if shards.any_process(is_stopped):
+            break
         if n_rows < length:  # no agent is left
             break
         if callback_every is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -126,6 +127,75 @@ def test_seeds_lie_on_devices_and_the_command_line_goes_on_with_another_number_o
         assert main("resume b --devices 3 --total-timesteps 192 --no-cache".split()) == 2
     """
     on_eight_devices(script, cwd=tmp_path)
+
+
+TWO_PROCESSES = """
+import json, sys
+import jax, numpy as np
+index, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+import grpo_jax
+
+config, env = grpo_jax.GRPOConfig.from_json(open(path + "/config.json").read()), grpo_jax.make("CartPole-v1")
+seen = []
+def stop_late(chunk):
+    seen.append(chunk.iteration)
+    return index == 0 or chunk.iteration < 6  # the second process stops; so does the first
+mesh = grpo_jax.make_mesh()
+assert len(mesh.devices) == 4 and len(jax.local_devices()) == 2
+state, metrics = grpo_jax.run(
+    config, env, jax.random.key(0), 9 * config.n_states, mesh=mesh, callback=stop_late, callback_every=2
+)
+assert seen == [2, 4, 6], seen
+whole = grpo_jax.gather(state)
+if index == 0:
+    grpo_jax.save(path + "/state.msgpack", whole)
+try:
+    grpo_jax.run(config.replace(n_shards=1), env, jax.random.key(0), 64, n_seeds=4, mesh=mesh)
+except ValueError as error:
+    assert "2 processes" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+def test_two_processes_come_to_what_one_does(tmp_path):
+    config = SMALL.replace(n_shards=4, bootstrap=True, candidates="episodes")
+    (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(index), port, str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = [process.communicate(timeout=250)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    env = grpo_jax.make("CartPole-v1")
+    found = grpo_jax.restore(tmp_path / "state.msgpack", config, env)
+    expected, _ = grpo_jax.run(
+        config,
+        env,
+        jax.random.key(0),
+        9 * config.n_states,
+        callback=lambda chunk: chunk.iteration < 6,
+        callback_every=2,
+    )
+    assert int(found.iteration) == int(expected.iteration) == 6
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        found.learner.policy,
+        expected.learner.policy,
+    )
+    np.testing.assert_allclose(found.environments.observation, expected.environments.observation, atol=1e-5)
 
 
 def test_shards_on_one_device_learn_and_a_fault_is_found_in_its_shard():
