@@ -24,6 +24,7 @@ POLICY = ("network", "share_features_extractor", "net_arch", "critic_net_arch", 
 
 MISSING = (
     "max_branches",
+    "n_shards",
     "normalize_observations",
     "sapo_temperature",
     "sapo_temperature_negative",

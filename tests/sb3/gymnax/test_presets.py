@@ -133,7 +133,7 @@ def test_an_id_without_a_preset_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", presets.MISSING)
 def test_what_the_sb3_object_cannot_have_is_refused(name):
-    other = {"max_branches": 8, "normalize_observations": True}.get(name, 0.5)
+    other = {"max_branches": 8, "n_shards": 2, "normalize_observations": True}.get(name, 0.5)
     config = GRPOConfig().replace(**{name: (lambda rate: None) if name == "optimizer" else other})
     with pytest.raises(ValueError, match=f"{name}=.* has no counterpart"):
         presets.arguments_of(config, grpo_jax.make("CartPole-v1").observation_space)
