@@ -26,6 +26,12 @@ TINY = ["--n-envs", "4", "--n-steps", "16", "--batch-size", "32", "--horizon", "
 """64 decision states an iteration."""
 
 
+def assert_refused(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--no-cache"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and named in message and message.count("\n") == 1
+
+
 def train(out: Path, *arguments: str, total: int = 256) -> int:
     return main(
         ["train", "CartPole-v1", "--out", str(out), "--total-timesteps", str(total), *TINY, *arguments]
@@ -224,10 +230,7 @@ def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--no-cache"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and named in captured.err
-    assert captured.err.count("\n") == 1
+    assert_refused(arguments, named, capsys)
     assert not list(tmp_path.iterdir())  # nothing was written
 
 

@@ -14,7 +14,7 @@ import grpo_jax
 from grpo_jax.cli import main, sweeps
 from grpo_jax.cli.flags import swept
 from grpo_jax.cli.runs import Run, RunDirectory
-from tests.test_cli import compile_once, interrupted_after, parameters, train  # noqa: F401  (a fixture among them)
+from tests.test_cli import assert_refused, compile_once, interrupted_after, parameters, train  # noqa: F401  (a fixture among them)
 
 RATES = ("--sweep", "learning_rate=1e-3,1e-2", "--n-seeds", "2")
 BOTH = ("--sweep", "learning_rate=1e-3,1e-2", "horizon=8,4", "--n-seeds", "2")
@@ -207,9 +207,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.json").write_text("words")
     (tmp_path / "other.json").write_text('{"env": "CartPole-v1"}')
-    assert main(["train", "CartPole-v1", *arguments, "--no-cache"]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and named in message and message.count("\n") == 1
+    assert_refused(["train", "CartPole-v1", *arguments], named, capsys)
     assert len(list(tmp_path.iterdir())) == 2
 
 
