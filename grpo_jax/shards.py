@@ -168,15 +168,15 @@ def over_shards(
 
 
 def total(tree: PyTree) -> PyTree:
-    """Sums over all shards, in one reduction; the tree itself outside of shards."""
+    """Sums of arrays over all shards, in one reduction a dtype; the tree itself outside of shards."""
     if not (names := _names()):
         return tree
     leaves, structure = jax.tree.flatten(tree)
     kinds: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        kinds.setdefault(jnp.asarray(leaf).dtype, []).append(i)
+        kinds.setdefault(leaf.dtype, []).append(i)
     for members in kinds.values():
-        vector, unravel = ravel_pytree([jnp.asarray(leaves[i]) for i in members])
+        vector, unravel = ravel_pytree([leaves[i] for i in members])
         for i, summed in zip(members, unravel(jax.lax.psum(vector, names)), strict=True):
             leaves[i] = summed
     return jax.tree.unflatten(structure, leaves)

@@ -17,7 +17,7 @@ from grpo_jax.cli import plots, progress
 from grpo_jax.cli.runs import Run, RunDirectory, check_own_directory
 from grpo_jax.files import write_atomically
 from grpo_jax.training.loop import TrainState, iterations_for
-from grpo_jax.training.sweep import Part, Sweep, gather
+from grpo_jax.training.sweep import Part, Sweep, join
 from grpo_jax.worlds.base import World
 
 _MAX_LINES = 10
@@ -68,7 +68,7 @@ def result(directory: RunDirectory, run: Run) -> Sweep:
         if child.metrics.stat().st_size:  # none, where all failed at once
             metrics = child.read_metrics(("decision_steps", "episode_return"))
         parts.append(Part(indices, state, metrics, iterations_for(program.configs[0], run.total_timesteps)))
-    return gather(run.settings, run.configs, run.n_seeds, parts)
+    return join(run.settings, run.configs, run.n_seeds, parts)
 
 
 def best(directory: RunDirectory, run: Run, checkpoint: Path | None) -> tuple[Run, World, TrainState]:

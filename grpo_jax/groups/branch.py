@@ -188,11 +188,16 @@ def default_branches(world: World, state: PyTree) -> int:
     """Branches side by side where nothing else was asked for, by the bytes of one state and its observation."""
     branches, total_bytes = CPU_BRANCHES, CPU_BYTES
     if jax.default_backend() != "cpu":
-        has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-        branches, total_bytes = DEVICE_BRANCHES, int(min(DEVICE_BYTES, DEVICE_SHARE * has))
+        branches, total_bytes = DEVICE_BRANCHES, int(min(DEVICE_BYTES, DEVICE_SHARE * device_memory()))
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     branch_bytes = max(1, state_bytes + 4 * encoded_size(world.observation_space))
     return max(1, min(branches, total_bytes // branch_bytes))
+
+
+def device_memory() -> float:
+    """Bytes that programs may take of this process' first device; inf where it does not say."""
+    limit: float = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    return limit
 
 
 def chunk_size(n_states: int, branches_per_state: int, max_branches: int) -> int:

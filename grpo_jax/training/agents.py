@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
-from grpo_jax.groups.branch import default_branches
+from grpo_jax.groups.branch import default_branches, device_memory
 from grpo_jax.spaces import encoded_size
 from grpo_jax.training.loop import TrainState, init
 from grpo_jax.types import PyTree
@@ -83,14 +84,19 @@ def block_size(n_agents: int, most: int) -> int:
     return -(-n_agents // -(-n_agents // most))
 
 
-def default_block(config: GRPOConfig, env: World, n_agents: int) -> int:
+def default_block(
+    config: GRPOConfig, env: World, n_agents: int, mesh: jax.sharding.Mesh | None = None
+) -> int:
     """Agents side by side where nothing else was asked for: what suits the backend's cache or memory.
 
     Args:
       config: of one agent; or of all, leaves ``[A]``.
       env: the world.
       n_agents: how many there are.
+      mesh: devices that share the agents, or their environments, where these have shards; None: one device.
     """
+    if mesh is not None and config.n_shards == 1:
+        n_agents = max(1, n_agents // mesh.devices.size)
     return block_size(n_agents, _budget() // agent_bytes(config, env))
 
 
@@ -118,8 +124,8 @@ def agent_bytes(config: GRPOConfig, env: World) -> int:
 def _budget() -> int:
     if jax.default_backend() == "cpu":
         return CPU_BYTES
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    return DEVICE_BYTES if limit is None else int(DEVICE_SHARE * limit)
+    limit = device_memory()
+    return int(DEVICE_SHARE * limit) if math.isfinite(limit) else DEVICE_BYTES
 
 
 def _bytes(tree: PyTree) -> int:

@@ -145,8 +145,7 @@ def run(
             )
     configs, keys = config, as_key(key)
     if n_seeds is not None:
-        per_device = n_seeds // (mesh.devices.size if mesh is not None and config.n_shards == 1 else 1)
-        block = block or default_block(config, env, per_device)
+        block = block or default_block(config, env, n_seeds, mesh)
         configs, keys = stack_configs([config] * n_seeds), jax.random.split(keys, n_seeds)
     return advance(
         configs,

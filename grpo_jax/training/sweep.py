@@ -180,7 +180,7 @@ def sweep(
         parts.append(Part(indices, last, metrics, reached if is_stopped else n_iterations))
         if is_stopped:
             break
-    return gather(settings, configs, n_seeds or 1, parts)
+    return join(settings, configs, n_seeds or 1, parts)
 
 
 def expand(config: GRPOConfig, fields: Mapping[str, Iterable[Any]], *, zipped: bool) -> list[Setting]:
@@ -236,8 +236,7 @@ def run_settings(
       The last states and the metrics, with an axis of agents: all seeds of the first config, then those of the next one.
     """
     agents, keys = _agents(configs, key, n_seeds)
-    n_here = len(keys) if mesh is None else max(1, len(keys) // mesh.devices.size)
-    block = block or default_block(configs[0], env, n_here)
+    block = block or default_block(configs[0], env, len(keys), mesh)
     n_iterations = iterations_for(configs[0], total_timesteps)
     return advance(agents, env, keys, n_iterations, block=block, freeze=True, mesh=mesh, **options)
 
@@ -250,7 +249,7 @@ def first_settings(
     return first_states(agents, env, keys, default_block(configs[0], env, len(keys)))
 
 
-def gather(
+def join(
     settings: Sequence[Setting], configs: Sequence[GRPOConfig], n_seeds: int, parts: Sequence[Part]
 ) -> Sweep:
     """What the programs of a sweep came to, as one ``Sweep``."""
