@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -51,36 +47,32 @@ class GymnaxWorld(World):
         return settled(state, observation, next_state, reward, terminated, truncated)
 
 
-class _Lazily(importlib.abc.MetaPathFinder):
-    """Finds one module as others do, but executes it only where something of it is asked for."""
+class _Later(ModuleType):
+    """Stands for a module until something of it is asked for."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._name:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-        return spec
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def import_gymnax() -> ModuleType:
-    """gymnax, without what only a picture of Pong takes.
+    """gymnax, without what only its pictures take.
 
-    That picture is drawn with seaborn, whose import brings pandas and SciPy's statistics: more than half of the time
-    that gymnax takes to import. It is loaded lazily, as ``importlib`` provides for: whoever uses it finds it whole.
+    They are drawn with pyplot and seaborn, which bring pandas and SciPy's statistics: most of the time that gymnax takes to
+    import. gymnax finds what stands for both, and loads them when it draws; everybody else imports them as ever.
     """
     if "gymnax" not in sys.modules:
-        finder = _Lazily("seaborn")
-        sys.meta_path.insert(0, finder)
+        later = {name: _Later(name) for name in ("matplotlib.pyplot", "seaborn") if name not in sys.modules}
+        sys.modules.update(later)
         try:
             import gymnax
         finally:
-            sys.meta_path.remove(finder)
+            for name, module in later.items():
+                if sys.modules.get(name) is module:
+                    del sys.modules[name]
     import gymnax
 
     environment = importlib.import_module("gymnax.environments.environment").Environment
