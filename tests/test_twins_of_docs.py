@@ -178,3 +178,9 @@ def test_headings_that_are_linked_exist(page):
         headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), flags=re.MULTILINE)
         slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
         assert anchor in slugs, f"{page}: no heading {anchor} in {place.name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_terms_are_those_of_the_glossary(page):
+    others = r"双子|リターン|雑音|地図|帳簿|検査和|シミュレーター|尺度"
+    assert not re.findall(others, (ROOT / japanese(page)).read_text(encoding="utf-8"))
