@@ -40,7 +40,7 @@ WORDS = {
     "million": 1_000_000,
 }
 VALUES = {word: float(value) for words, value in WORDS.items() for word in words.split()}
-SHORTEST, LONGEST = 0.36, 0.85  # Japanese letters for one of English; outside of this, somebody says less
+SHORTEST, LONGEST = 0.36, 0.92  # Japanese letters for one of English; outside of this, somebody says less
 Block = tuple[str, str]
 """Kind and text: what stands between empty lines, an item of a list, a heading, or code."""
 
