@@ -56,9 +56,8 @@ def blocks(page: str) -> Iterator[Block]:
             yield "code", re.sub(r"\s*#.*|print\(f\".*\"\)", "", piece)  # what is said in it is translated
         else:
             start = r"\n\s*\n|^(?=\s*(?:[-*]|\d+\.) )"  # of an item, or of the next paragraph
-            yield from (
-                (kind(block), block) for block in re.split(start, piece, flags=re.MULTILINE) if block.strip()
-            )
+            found = re.split(start, piece, flags=re.MULTILINE)
+            yield from ((kind(block), block) for block in found if block.strip())
 
 
 def kind(block: str) -> str:
@@ -80,8 +79,8 @@ def difference(english: Block, twin: Block) -> str:
     for what in (links, code_spans, emphases):
         one, other = what(english[1]), what(twin[1])
         more = (
-            other - one if what is not code_spans else other.keys() - one.keys()
-        )  # Japanese may repeat a name
+            Counter() if what is code_spans else other - one
+        )  # "vmapped" in English may be code in Japanese
         if one - other or more:
             return f"{what.__name__} only in English {set(one - other)}, only in Japanese {set(more)}"
     one, other = (prose(text) for _, text in (english, twin))
