@@ -28,7 +28,7 @@ WORDS = {
     "eighth eight": 8,
     "ninth nine": 9,
     "tenth tenths tenfold ten": 10,
-    "eleven": 11,
+    "eleven november": 11,
     "twelve": 12,
     "sixteenth sixteen": 16,
     "twenty": 20,
@@ -78,11 +78,12 @@ def difference(english: Block, twin: Block) -> str:
         return "" if one == other else f"{other} in place of {one}"
     for what in (links, code_spans, emphases):
         one, other = what(english[1]), what(twin[1])
-        more = (
-            Counter() if what is code_spans else other - one
-        )  # "vmapped" in English may be code in Japanese
-        if one - other or more:
-            return f"{what.__name__} only in English {set(one - other)}, only in Japanese {set(more)}"
+        missing, more = one - other, other - one
+        if what is code_spans:  # Japanese may have more of it, and words of its own in it: `[height, width]`
+            translated = [name for name in more.elements() if re.search(r"[ぁ-ヿ一-鿿]", name)]
+            missing, more = Counter(list(missing.elements())[len(translated) :]), Counter()
+        if missing or more:
+            return f"{what.__name__} only in English {set(missing)}, only in Japanese {set(more)}"
     one, other = (prose(text) for _, text in (english, twin))
     rows = [(one, other)]
     if english[0].startswith("table"):
@@ -125,6 +126,7 @@ def unequal_numbers(english: str, twin: str) -> str:
     spelled = Counter(VALUES[word] for word in re.findall(r"[a-z]+", english.lower()) if word in VALUES)
     missing, more = one - other, other - one - spelled
     more.pop(1.0, None)  # Japanese counts where English has "a"
+    missing.pop(0.0, None)  # what is below 0 is negative
     for value in large:
         near = (
             number
