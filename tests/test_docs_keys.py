@@ -86,7 +86,9 @@ def test_keys_behind_sb3s_api(documented):
 def ran() -> set[str]:
     """Keys of a short run."""
     writer = Keys()
-    model = GRPO("MlpPolicy", "Pendulum-v1", candidates="episodes", n_steps=200, n_epochs=1, batch_size=200, seed=0)
+    model = GRPO(
+        "MlpPolicy", "Pendulum-v1", candidates="episodes", n_steps=200, n_epochs=1, batch_size=200, seed=0
+    )
     model.set_logger(Logger(None, [writer]))
     model.learn(400)
     return writer.seen
