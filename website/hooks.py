@@ -18,8 +18,9 @@ from xml.sax.saxutils import unescape
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[1]
-PLACEHOLDER = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["grpo-jax"]["repository"]
-REPOSITORY = os.environ.get("GRPO_JAX_REPOSITORY") or PLACEHOLDER
+_HATCH = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
+PLACEHOLDER = _HATCH["metadata"]["hooks"]["custom"]["repository"]
+REPOSITORY = (os.environ.get("GRPO_JAX_REPOSITORY") or PLACEHOLDER).rstrip("/")
 
 _CODE = re.compile(r"(^( *)```.*?^\2```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
@@ -70,7 +71,7 @@ def to_mathml(formula: re.Match[str]) -> str:
 def on_config(config: Any) -> Any:
     """The repository's address has one home."""
     config.repo_url = REPOSITORY
-    config.repo_name = "/".join(REPOSITORY.rstrip("/").split("/")[-2:])
+    config.repo_name = "/".join(REPOSITORY.split("/")[-2:])
     return config
 
 
