@@ -62,7 +62,7 @@ docs: $(READY)
 # Wheel and source archive in dist/, as an index of packages would take them.
 dist: $(READY)
 	rm -rf dist
-	$(BIN)/python -m build --quiet
+	$(BIN)/python -m build --no-isolation --quiet
 	$(BIN)/python -m twine check --strict dist/*
 
 # Some minutes: few environments. Rows that are there are not run again: remove $(BENCH) to measure other code.

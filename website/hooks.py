@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import unescape
 
-from latex2mathml.converter import convert
+from math_core import LatexToMathML
 
 ROOT = Path(__file__).parents[1]
 _HATCH = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
@@ -27,6 +27,9 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _PICTURE = re.compile(r'(<img [^>]*?src=")([^":]+)(")')
 _TWIN = re.compile(r"^\[(?:日本語|English)\]\([^)]*\)(?: · )?", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_CONVERTER = LatexToMathML(continue_on_error=False)
+_drawn = set(map(chr, range(0x20, 0x7F)))
+"""Characters of all formulas."""
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(?=<code>)")
 
 
@@ -59,13 +62,12 @@ def target(link: str, page: str, known: Callable[[str], bool]) -> str:
 
 
 def to_mathml(formula: re.Match[str]) -> str:
-    """A formula that arithmatex found, as MathML, which browsers draw themselves."""
+    """A formula that arithmatex found, as MathML, which browsers draw themselves; an unknown command is an error."""
     tex = unescape(formula[3], {"&quot;": '"', "&#39;": "'"}).strip()
-    mathml = convert(tex, display="block" if formula[1] == "div" else "inline")
-    if re.search(r"\\[a-zA-Z]", re.sub(r"<mtext>.*?</mtext>", "", mathml)):
-        raise ValueError(f"website/hooks.py: latex2mathml does not know a command of ${tex}$: {mathml}")
-    block = f'<div class="formula">{mathml}</div>'
-    return block if formula[1] == "div" else mathml
+    display = formula[1] == "div"
+    mathml = _CONVERTER.convert_with_local_state(tex, displaystyle=display)
+    _drawn.update(mathml)
+    return f'<div class="formula">{mathml}</div>' if display else mathml
 
 
 def on_config(config: Any) -> Any:
@@ -93,6 +95,19 @@ def on_page_markdown(markdown: str, *, page: Any, files: Any, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas, and Sphinx' roles in docstrings, which are for editors."""
     return _ROLE.sub("", _FORMULA.sub(to_mathml, content))
+
+
+def on_post_build(*, config: Any) -> None:
+    """The font of formulas, of which a system may have none: what is drawn of it, with its rules for large brackets."""
+    import ziamath
+    from fontTools import subset
+
+    options = subset.Options(flavor="woff", notdef_outline=True, layout_features=["ssty"])
+    font = subset.load_font(Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf", options)
+    part = subset.Subsetter(options)
+    part.populate(text="".join(sorted(_drawn)))
+    part.subset(font)
+    subset.save_font(font, Path(config.site_dir) / "math.woff", options)
 
 
 def _picture(path: str, page: Any, files: Any) -> str:
