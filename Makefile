@@ -57,7 +57,8 @@ format: $(READY)
 
 # The site, in both languages, in site/; a link that leads nowhere is an error.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@# Not --quiet, which would hide warnings from --strict.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Wheel and source archive in dist/, as an index of packages would take them.
 dist: $(READY)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import posixpath
 import re
@@ -22,14 +23,15 @@ _HATCH = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["t
 PLACEHOLDER = _HATCH["metadata"]["hooks"]["custom"]["repository"]
 REPOSITORY = (os.environ.get("GRPO_JAX_REPOSITORY") or PLACEHOLDER).rstrip("/")
 
+_log = logging.getLogger("mkdocs.hooks.grpo_jax")
 _CODE = re.compile(r"(^( *)```.*?^\2```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _PICTURE = re.compile(r'(<img [^>]*?src=")([^":]+)(")')
 _TWIN = re.compile(r"^\[(?:日本語|English)\]\([^)]*\)(?: · )?", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _CONVERTER = LatexToMathML(continue_on_error=False)
-_drawn = set(map(chr, range(0x20, 0x7F)))
-"""Characters of all formulas."""
+_drawn = {*map(chr, range(0x20, 0x7F)), "√"}
+"""Characters of all formulas, and the root, which MathML does not spell."""
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(?=<code>)")
 
 
@@ -55,8 +57,11 @@ def target(link: str, page: str, known: Callable[[str], bool]) -> str:
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     below = posixpath.relpath(path, "docs")
     if below.startswith("..") or not known(below):
-        kind = "tree" if (ROOT / path).is_dir() else "blob"
-        return f"{REPOSITORY}/{kind}/main/{path}" if (ROOT / path).exists() else link
+        if not (ROOT / path).exists():
+            _log.warning(
+                "docs/%s links %s, which is not there", page, link
+            )  # an error where the build is strict
+        return f"{REPOSITORY}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
     # The site finds the page of the reader's language by its English name.
     return link.removesuffix(".ja.md") + ".md" if link.endswith(".ja.md") else link
 
