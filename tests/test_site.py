@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -133,6 +134,14 @@ def test_code_is_left_as_it_is():
     text = "[a](x.ja.md) `[b](x.ja.md)`\n```py\n[c](x.ja.md)\n```\n[d](x.ja.md)"
     changed = hooks.outside_code(text, lambda part: part.replace("x.ja.md", "y"))
     assert changed == "[a](y) `[b](x.ja.md)`\n```py\n[c](x.ja.md)\n```\n[d](y)"
+
+
+def test_a_page_loses_its_language_link_and_names_pages_by_their_titles():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="gymnasium.md"))
+    text = "[日本語](gymnasium.ja.md) · see [dynamics.md](dynamics.md), [how](dynamics.md), `[dynamics.md](dynamics.md)`"
+    (title,) = re.findall("^# (.+)", (DOCS / "dynamics.md").read_text(encoding="utf-8"))
+    changed = hooks.on_page_markdown(text, page=page, files=None)
+    assert changed == f"see [{title}](dynamics.md), [how](dynamics.md), `[dynamics.md](dynamics.md)`"
 
 
 def test_formulas_become_mathml():

@@ -26,6 +26,7 @@ REPOSITORY = (os.environ.get("GRPO_JAX_REPOSITORY") or PLACEHOLDER).rstrip("/")
 _log = logging.getLogger("mkdocs.hooks.grpo_jax")
 _CODE = re.compile(r"(^( *)```.*?^\2```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_FILE_NAME = re.compile(r"\[[^\]\s]*\.md\]\(([^)\s#]+\.md)\)")
 _PICTURE = re.compile(r'(<img [^>]*?src=")([^":]+)(")')
 _TWIN = re.compile(r"^\[(?:日本語|English)\]\([^)]*\)(?: · )?", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -89,7 +90,15 @@ def on_page_markdown(markdown: str, *, page: Any, files: Any, **_: Any) -> str:
     def known(path: str) -> bool:
         return (ROOT / "docs" / path).is_file()
 
+    def title(link: re.Match[str]) -> str:
+        path = ROOT / "docs" / posixpath.dirname(source) / link[1]
+        heading = (
+            re.search(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else None
+        )
+        return f"[{heading[1]}]({link[1]})" if heading else link[0]
+
     def links(text: str) -> str:
+        text = _FILE_NAME.sub(title, text)  # who reads the site does not know the files
         text = _LINK.sub(lambda link: link[1] + target(link[2], source, known) + link[3], text)
         # mkdocs leaves raw HTML as it is, and a page of the site is a folder.
         return _PICTURE.sub(lambda found: found[1] + _picture(found[2], page, files) + found[3], text)
