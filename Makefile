@@ -11,7 +11,7 @@ BENCH := runs/bench
 SEEDS := 5
 JOBS := 1
 
-.PHONY: demo test test-suites lint format bench bench-full clean
+.PHONY: demo test test-suites lint format docs dist bench bench-full clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml requirements.txt
@@ -21,7 +21,7 @@ $(READY): pyproject.toml requirements.txt
 	$(BIN)/python -m pip install -q --upgrade pip
 	@# First, on its own: a torch that is there already is taken as it is, also a build for CPUs.
 	$(BIN)/python -m pip install -q $$(grep '^torch==' requirements.txt)
-	$(BIN)/python -m pip install -q -c requirements.txt -e '.[sb3,dev]'
+	$(BIN)/python -m pip install -q -c requirements.txt -e '.[sb3,dev,docs]'
 	touch $(READY)
 
 demo: $(READY)
@@ -55,6 +55,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site, in both languages, in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	@# Not --quiet, which would hide warnings from --strict.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Wheel and source archive in dist/, as an index of packages would take them.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --quiet
+	$(BIN)/python -m twine check --strict dist/*
+
 # Some minutes: few environments. Rows that are there are not run again: remove $(BENCH) to measure other code.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --short --jobs $(JOBS) --out $(BENCH)-short
@@ -64,4 +75,4 @@ bench-full: $(READY)
 	$(BIN)/python benchmarks/bench.py --seeds $(SEEDS) --jobs $(JOBS) --out $(BENCH) --report docs/results
 
 clean:
-	rm -rf $(VENV) $(SUITES_VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SUITES_VENV) runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

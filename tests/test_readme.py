@@ -46,11 +46,6 @@ def test_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     exec(compile("\n".join(blocks(pages(page)[0], "python")), page, "exec"), {})
 
 
-@every_page
-def test_pictures_and_pages_that_are_linked_exist(page):
-    for text in pages(page):
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def test_commands_of_the_readme_are_understood(capsys):
