@@ -46,8 +46,6 @@ def test_python_of_the_docs_runs(page, tmp_path, monkeypatch):
     exec(compile("\n".join(blocks(pages(page)[0], "python")), page, "exec"), {})
 
 
-
-
 def test_commands_of_the_readme_are_understood(capsys):
     commands = re.findall(r"^grpo-jax (\w+)", "\n".join(blocks(ENGLISH, "console")), flags=re.MULTILINE)
     assert set(commands) == {"train", "evaluate", "resume", "envs"}
