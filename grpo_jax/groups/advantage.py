@@ -179,7 +179,8 @@ def shrinkage(group: GroupReturns) -> jax.Array:
     """R_i - the mean of the others, shrunk towards the other groups' means (after arXiv:2511.03710).
 
     James-Stein: the noisier a group's mean is, compared with how much true means differ, the more the mean of the other
-    groups is worth. Neither uses the group's own numbers, so the baseline stays independent of the action.
+    groups is worth. Neither uses the group's own numbers, so the baseline stays independent of the action; only that
+    groups whose draws all coincide are masked depends on it, which biases few draws of few actions (docs/theory.md).
     """
     active, means = group.active, group.mean + group.offset
     noise = group.variance / jnp.maximum(group.count - 1.0, 1.0)  # of a mean: unbiased variance over size
