@@ -1,4 +1,4 @@
-"""The commands: ``grpo-jax train | resume | evaluate | envs``."""
+"""The commands: ``grpo-jax train | resume | evaluate | plot | report | envs``, and training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,22 +16,20 @@ from jax.sharding import Mesh
 
 import grpo_jax
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import devices, plots, progress, render, sweeps
+from grpo_jax.cli import devices, evaluation, plots, progress, sweeps
 from grpo_jax.cli.envs import envs
-from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse, swept
+from grpo_jax.cli.flags import FINAL_EPISODES, Envs, Evaluate, Plot, Resume, Train, parse, swept
+from grpo_jax.cli.plot import plot
 from grpo_jax.cli.recorder import Recorder
+from grpo_jax.cli.report import report
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import UnsealedWarning
-from grpo_jax.training.agents import default_block, over_agents
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.run import first_state
 from grpo_jax.training.self_play import check_opponent
 from grpo_jax.training.sweep import check_program, expand, first_settings, run_settings
 from grpo_jax.worlds.base import World
-
-_EVALUATION = 0xE7A1
-"""Folded into the seed, so that no evaluation plays the episodes of the training."""
 
 
 class NotSaved(Exception):
@@ -46,27 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       0: all is well; 1: training itself failed, or something could not be written; 2: bad input; 130: stopped by
-      Ctrl-C; 143: stopped by SIGTERM.
+      Ctrl-C; 141: whoever read the output stopped reading; 143: stopped by SIGTERM.
     """
+    options = None
     try:
         options = parse(sys.argv[1:] if argv is None else list(argv))
-        if getattr(options, "cache", False):
-            enable_cache()
-        with warnings.catch_warnings(), progress.Interrupt() as interrupt:
-            for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
-                warnings.simplefilter("always", kind)
-            warnings.showwarning = lambda message, *_: progress.warn(str(message))
-            match options:
-                case Train():
-                    return _train(options, interrupt)
-                case Resume():
-                    return _resume(options, interrupt)
-                case Evaluate():
-                    return _evaluate(options)
-                case _:
-                    return envs(options.suite)
-    except SystemExit as stop:  # the parser's help and complaints
-        return int(stop.code or 0)
+        status = _do(options)
+        sys.stdout.flush()  # else it is done as Python ends, which complains about a closed pipe
+        return status
+    except BrokenPipeError:
+        return _without_reader(options)
+    except (
+        SystemExit
+    ) as stop:  # help, and complaints of the parser; rich raises it where it finds a closed pipe
+        return (
+            _without_reader(options) if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
+        )
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         progress.error(f"stopped by {progress.signal_name(signum)}")
@@ -78,6 +71,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = "RESOURCE_EXHAUSTED" in str(problem)
         progress.error(f"{problem}{'; lower --max-branches, --n-envs or --n-seeds' if full else ''}")
         return 1
+
+
+def _do(options: Any) -> int:
+    if getattr(options, "cache", False):
+        enable_cache()
+    with warnings.catch_warnings(), progress.Interrupt() as interrupt:
+        for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
+            warnings.simplefilter("always", kind)
+        warnings.showwarning = lambda message, *_: progress.warn(str(message))
+        match options:
+            case Train():
+                return _train(options, interrupt)
+            case Resume():
+                return _resume(options, interrupt)
+            case Evaluate():
+                return evaluation.evaluate(options)
+            case Plot():
+                return plot(options)
+            case Envs():
+                return envs(options.suite)
+            case _:
+                return report(options)
+
+
+def _without_reader(options: Any) -> int:
+    """Ends quietly where the output's reader is gone, as ``head`` is; a run that was cut off says how to go on with it."""
+    progress.drop_output()
+    if isinstance(options, Train | Resume):
+        path = options.out if isinstance(options, Train) else options.directory
+        progress.error(f"nobody reads the output any more; {_how_to_go_on(RunDirectory(path))}")
+    return 141  # 128 + SIGPIPE, as a shell says; Windows has no such signal
 
 
 def _train(options: Any, interrupt: progress.Interrupt) -> int:
@@ -284,7 +308,8 @@ def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) 
         plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
     except (OSError, ValueError) as error:
         progress.warn(f"no picture of the run was drawn ({error})")
-    _play(run, lambda _: world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
+    key = evaluation.evaluation_key(run.seed)
+    evaluation.play(run, lambda _: world, state, key, FINAL_EPISODES, deterministic=False)
     _print_files(directory)
     return True
 
@@ -296,83 +321,6 @@ def _print_files(directory: RunDirectory) -> None:
 
 def _how_to_go_on(directory: RunDirectory) -> str:
     return f"go on with: grpo-jax resume {directory.path}"
-
-
-def _evaluate(options: Evaluate) -> int:
-    directory = RunDirectory(options.directory)
-    run, state = directory.read(), None
-    if options.render is not None:
-        render.without_window()
-    if run.settings:
-        run, world, state = sweeps.best(directory, run, options.checkpoint)
-    else:
-        world, state = directory.restore(run, options.checkpoint)
-    if options.opponent == "self":
-        check_opponent(world)
-    if options.render is not None:
-        render.check(world, options.render)
-    if state is None:
-        raise FileNotFoundError(
-            f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"
-        )
-    key = _evaluation_key(run.seed if options.seed is None else options.seed)
-    against = ", against itself" if options.opponent == "self" else ""
-    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}{against}")
-    deterministic, plan = options.deterministic, _plan_of(run, options)
-
-    def game(state: TrainState) -> World:
-        is_self = options.opponent == "self"
-        return grpo_jax.against(world, state, deterministic=deterministic) if is_self else world
-
-    _play(run, game, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
-    if options.render is not None:
-        one = state if run.vmapped is None else jax.tree.map(lambda leaf: leaf[0], state)
-        n_frames, earned = render.render(
-            one, game(one), key, options.render, deterministic=deterministic, plan=plan
-        )
-        print(f"{options.render}: {n_frames} frames, return {earned:.2f}")
-    return 0
-
-
-def _plan_of(run: Run, options: Evaluate) -> grpo_jax.Plan | None:
-    if not options.plan:
-        if options.plan_horizon is not None or options.plan_rollouts != grpo_jax.Plan.n_rollouts:
-            raise ValueError("--plan-horizon and --plan-rollouts change a plan: give --plan too")
-        return None
-    changes = {} if options.plan_horizon is None else {"horizon": options.plan_horizon}
-    return grpo_jax.Plan.of(run.config, n_rollouts=options.plan_rollouts, **changes)
-
-
-def _play(
-    run: Run,
-    game: Callable[[TrainState], World],
-    state: TrainState,
-    key: jax.Array,
-    n_episodes: int,
-    *,
-    deterministic: bool,
-    plan: grpo_jax.Plan | None = None,
-) -> None:
-    """Plays episodes of every seed, in the game that belongs to its state, and prints what they earned."""
-
-    def play(state: TrainState, key: jax.Array) -> grpo_jax.Episodes:
-        return grpo_jax.evaluate_episodes(
-            state, game(state), key, n_episodes, deterministic=deterministic, plan=plan
-        )
-
-    start = time.perf_counter()
-    if run.vmapped is None:
-        episodes = jax.tree.map(lambda leaf: leaf[None], play(state, key))
-    else:
-        agents = (state, jax.random.split(key, run.n_seeds))
-        world = game(jax.tree.map(lambda leaf: leaf[0], state))
-        block = default_block(run.config, world, run.n_seeds)
-        episodes = over_agents(lambda agent: play(*agent), agents, block)
-    jax.block_until_ready(episodes)
-    progress.print_results(episodes, time.perf_counter() - start, deterministic=deterministic)
-    if plan is not None:
-        steps, decisions = grpo_jax.count(episodes.simulator_steps), int(episodes.lengths.sum())
-        print(f"planned: {steps:,} simulator steps, {steps / decisions:,.0f} for a decision")
 
 
 def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
@@ -392,7 +340,3 @@ def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) ->
 
 def _iterations(state: TrainState | None) -> int:
     return 0 if state is None else int(state.iteration.max())
-
-
-def _evaluation_key(seed: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), _EVALUATION)

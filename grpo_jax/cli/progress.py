@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ class Progress:
         self._before = (decision_steps, simulator_steps)
         self._printed = -PLAIN_SECONDS
         self._bar: progress.Progress | None = None
+        self._compiling = contextlib.ExitStack()
         console = Console()
         if console.is_terminal:
             self._bar = progress.Progress(
@@ -45,12 +48,11 @@ class Progress:
             )
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=None, line="compiling ...")
+        self._compiling.enter_context(waiting("compiling"))
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._compiling.close()
         if self._bar is not None:
             self._bar.stop()
 
@@ -67,15 +69,64 @@ class Progress:
         )
         reward = f"return {_over_seeds(chunk.metrics['episode_return'])}"
         entropy = f"entropy {np.nanmean(chunk.metrics['entropy'][..., -1]):.2f}"
+        self._compiling.close()
         if self._bar is not None:
+            if not self._bar.tasks:
+                self._bar.start()
+                self._task = self._bar.add_task("", total=chunk.n_iterations, line="")
             # Short: a bar and its line share 80 columns.
             line = f"{reward}  {_short(decisions)} steps/s  {_short(simulated)} simulated/s  {entropy}"
-            self._bar.update(self._task, total=chunk.n_iterations, completed=chunk.iteration, line=line)
+            self._bar.update(self._task, completed=chunk.iteration, line=line)
         elif time.monotonic() - self._printed > PLAIN_SECONDS or chunk.iteration == chunk.n_iterations:
             self._printed = time.monotonic()
             line = f"{reward}, {rates_text(decisions, simulated)}, {entropy}"
             print(f"iteration {chunk.iteration}/{chunk.n_iterations}: {line}", flush=True)
         return {"decision_steps_per_second": decisions, "simulator_steps_per_second": simulated}
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows for how long something goes on: on a terminal all the time, elsewhere in a line now and then.
+
+    Args:
+      what: goes on, such as "compiling".
+    """
+    from rich import progress
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        columns = (
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.TimeElapsedColumn(),
+        )
+        with progress.Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(f"{what} ...", total=None)
+            yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more: others will notice
+            while not done.wait(PLAIN_SECONDS):
+                print(f"{what} for {time.monotonic() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def drop_output() -> None:
+    """Sends what is still to be printed nowhere: the pipe behind stdout is closed."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Stopped(KeyboardInterrupt):

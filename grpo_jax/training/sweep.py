@@ -268,7 +268,7 @@ def join(
         iteration = np.asarray(state.iteration).reshape(shape)
         failed_at[indices] = np.where(iteration < last, iteration + 1, 0)
         if "episode_return" in of_part:
-            final = _final_return(of_part["episode_return"]).reshape(shape)
+            final = final_return(of_part["episode_return"]).reshape(shape)
             final_returns[indices] = np.where(iteration < last, np.nan, final)
         for row, index in enumerate(indices):
             seeds = slice(row * n_seeds, (row + 1) * n_seeds)
@@ -324,7 +324,7 @@ def _values(name: str, given: Any) -> list[Any]:
     return values
 
 
-def _final_return(returns: np.ndarray) -> np.ndarray:
+def final_return(returns: np.ndarray) -> np.ndarray:
     """``[A]`` mean over the last iterations of ``[A, n]``, of what is known; NaN where nothing is."""
     last = returns[:, -max(1, round(LAST_SHARE * returns.shape[1])) :]
     known = ~np.isnan(last)
