@@ -35,9 +35,10 @@ def make_mesh(n_devices: int | None = None) -> Mesh:
     devices = jax.devices()
     n_devices = len(devices) if n_devices is None else n_devices
     if isinstance(n_devices, bool) or not isinstance(n_devices, int) or not 1 <= n_devices <= len(devices):
+        cuda = "; for NVIDIA's GPUs: pip install 'grpo-jax[cuda]'" if devices[0].platform == "cpu" else ""
         raise ValueError(
             f"n_devices={n_devices!r} must be an integer from 1 to {len(devices)}, the devices that JAX sees"
-            f" ({devices[0].device_kind})"
+            f" ({devices[0].device_kind}){cuda}"
         )
     return Mesh(devices[:n_devices], (DEVICES,))
 

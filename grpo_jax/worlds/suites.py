@@ -92,7 +92,7 @@ def _refuse_gymnasium(env_id: str) -> None:
     newest = {_base(known): known for known in gymnasium.registry}
     found = env_id if atari else exact.get(env_id.lower()) or newest.get(_base(env_id))
     if found is not None:
-        policy = "CnnPolicy" if atari else "MlpPolicy"
+        policy, found = ("CnnPolicy", f"ale_py:{env_id}") if atari else ("MlpPolicy", found)
         raise ValueError(
             f"env={env_id!r} is a Gymnasium environment, which is no world of JAX: use sb3_bridge.GRPO, as in"
             f" `from sb3_bridge import GRPO; GRPO({policy!r}, {found!r}).learn(100_000)`"
