@@ -48,18 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = None
     try:
-        options = parse(sys.argv[1:] if argv is None else list(argv))
-        status = _do(options)
+        try:
+            options = parse(sys.argv[1:] if argv is None else list(argv))
+            status = _do(options)
+        except SystemExit as stop:  # help, and complaints of the parser; or rich found a closed pipe
+            if isinstance(stop.__context__, BrokenPipeError):
+                raise stop.__context__ from None
+            status = int(stop.code or 0)
         sys.stdout.flush()  # else it is done as Python ends, which complains about a closed pipe
         return status
     except BrokenPipeError:
         return _without_reader(options)
-    except (
-        SystemExit
-    ) as stop:  # help, and complaints of the parser; rich raises it where it finds a closed pipe
-        return (
-            _without_reader(options) if isinstance(stop.__context__, BrokenPipeError) else int(stop.code or 0)
-        )
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         progress.error(f"stopped by {progress.signal_name(signum)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -174,8 +175,12 @@ def _metrics(directory: RunDirectory, run: Run, names: Sequence[str]) -> dict[st
 def _seconds(directory: RunDirectory, run: Run, steps: np.ndarray) -> np.ndarray:
     """Seconds of training, all agents together, after so many decision steps of each; NaN where no file tells."""
     points = [(0, 0.0)]
-    files = sorted(directory.tensorboard.glob("events.*"), key=lambda path: path.name.split(".")[3:5])
-    for file in files:
+    names = (
+        re.match(r"events\.out\.tfevents\.(\d+)\.(\d+)\.", path.name)
+        for path in directory.tensorboard.glob("*")
+    )
+    for name in sorted(filter(None, names), key=lambda name: (int(name[1]), int(name[2]))):
+        file = directory.tensorboard / name.string
         before, earlier = 0, 0.0
         for event in _events(file):
             if event.HasField(

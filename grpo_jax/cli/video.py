@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,12 +58,15 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
 def _by_ffmpeg(path: str, images: list[np.ndarray], fps: float) -> None:
     ffmpeg: Any = importlib.import_module("imageio_ffmpeg")
     height, width, _ = images[0].shape
-    # Its own rounding of sizes would scale the picture.
-    writer = ffmpeg.write_frames(path, (width, height), fps=fps, macro_block_size=2)
-    writer.send(None)
-    for image in images:
-        writer.send(np.ascontiguousarray(image))
-    writer.close()
+    # Run here: its own writer forks, which JAX warns of.
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps}", "-i", "-"]
+    target = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", path]
+    command = [ffmpeg.get_ffmpeg_exe(), "-y", *source, *target]
+    done = subprocess.run(
+        command, input=b"".join(map(np.ndarray.tobytes, images)), capture_output=True, check=False
+    )
+    if done.returncode:
+        raise OSError(f"ffmpeg could not write a video: {done.stderr.decode(errors='replace')[-300:]}")
 
 
 def _by_opencv(path: str, images: list[np.ndarray], fps: float) -> None:
