@@ -40,8 +40,8 @@ def draw_fan(
     shown = np.flatnonzero(group.valid).tolist()
     largest = float(np.max(np.abs(group.advantage[shown]), initial=0.0)) or 1.0
     scale = ScalarMappable(Normalize(-largest, largest), colormaps["RdBu"])
-    # The ends of the colours alone: candidates near 0 must be seen too.
-    ends = group.advantage + 0.35 * largest * np.sign(group.advantage)
+    # Neither the middle of the colours nor their ends: candidates near 0 must be seen too, and black is no colour.
+    ends = 0.45 * group.advantage + 0.4 * largest * np.sign(group.advantage)
     colors: list[Any] = [scale.to_rgba(end) if end else "#888888" for end in ends.tolist()]
     steps = np.arange(values.shape[-1])
     for i in sorted(shown, key=lambda i: group.advantage[i]):
