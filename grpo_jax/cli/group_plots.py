@@ -60,7 +60,8 @@ def draw_fan(
         bars.set_yticks([])
         bars.set_ylabel(f"{len(shown)} candidates")
     bars.invert_yaxis()
-    bars.set_title("advantage, in units of return", fontsize=10)
+    bars.set_title("advantage", fontsize=10)
+    bars.set_xlabel("in units of return")
     for axes in (branches, bars):
         axes.spines[["top", "right"]].set_visible(False)
     return figure, branches, bars

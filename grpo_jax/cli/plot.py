@@ -56,7 +56,8 @@ def _curves(options: Plot) -> None:
             )
         seeds = f"{label} ({line.n_seeds} seeds)" if line.n_seeds > 1 else label
         panels.setdefault(line.env, []).append(Curve(seeds, np.nanmean(x, axis=0), y))
-        print(f"{line.env}: {seeds}: {', '.join(map(str, line.paths))}")
+        paths = ", ".join(map(str, line.paths))
+        print(f"{line.env}: {seeds}{'' if paths == label else f': {paths}'}")
     what = {
         "decision_steps": "decision steps of each seed",
         "simulator_steps": "simulator steps of each seed",
@@ -154,5 +155,5 @@ def _check_dimensions(world: World, dimensions: tuple[int, ...]) -> None:
 
 
 def _name(action: np.ndarray) -> str:
-    numbers = np.round(np.atleast_1d(action), 2).tolist()
-    return f"action {numbers[0] if len(numbers) == 1 else tuple(numbers)}"
+    numbers = [f"{number:.3g}" for number in np.atleast_1d(action).tolist()]
+    return f"action {numbers[0] if len(numbers) == 1 else '(' + ', '.join(numbers) + ')'}"
