@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import grpo_jax
+from grpo_jax import shards
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import devices, plots, progress, render, sweeps
+from grpo_jax.cli import devices, distributed, plots, progress, render, sweeps
 from grpo_jax.cli.envs import envs
 from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse, swept
 from grpo_jax.cli.recorder import Recorder
@@ -48,19 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
       0: all is well; 1: training itself failed, or something could not be written; 2: bad input; 130: stopped by
       Ctrl-C; 143: stopped by SIGTERM.
     """
+    processes = distributed.Processes()
+    return processes.end(_main(sys.argv[1:] if argv is None else list(argv), processes))
+
+
+def _main(argv: list[str], processes: distributed.Processes) -> int:
     try:
-        options = parse(sys.argv[1:] if argv is None else list(argv))
+        options = parse(argv)
+        processes.begin(options)
         if getattr(options, "cache", False):
             enable_cache()
         with warnings.catch_warnings(), progress.Interrupt() as interrupt:
             for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
                 warnings.simplefilter("always", kind)
-            warnings.showwarning = lambda message, *_: progress.warn(str(message))
+            warnings.showwarning = processes.warn
             match options:
                 case Train():
-                    return _train(options, interrupt)
+                    return processes.together(lambda: _train(options, interrupt, processes))
                 case Resume():
-                    return _resume(options, interrupt)
+                    return processes.together(lambda: _resume(options, interrupt, processes))
                 case Evaluate():
                     return _evaluate(options)
                 case _:
@@ -80,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(options: Any, interrupt: progress.Interrupt) -> int:
+def _train(options: Any, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
-    mesh = devices.mesh_of(options.devices)
+    mesh = devices.mesh_of(options)
     if mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
         config = config.replace(n_shards=mesh.devices.size)
     settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
@@ -104,9 +111,9 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
     devices.check(mesh, run)
-    directory = RunDirectory(options.out)
+    directory = processes.directory(options.out)
     directory.check_free(overwrite=options.overwrite)
-    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.make()
     with directory.locked():
         directory.create(run, overwrite=options.overwrite)
         if run.env not in grpo_jax.preset_ids():
@@ -116,16 +123,15 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         return _go_on(directory, run, world, None, interrupt, mesh)
 
 
-def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
-    directory = RunDirectory(options.directory)
-    if not directory.config.exists():
-        directory.read()  # raises
+def _resume(options: Resume, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
+    directory = processes.directory(options.directory)
+    directory.check_run()
     with directory.locked():
         run = directory.read()
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
-        devices.check(mesh := devices.mesh_of(options.devices), run)
+        devices.check(mesh := devices.mesh_of(options), run)
         if len(run.programs()) > 1:
             return _go_on_programs(directory, run, interrupt, mesh, new_metrics=options.new_metrics)
         world, state = _restore(directory, run)
@@ -183,9 +189,9 @@ def _go_on(
 ) -> int:
     """Trains from a state to the end of the run, and sums the run up."""
     try:
-        with Recorder(directory, run, state, new_metrics=new_metrics) as record:
+        with distributed.recorder(directory, run, state, new_metrics=new_metrics) as record:
             directory.write(run)
-            _print_start(directory, run, state)
+            progress.print_start(run, directory.path, _iterations(state))
             is_done, state = _advance(directory, run, world, state, record, interrupt, mesh)
             record.finish()
         if record.gap is not None:
@@ -239,6 +245,7 @@ def _advance(
             )
             timing += f" ({progress.rates_text(*rates.values())})"
             episode_return = float(np.mean(chunk.metrics["episode_return"][..., -1]))
+            interrupt.agree()
             return interrupt.requested is None or not run.can_stop(chunk.iteration)
 
         try:
@@ -257,6 +264,8 @@ def _advance(
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error
+        interrupt.agree()  # one that came since
+        state = shards.gather(state)
         try:
             record.checkpoint(state, episode_return)
         except OSError as error:
@@ -269,6 +278,8 @@ def _advance(
 
 def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) -> bool:
     """Writes what a finished run leaves, and plays it, or compares a sweep's settings; whether these have a score."""
+    if jax.process_index() > 0:
+        return True
     try:
         grpo_jax.save(directory.policy, state.learner.policy)
     except OSError as error:
@@ -373,21 +384,6 @@ def _play(
     if plan is not None:
         steps, decisions = grpo_jax.count(episodes.simulator_steps), int(episodes.lengths.sum())
         print(f"planned: {steps:,} simulator steps, {steps / decisions:,.0f} for a decision")
-
-
-def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
-    default, devices = GRPOConfig(), jax.devices()
-    changes = [
-        f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
-    ]
-    seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
-    if run.settings:
-        seeds = f"{len(run.settings)} settings of {', '.join(run.settings[0])}, {seeds}"
-    device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
-    done = f"from iteration {_iterations(state)} " if state is not None else ""
-    length = f"{done}to {run.total_timesteps:,} decision steps"
-    settings = ", ".join(changes) or "default settings"
-    print(f"{run.env} | {settings} | {device} | {seeds} | {length} | {directory.path}", flush=True)
 
 
 def _iterations(state: TrainState | None) -> int:

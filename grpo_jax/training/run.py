@@ -259,7 +259,7 @@ def advance(
             # `is not None`: np.bool_(False) stops, forgetting to return anything does not.
             answer = callback(chunk)
             is_stopped = answer is not None and not answer
-        if shards.any_process(is_stopped):
+        if shards.largest(is_stopped):
             break
         if n_rows < length:  # no agent is left
             break
