@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import grpo_jax
 from grpo_jax import shards
@@ -90,9 +89,9 @@ def _main(argv: list[str], processes: distributed.Processes) -> int:
 def _train(options: Any, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
-    mesh = devices.mesh_of(options)
-    if mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
-        config = config.replace(n_shards=mesh.devices.size)
+    place = devices.place_of(options)
+    if place.mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
+        config = config.replace(n_shards=place.mesh.devices.size)
     settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
     # All that can be wrong with the input is found before anything is written.
     run = Run(
@@ -110,7 +109,7 @@ def _train(options: Any, interrupt: progress.Interrupt, processes: distributed.P
         check_opponent(world)
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
-    devices.check(mesh, run)
+    devices.check(place, run, world)
     directory = processes.directory(options.out)
     directory.check_free(overwrite=options.overwrite)
     directory.make()
@@ -119,8 +118,8 @@ def _train(options: Any, interrupt: progress.Interrupt, processes: distributed.P
         if run.env not in grpo_jax.preset_ids():
             print(f"{run.env} has no preset: settings that no flag names are the defaults")
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, mesh)
-        return _go_on(directory, run, world, None, interrupt, mesh)
+            return _go_on_programs(directory, run, interrupt, place)
+        return _go_on(directory, run, world, None, interrupt, place)
 
 
 def _resume(options: Resume, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
@@ -131,11 +130,11 @@ def _resume(options: Resume, interrupt: progress.Interrupt, processes: distribut
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
-        devices.check(mesh := devices.mesh_of(options), run)
+        devices.check(place := devices.place_of(options), run, grpo_jax.make(run.env))
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, mesh, new_metrics=options.new_metrics)
+            return _go_on_programs(directory, run, interrupt, place, new_metrics=options.new_metrics)
         world, state = _restore(directory, run)
-        return _go_on(directory, run, world, state, interrupt, mesh, new_metrics=options.new_metrics)
+        return _go_on(directory, run, world, state, interrupt, place, new_metrics=options.new_metrics)
 
 
 def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | None]:
@@ -157,7 +156,7 @@ def _go_on_programs(
     directory: RunDirectory,
     run: Run,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
     *,
     new_metrics: bool = False,
 ) -> int:
@@ -169,7 +168,7 @@ def _go_on_programs(
         with child.locked():
             sweeps.prepare(child, program)
             world, state = _restore(child, program)
-            one = _go_on(child, program, world, state, interrupt, mesh, new_metrics=new_metrics)
+            one = _go_on(child, program, world, state, interrupt, place, new_metrics=new_metrics)
         if one > 1:
             print(f"all programs of this sweep {_how_to_go_on(directory)}")
             return one
@@ -183,7 +182,7 @@ def _go_on(
     world: World,
     state: TrainState | None,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
     *,
     new_metrics: bool = False,
 ) -> int:
@@ -192,7 +191,7 @@ def _go_on(
         with distributed.recorder(directory, run, state, new_metrics=new_metrics) as record:
             directory.write(run)
             progress.print_start(run, directory.path, _iterations(state))
-            is_done, state = _advance(directory, run, world, state, record, interrupt, mesh)
+            is_done, state = _advance(directory, run, world, state, record, interrupt, place)
             record.finish()
         if record.gap is not None:
             first, last = record.gap
@@ -217,7 +216,7 @@ def _advance(
     state: TrainState | None,
     record: Recorder,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
 ) -> tuple[bool, TrainState]:
     """Trains to the end of the run, or until a signal; whether the end was reached, and the last state, saved."""
     before, start, timing = (0, 0), time.perf_counter(), ""
@@ -260,7 +259,7 @@ def _advance(
                 state=state,
                 n_seeds=run.seeds,
                 opponent_every=run.opponent_every,
-                mesh=mesh,
+                **place._asdict(),
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error

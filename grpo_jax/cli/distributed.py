@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,11 @@ GOODBYE_SECONDS = 10
 
 # JAX ends a process by abort() where it learns that another one is lost: nothing in it can say a word any more.
 _WATCHER = "import sys\nlast = ''\nfor last in sys.stdin: pass\nsys.stderr.write(last.strip() and last)"
+
+# What XLA reports where a process that it communicates with is gone.
+_OF_OTHERS = re.compile(
+    "UNKNOWN|INTERNAL|UNAVAILABLE|CANCELLED|ABORTED|DEADLINE_EXCEEDED|FAILED_PRECONDITION"
+)
 
 T = TypeVar("T")
 _PROBLEMS = (ValueError, TypeError, OverflowError, OSError, ImportError)
@@ -115,8 +121,8 @@ class Processes:
             status = command()
             if self._watcher is not None:
                 status = shards.agreed(status)
-        except jax.errors.JaxRuntimeError as error:
-            if self._watcher is None or "RESOURCE_EXHAUSTED" in str(error):
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # jaxlib raises both
+            if self._watcher is None or not _OF_OTHERS.match(str(error)):
                 raise
             raise jax.errors.JaxRuntimeError(
                 f"{self._name}: another process of the run was lost ({error}). {self._words}"

@@ -65,6 +65,9 @@ class Train:
     devices: str = "1"
     """Devices that share the work: a number, or all. They share the seeds, if there are several; else the environments, in as
     many parts (--n-shards)."""
+    memory_limit: str | None = None
+    """Most that the work may take of each device's memory, such as 8GiB: fewer branches and seeds are followed side by side
+    then, and a run that cannot keep to it is refused. Results do not depend on it but by rounding."""
     hosts: Hosts = Hosts()
     from_config: Path | None = None
     """Start from the settings in this file, such as a sweep's best_config.json, instead of the preset's; flags change them."""
@@ -90,6 +93,9 @@ class Resume:
     """How many of the last checkpoints stay; None: as before."""
     devices: str = "1"
     """Devices that share the work, which may be others than before: a number, or all."""
+    memory_limit: str | None = None
+    """Most that the work may take of each device's memory, such as 8GiB: fewer branches and seeds are followed side by side
+    then, and a run that cannot keep to it is refused. Results do not depend on it but by rounding."""
     hosts: Hosts = Hosts()
     new_metrics: bool = False
     """Go on although rows of metrics.csv are lost or damaged: what is left of it is set aside."""
