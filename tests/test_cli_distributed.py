@@ -23,7 +23,7 @@ from grpo_jax.cli.runs import RunDirectory
 SMALL = (
     "--n-envs 8 --n-steps 4 --batch-size 16 --n-epochs 1 --horizon 4 --net-arch 8 --n-shards 4"
     " --learning-rate-decay none --checkpoint-every 2 --no-cache"
-).split()
+).split()  # noqa: SIM905 - flags as they are typed
 
 SLOWLY = """
 import sys, time

@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 from grpo_jax.config import GRPOConfig
 from grpo_jax.groups import candidates
 from grpo_jax.groups.branch import chunk_size, default_branches
+from grpo_jax.learning.update import NARROW
 from grpo_jax.noise import KEY_WORDS, as_key
 from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.spaces import encoded_size
@@ -31,10 +32,10 @@ class Memory(NamedTuple):
 
     Attributes:
       state: of all agents (seeds, settings), before and after an iteration.
-      rollout: of the decision states of an iteration of one agent, and what is known of them.
+      rollout: of the decision states of an iteration of one agent, their groups, and their values, where there is a critic.
       branch: of one branch: its world state, and what the policy computes from it.
       n_branches: of one agent, side by side.
-      update: what one agent holds to learn: its batch, and a minibatch with what its gradient needs.
+      update: what one agent holds while it learns: its batch, and a minibatch with what its gradient needs.
       block: agents side by side.
     """
 
@@ -48,13 +49,13 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.block * (self.rollout + max(self.branch * self.n_branches, self.update))
+        return self.state + self.block * max(self.rollout + self.branch * self.n_branches, self.update)
 
     def __str__(self) -> str:
         return (
             f"{_text(self.total)}: {_text(self.state)} of states, and for each of {self.block} agents side by side"
-            f" {_text(self.rollout)} of a rollout and the larger of {self.n_branches:,} branches of {self.branch:,} bytes each"
-            f" and an update of {_text(self.update)}"
+            f" {_text(self.rollout)} of a rollout with {self.n_branches:,} branches of {self.branch:,} bytes, or"
+            f" {_text(self.update)} of an update, whichever is more"
         )
 
 
@@ -93,16 +94,17 @@ def memory(
     )
     comparison = jax.eval_shape(functools.partial(compare, here, env), acted, trajectory)
     all_layers, widest = _layers(state.policy, state.learner.policy, acted.environments.observation)
-    batch, rows = _bytes(comparison.batch), min(here.batch_size, here.n_states)
-    update = 2 * batch + rows * (
-        batch // here.n_states + all_layers
-    )  # twice: minibatches are taken from a table of it
+    batch, n_states, rows = comparison.batch, here.n_states, min(here.batch_size, here.n_states)
+    groups = _bytes(batch) - _bytes(batch.observation)  # the observations are those of the rollout
+    table = _bytes([leaf for leaf in jax.tree.leaves(batch) if math.prod(leaf.shape[1:]) <= NARROW])
+    is_over = _bytes((trajectory.next_observation, trajectory.branched))  # when the update begins
+    rollout = _bytes(trajectory) + groups
+    update = rollout - is_over + table + rows * (_bytes(batch) // n_states + all_layers)
+    rollout += n_states * widest if here.bootstrap else 0
     action = jax.eval_shape(lambda tree: state.policy.to_world(agent(agent(tree, 0), 0)), trajectory.action)
     is_random = _reads_key(env, state, action)
     branch, n_branches = _branches(config, here, env, state, widest, is_random, n_parts)
-    return Memory(
-        2 * n_agents * _bytes(state), _bytes(trajectory), branch, n_branches, update, min(block, n_agents)
-    )
+    return Memory(2 * n_agents * _bytes(state), rollout, branch, n_branches, update, min(block, n_agents))
 
 
 def bounded(
@@ -133,7 +135,9 @@ def bounded(
         room = (limit - need.state) // max(1, (need.total - need.state) // need.block)
         need = memory(config, env, n_agents=n_agents, block=block_size(need.block, room), mesh=mesh)
     if need.total > limit and need.n_branches:
-        side_by_side = 1 if mesh is None else config.n_shards // math.gcd(config.n_shards, mesh.devices.size)
+        side_by_side = config.n_shards // (
+            1 if mesh is None else math.gcd(config.n_shards, mesh.devices.size)
+        )
         most = ((limit - need.state) // need.block - need.rollout) // need.branch // side_by_side
         config = config.replace(max_branches=max(1, most))
         need = memory(config, env, n_agents=n_agents, block=need.block, mesh=mesh)
@@ -197,26 +201,31 @@ def _reads_key(env: World, state: TrainState, action: jax.ShapeDtypeStruct) -> b
 
 
 def _layers(policy: Policy, state: PolicyState, observation: PyTree) -> tuple[int, int]:
-    """Bytes that go into and come out of the layers of a policy, and its critic, for one row: of all, and of the widest."""
+    """Bytes that go into and come out of the layers of a policy, and its critic, for one row: of all, and of the widest.
+
+    The observation that goes into the first one is not counted: it is there already.
+    """
 
     def judge(state: PolicyState, observation: PyTree) -> Any:
         judged = policy.parameters_and_value if policy.critic is not None else policy.parameters
         return judged(state, jax.tree.map(lambda leaf: leaf[:1], observation))
 
-    layers = _products(jax.make_jaxpr(judge)(state, observation).jaxpr)
+    seen = max((_bytes(leaf) // leaf.shape[0] for leaf in jax.tree.leaves(observation)), default=0)
+    products = _products(jax.make_jaxpr(judge)(state, observation).jaxpr)
+    layers = [(0 if taken == seen else taken) + given for taken, given in products]
     return sum(layers), max(layers, default=0)
 
 
-def _products(program: Jaxpr) -> list[int]:
+def _products(program: Jaxpr) -> list[tuple[int, int]]:
     """Bytes of the first operand and the result of every matrix product and convolution."""
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
     for equation in program.eqns:
         parts = jax.tree.leaves(list(equation.params.values()))
         for part in parts:
             if isinstance(part, (ClosedJaxpr, Jaxpr)):
                 found += _products(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            found.append(sum(_bytes(v.aval) for v in (equation.invars[0], equation.outvars[0])))
+            found.append((_bytes(equation.invars[0].aval), _bytes(equation.outvars[0].aval)))
     return found
 
 
