@@ -23,7 +23,7 @@ from grpo_jax.cli.runs import RunDirectory
 SMALL = (
     "--n-envs 8 --n-steps 4 --batch-size 16 --n-epochs 1 --horizon 4 --net-arch 8 --n-shards 4"
     " --learning-rate-decay none --checkpoint-every 2 --no-cache"
-).split()  # noqa: SIM905 - flags as they are typed
+)
 
 SLOWLY = """
 import sys, time
@@ -89,7 +89,7 @@ def test_four_processes_stop_together_two_lose_one_and_one_ends_where_a_run_alon
 ) -> None:
     run = tmp_path / "run"
     with started(
-        4, tmp_path, "train", "CartPole-v1", "--out", "run", "--total-timesteps", "9600", *SMALL
+        4, tmp_path, "train", "CartPole-v1", "--out", "run", "--total-timesteps", "9600", *SMALL.split()
     ) as four:
         wait_for(3, run, four)
         four[2].send_signal(signal.SIGTERM)  # to one that does not write
@@ -136,7 +136,7 @@ def test_four_processes_stop_together_two_lose_one_and_one_ends_where_a_run_alon
 def test_what_the_first_process_refuses_ends_all_without_noise(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("of an older run")
-    with started(2, tmp_path, "train", "CartPole-v1", "--out", "run", *SMALL) as two:
+    with started(2, tmp_path, "train", "CartPole-v1", "--out", "run", *SMALL.split()) as two:
         first, second = ends(two)
     assert (first[0], second[0]) == (2, 2), (first, second)
     assert "already holds a run" in first[2]
