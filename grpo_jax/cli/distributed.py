@@ -73,7 +73,8 @@ class Processes:
             start_new_session=True,  # Ctrl-C is not for it
         )
         self.say("The processes had not found each other yet")
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+        with contextlib.suppress(AttributeError):  # not every JAX has it
+            jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
         try:
             jax.distributed.initialize(
                 hosts.coordinator,

@@ -120,7 +120,8 @@ class Interrupt:
 
     def agree(self) -> None:
         """Makes a signal that came to one of several processes a wish of all; all call it."""
-        self.requested = shards.largest(self.requested or 0) or None
+        if heard := shards.largest(self.requested or 0):  # else one that came meanwhile would be forgotten
+            self.requested = heard
 
     def _handle(self, signum: int, _: object) -> None:
         if self.requested is not None or not self.can_wait:
