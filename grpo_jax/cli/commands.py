@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import grpo_jax
+from grpo_jax import shards
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import devices, evaluation, plots, progress, sweeps
+from grpo_jax.cli import devices, distributed, evaluation, plots, progress, sweeps
 from grpo_jax.cli.envs import envs
 from grpo_jax.cli.flags import FINAL_EPISODES, Envs, Evaluate, Plot, Resume, Train, parse, swept
 from grpo_jax.cli.plot import plot
@@ -46,11 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
       0: all is well; 1: training itself failed, or something could not be written; 2: bad input; 130: stopped by
       Ctrl-C; 141: whoever read the output stopped reading; 143: stopped by SIGTERM.
     """
+    processes = distributed.Processes()
+    return processes.end(_main(sys.argv[1:] if argv is None else list(argv), processes))
+
+
+def _main(argv: list[str], processes: distributed.Processes) -> int:
     options = None
     try:
         try:
-            options = parse(sys.argv[1:] if argv is None else list(argv))
-            status = _do(options)
+            options = parse(argv)
+            status = _do(options, processes)
         except SystemExit as stop:  # help, and complaints of the parser; or rich found a closed pipe
             if isinstance(stop.__context__, BrokenPipeError):
                 raise stop.__context__ from None
@@ -72,18 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _do(options: Any) -> int:
+def _do(options: Any, processes: distributed.Processes) -> int:
+    processes.begin(options)
     if getattr(options, "cache", False):
         enable_cache()
     with warnings.catch_warnings(), progress.Interrupt() as interrupt:
         for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
             warnings.simplefilter("always", kind)
-        warnings.showwarning = lambda message, *_: progress.warn(str(message))
+        warnings.showwarning = processes.warn
         match options:
             case Train():
-                return _train(options, interrupt)
+                return processes.together(lambda: _train(options, interrupt, processes))
             case Resume():
-                return _resume(options, interrupt)
+                return processes.together(lambda: _resume(options, interrupt, processes))
             case Evaluate():
                 return evaluation.evaluate(options)
             case Plot():
@@ -103,12 +109,12 @@ def _without_reader(options: Any) -> int:
     return 141  # 128 + SIGPIPE, as a shell says; Windows has no such signal
 
 
-def _train(options: Any, interrupt: progress.Interrupt) -> int:
+def _train(options: Any, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
-    mesh = devices.mesh_of(options.devices)
-    if mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
-        config = config.replace(n_shards=mesh.devices.size)
+    place = devices.place_of(options)
+    if place.mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
+        config = config.replace(n_shards=place.mesh.devices.size)
     settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
     # All that can be wrong with the input is found before anything is written.
     run = Run(
@@ -126,33 +132,32 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         check_opponent(world)
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
-    devices.check(mesh, run)
-    directory = RunDirectory(options.out)
+    devices.check(place, run, world)
+    directory = processes.directory(options.out)
     directory.check_free(overwrite=options.overwrite)
-    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.make()
     with directory.locked():
         directory.create(run, overwrite=options.overwrite)
         if run.env not in grpo_jax.preset_ids():
             print(f"{run.env} has no preset: settings that no flag names are the defaults")
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, mesh)
-        return _go_on(directory, run, world, None, interrupt, mesh)
+            return _go_on_programs(directory, run, interrupt, place)
+        return _go_on(directory, run, world, None, interrupt, place)
 
 
-def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
-    directory = RunDirectory(options.directory)
-    if not directory.config.exists():
-        directory.read()  # raises
+def _resume(options: Resume, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
+    directory = processes.directory(options.directory)
+    directory.check_run()
     with directory.locked():
         run = directory.read()
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
-        devices.check(mesh := devices.mesh_of(options.devices), run)
+        devices.check(place := devices.place_of(options), run, grpo_jax.make(run.env))
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, mesh, new_metrics=options.new_metrics)
+            return _go_on_programs(directory, run, interrupt, place, new_metrics=options.new_metrics)
         world, state = _restore(directory, run)
-        return _go_on(directory, run, world, state, interrupt, mesh, new_metrics=options.new_metrics)
+        return _go_on(directory, run, world, state, interrupt, place, new_metrics=options.new_metrics)
 
 
 def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | None]:
@@ -174,7 +179,7 @@ def _go_on_programs(
     directory: RunDirectory,
     run: Run,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
     *,
     new_metrics: bool = False,
 ) -> int:
@@ -186,7 +191,7 @@ def _go_on_programs(
         with child.locked():
             sweeps.prepare(child, program)
             world, state = _restore(child, program)
-            one = _go_on(child, program, world, state, interrupt, mesh, new_metrics=new_metrics)
+            one = _go_on(child, program, world, state, interrupt, place, new_metrics=new_metrics)
         if one > 1:
             print(f"all programs of this sweep {_how_to_go_on(directory)}")
             return one
@@ -200,16 +205,16 @@ def _go_on(
     world: World,
     state: TrainState | None,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
     *,
     new_metrics: bool = False,
 ) -> int:
     """Trains from a state to the end of the run, and sums the run up."""
     try:
-        with Recorder(directory, run, state, new_metrics=new_metrics) as record:
+        with distributed.recorder(directory, run, state, new_metrics=new_metrics) as record:
             directory.write(run)
-            _print_start(directory, run, state)
-            is_done, state = _advance(directory, run, world, state, record, interrupt, mesh)
+            progress.print_start(run, directory.path, _iterations(state))
+            is_done, state = _advance(directory, run, world, state, record, interrupt, place)
             record.finish()
         if record.gap is not None:
             first, last = record.gap
@@ -234,7 +239,7 @@ def _advance(
     state: TrainState | None,
     record: Recorder,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
 ) -> tuple[bool, TrainState]:
     """Trains to the end of the run, or until a signal; whether the end was reached, and the last state, saved."""
     before, start, timing = (0, 0), time.perf_counter(), ""
@@ -262,6 +267,7 @@ def _advance(
             )
             timing += f" ({progress.rates_text(*rates.values())})"
             episode_return = float(np.mean(chunk.metrics["episode_return"][..., -1]))
+            interrupt.agree()
             return interrupt.requested is None or not run.can_stop(chunk.iteration)
 
         try:
@@ -276,10 +282,12 @@ def _advance(
                 state=state,
                 n_seeds=run.seeds,
                 opponent_every=run.opponent_every,
-                mesh=mesh,
+                **place._asdict(),
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error
+        interrupt.agree()  # one that came since
+        state = shards.gather(state)
         try:
             record.checkpoint(state, episode_return)
         except OSError as error:
@@ -292,6 +300,8 @@ def _advance(
 
 def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) -> bool:
     """Writes what a finished run leaves, and plays it, or compares a sweep's settings; whether these have a score."""
+    if jax.process_index() > 0:
+        return True
     try:
         grpo_jax.save(directory.policy, state.learner.policy)
     except OSError as error:
@@ -320,21 +330,6 @@ def _print_files(directory: RunDirectory) -> None:
 
 def _how_to_go_on(directory: RunDirectory) -> str:
     return f"go on with: grpo-jax resume {directory.path}"
-
-
-def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
-    default, devices = GRPOConfig(), jax.devices()
-    changes = [
-        f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
-    ]
-    seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
-    if run.settings:
-        seeds = f"{len(run.settings)} settings of {', '.join(run.settings[0])}, {seeds}"
-    device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
-    done = f"from iteration {_iterations(state)} " if state is not None else ""
-    length = f"{done}to {run.total_timesteps:,} decision steps"
-    settings = ", ".join(changes) or "default settings"
-    print(f"{run.env} | {settings} | {device} | {seeds} | {length} | {directory.path}", flush=True)
 
 
 def _iterations(state: TrainState | None) -> int:

@@ -28,6 +28,21 @@ FINAL_EPISODES = 128
 
 
 @dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Several processes, on one host or many, that share a run."""
+
+    distributed: bool = False
+    """This process is one of several that were all started with this command: their devices share the environments, the
+    first process writes. JAX finds the others on SLURM, cloud TPUs and Open MPI; elsewhere the next three flags name them."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, as the others reach it; the port must be free there."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
     """Train in an environment of gymnax, from the settings of its preset, or of another suite."""
 
@@ -55,6 +70,10 @@ class Train:
     devices: str = "1"
     """Devices that share the work: a number, or all. They share the seeds, if there are several; else the environments, in as
     many parts (--n-shards)."""
+    memory_limit: str | None = None
+    """Most that the work may take of each device's memory, such as 8GiB: fewer branches and seeds are followed side by side
+    then, and a run that cannot keep to it is refused. Results do not depend on it but by rounding."""
+    hosts: Hosts = Hosts()
     from_config: Path | None = None
     """Start from the settings in this file, such as a sweep's best_config.json, instead of the preset's; flags change them."""
     opponent_every: int | None = None
@@ -79,6 +98,10 @@ class Resume:
     """How many of the last checkpoints stay; None: as before."""
     devices: str = "1"
     """Devices that share the work, which may be others than before: a number, or all."""
+    memory_limit: str | None = None
+    """Most that the work may take of each device's memory, such as 8GiB: fewer branches and seeds are followed side by side
+    then, and a run that cannot keep to it is refused. Results do not depend on it but by rounding."""
+    hosts: Hosts = Hosts()
     new_metrics: bool = False
     """Go on although rows of metrics.csv are lost or damaged: what is left of it is set aside."""
     cache: bool = True

@@ -9,10 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from grpo_jax import shards
+from grpo_jax.cli.runs import Run
+from grpo_jax.config import GRPOConfig
 from grpo_jax.training.evaluate import Episodes
 from grpo_jax.training.run import Chunk
 
@@ -164,6 +169,11 @@ class Interrupt:
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
 
+    def agree(self) -> None:
+        """Makes a signal that came to one of several processes a wish of all; all call it."""
+        if heard := shards.largest(self.requested or 0):  # else one that came meanwhile would be forgotten
+            self.requested = heard
+
     def _handle(self, signum: int, _: object) -> None:
         if self.requested is not None or not self.can_wait:
             raise Stopped(signum)
@@ -191,6 +201,24 @@ def warn(message: str) -> None:
 def rates_text(decisions: float, simulated: float) -> str:
     """Rates of decision and simulator steps, readable."""
     return f"{_short(decisions)} decision steps/s, {_short(simulated)} simulator steps/s"
+
+
+def print_start(run: Run, path: Path, iteration: int) -> None:
+    """Prints one line: what begins, or goes on from an iteration, where, and with which settings."""
+    default, devices = GRPOConfig(), jax.devices()
+    changes = [
+        f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
+    ]
+    seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
+    if run.settings:
+        seeds = f"{len(run.settings)} settings of {', '.join(run.settings[0])}, {seeds}"
+    device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
+    if jax.process_count() > 1:
+        device = f"{devices[0].device_kind} ({len(devices)} in {jax.process_count()} processes)"
+    done = f"from iteration {iteration} " if iteration else ""
+    length = f"{done}to {run.total_timesteps:,} decision steps"
+    settings = ", ".join(changes) or "default settings"
+    print(f"{run.env} | {settings} | {device} | {seeds} | {length} | {path}", flush=True)
 
 
 def print_results(episodes: Episodes, seconds: float, *, deterministic: bool) -> None:
