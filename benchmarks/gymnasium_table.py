@@ -272,7 +272,7 @@ def draw_some(results: list[rows.Row], settings: str, ids: Sequence[str], path: 
             lines = {algo: band(of_algo, x) for algo, of_algo in found.items()}
             plots.draw_panel(panel, {algo: line for algo, line in lines.items() if line.size}, COLOURS)
             panel.axvline(end, color="black", linestyle=":", linewidth=1, zorder=1)
-            panel.set_xlabel(label + (" (log)" if panel.get_xscale() == "log" else ""), fontsize=9)
+            panel.set_xlabel(f"{label} ({panel.get_xscale()})", fontsize=9)
         column[0].set_title(env_id, fontsize=10)
     shown = [algo for algo in COLOURS if any(row["algo"] == algo for row in results)]
     handles = [Line2D([], [], color=COLOURS[algo], label=NAMES[algo]) for algo in shown]

@@ -39,6 +39,9 @@ COLOURS = {
 
 PNG_DPI = 110
 
+PANELS = 6
+"""On a page, at most: more cannot be read where a page shows them."""
+
 N_SAMPLES = 200
 """Bootstrap samples of a point of a curve."""
 
@@ -77,27 +80,54 @@ def curve(rows: Sequence[Row], x_of: Callable[[Row, Row], float]) -> Floats:
 
 
 def draw_curves(
-    name: str, rows: Sequence[Row], references: References, path: pathlib.Path, n_columns: int = 5
-) -> None:
-    """Small multiples, a panel an environment: what stands for the seeds, and the band of its interval."""
+    name: str, rows: Sequence[Row], references: References, folder: pathlib.Path
+) -> list[pathlib.Path]:
+    """Pages of small multiples, a panel an environment: what stands for the seeds, and the band of its interval.
+
+    Writes ``bench_<name>_<page>.png`` and removes the pages that were there; returns the new ones.
+    """
+    for old in (*folder.glob(f"bench_{name}_[0-9]*.png"), folder / f"bench_{name}.png"):
+        old.unlink(missing_ok=True)
     envs, libraries = environments_of(rows, references), libraries_of(rows)
+    pages = []
+    for i, some in enumerate(batched(envs, PANELS), start=1):
+        pages.append(folder / f"bench_{name}_{i}.png")
+        draw_page(name, rows, references, some, libraries, pages[-1])
+    return pages
+
+
+def batched(names: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Parts of about the same length, at most ``size`` each."""
+    n_parts = max(1, math.ceil(len(names) / size))
+    return [names[i * len(names) // n_parts : (i + 1) * len(names) // n_parts] for i in range(n_parts)]
+
+
+def draw_page(
+    name: str,
+    rows: Sequence[Row],
+    references: References,
+    envs: Sequence[str],
+    libraries: Sequence[str],
+    path: pathlib.Path,
+) -> None:
+    """One page of curves."""
     label, x_of = AXES[name]
-    n_columns = min(n_columns, len(envs))
+    n_columns = min(3, len(envs))
     n_rows = math.ceil(len(envs) / n_columns)
-    figure = Figure(figsize=(max(3.2 * n_columns, 6.4), 2.5 * n_rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(3.6 * n_columns, 6.4), 3.0 * n_rows + 0.9), layout="constrained")
     axes = np.atleast_1d(figure.subplots(n_rows, n_columns, squeeze=False)).ravel()
     for axis, env in zip(axes, envs, strict=False):
         lines = {library: curve(select(rows, library, env), x_of) for library in libraries}
         draw_panel(axis, {library: line for library, line in lines.items() if line.size})
         axis.set_title(env, fontsize=10)
+        axis.set_xlabel(f"{axis.get_xscale()} axis", fontsize=8)
         if (threshold := references.get(env, {}).get("threshold")) is not None:
             axis.axhline(threshold, color="black", linestyle="--", linewidth=0.9, zorder=1)
     for axis in axes[len(envs) :]:
         axis.set_axis_off()
     handles = [Line2D([], [], color=COLOURS[library], label=LIBRARIES[library]) for library in libraries]
     handles.append(Line2D([], [], color="black", linestyle="--", linewidth=0.9, label="threshold"))
-    columns = len(handles) if n_columns > 2 else 4
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel(label, fontsize=11)
     figure.supylabel("return", fontsize=11)
     figure.savefig(path, dpi=PNG_DPI)

@@ -53,10 +53,10 @@ def write(rows: Sequence[Row], references: References, out: pathlib.Path) -> str
     images.mkdir(parents=True, exist_ok=True)
     shown = at_best_settings(players(rows))
     seeds = one_row_a_seed(shown)
-    for name in plots.AXES:
-        plots.draw_curves(name, seeds, references, images / f"bench_{name}.png")
     curves = [
-        f"![Return against {label}](images/bench_{name}.png)" for name, (label, _) in plots.AXES.items()
+        f"![Return against {label}, page {i}](images/{page.name})"
+        for name, (label, _) in plots.AXES.items()
+        for i, page in enumerate(plots.draw_curves(name, seeds, references, images), start=1)
     ]
     comparisons = compare(seeds, references)
     aggregate = sections.aggregate_section(seeds, references)

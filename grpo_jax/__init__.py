@@ -21,6 +21,7 @@ from grpo_jax.training.evaluate import Episodes, evaluate, evaluate_episodes
 from grpo_jax.training.faults import NonFiniteError
 from grpo_jax.training.iterate import iteration
 from grpo_jax.training.loop import TrainState, init
+from grpo_jax.training.memory import Memory, memory
 from grpo_jax.training.run import Chunk, run
 from grpo_jax.training.self_play import against
 from grpo_jax.training.sweep import Sweep, sweep
@@ -42,6 +43,7 @@ __all__ = [
     "Group",
     "GymnaxWorld",
     "Learner",
+    "Memory",
     "NoSpreadWarning",
     "NonFiniteError",
     "Plan",
@@ -70,6 +72,7 @@ __all__ = [
     "make",
     "make_mesh",
     "make_policy",
+    "memory",
     "override_reward",
     "preset",
     "preset_expectation",

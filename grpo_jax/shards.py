@@ -35,9 +35,10 @@ def make_mesh(n_devices: int | None = None) -> Mesh:
     devices = jax.devices()
     n_devices = len(devices) if n_devices is None else n_devices
     if isinstance(n_devices, bool) or not isinstance(n_devices, int) or not 1 <= n_devices <= len(devices):
+        cuda = "; for NVIDIA's GPUs: pip install 'grpo-jax[cuda]'" if devices[0].platform == "cpu" else ""
         raise ValueError(
             f"n_devices={n_devices!r} must be an integer from 1 to {len(devices)}, the devices that JAX sees"
-            f" ({devices[0].device_kind})"
+            f" ({devices[0].device_kind}){cuda}"
         )
     return Mesh(devices[:n_devices], (DEVICES,))
 
@@ -115,11 +116,22 @@ def agreed(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def any_process(flag: bool) -> bool:
-    """Whether it is set in any of the processes."""
+def largest(number: int) -> int:
+    """The largest number that any process has, in all of them."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def from_first(tree: PyTree) -> PyTree:
+    """The arrays that the first process has, whole in all of them; the others give some of the same shapes and dtypes."""
+
+    def heard(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(heard(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jnp.asarray(multihost_utils.broadcast_one_to_all(np.asarray(leaf)))
+
+    return tree if jax.process_count() == 1 else jax.tree.map(heard, tree)
 
 
 def over_devices(function: Callable[[PyTree], PyTree], tree: PyTree, mesh: Mesh) -> PyTree:

@@ -324,6 +324,7 @@ def test_evaluate(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--deterministic"]) == 0
     output = capsys.readouterr().out
     assert "16 deterministic episodes" in output
+    assert ": last checkpoint, at iteration 4; most probable actions; episodes of seed 3\n" in output
     assert all(word in output for word in ("return", "min", "median", "max", "length", "±"))
     assert main([*command, "--seed", "1"]) == 0
     first = capsys.readouterr().out
@@ -355,7 +356,7 @@ def test_render(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [path.name for path in tmp_path.iterdir()] == ["episode.gif"]
 
 
-@pytest.mark.parametrize("name", ["episode.mp4", "nowhere/episode.gif"])
+@pytest.mark.parametrize("name", ["episode.avi", "nowhere/episode.mp4"])
 def test_render_refuses_a_bad_path(name: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(finished), "--render", name, "--no-cache"]) == 2
     assert name in capsys.readouterr().err

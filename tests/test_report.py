@@ -314,6 +314,18 @@ def test_writes_markdown_and_pictures(tmp_path):
         report.write([], REFERENCES, tmp_path)
 
 
+def test_curves_are_drawn_in_pages(tmp_path):
+    envs = list(scores.read_references())[:7]
+    rows = [make_row(env=env) for env in envs]
+    wall = tmp_path / "bench_train_seconds.png"
+    wall.touch()
+    (tmp_path / "bench_train_seconds_3.png").touch()
+    pages = plots.draw_curves("train_seconds", rows, scores.read_references(), tmp_path)
+    assert [page.name for page in pages] == ["bench_train_seconds_1.png", "bench_train_seconds_2.png"]
+    assert sorted(tmp_path.iterdir()) == pages
+    assert [len(part) for part in plots.batched(range(25), plots.PANELS)] == [5, 5, 5, 5, 5]
+
+
 def test_pages_are_refreshed_line_by_line():
     rows = [make_row(final=400.0), make_row("sb3", final=300.0), make_row("sbx", final=500.0)]
     line = "| CartPole-v1 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |"

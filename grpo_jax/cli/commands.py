@@ -1,4 +1,4 @@
-"""The commands: ``grpo-jax train | resume | evaluate | envs``."""
+"""The commands: ``grpo-jax train | resume | evaluate | plot | report | envs``, and training."""
 
 from __future__ import annotations
 
@@ -7,31 +7,29 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import grpo_jax
+from grpo_jax import shards
 from grpo_jax.cache import enable_cache
-from grpo_jax.cli import devices, plots, progress, render, sweeps
+from grpo_jax.cli import devices, distributed, evaluation, plots, progress, sweeps
 from grpo_jax.cli.envs import envs
-from grpo_jax.cli.flags import FINAL_EPISODES, Evaluate, Resume, Train, parse, swept
+from grpo_jax.cli.flags import FINAL_EPISODES, Envs, Evaluate, Plot, Resume, Train, parse, swept
+from grpo_jax.cli.plot import plot
 from grpo_jax.cli.recorder import Recorder
+from grpo_jax.cli.report import report
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import UnsealedWarning
-from grpo_jax.training.agents import default_block, over_agents
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.run import first_state
 from grpo_jax.training.self_play import check_opponent
 from grpo_jax.training.sweep import check_program, expand, first_settings, run_settings
 from grpo_jax.worlds.base import World
-
-_EVALUATION = 0xE7A1
-"""Folded into the seed, so that no evaluation plays the episodes of the training."""
 
 
 class NotSaved(Exception):
@@ -46,27 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       0: all is well; 1: training itself failed, or something could not be written; 2: bad input; 130: stopped by
-      Ctrl-C; 143: stopped by SIGTERM.
+      Ctrl-C; 141: whoever read the output stopped reading; 143: stopped by SIGTERM.
     """
+    processes = distributed.Processes()
+    return processes.end(_main(sys.argv[1:] if argv is None else list(argv), processes))
+
+
+def _main(argv: list[str], processes: distributed.Processes) -> int:
+    options = None
     try:
-        options = parse(sys.argv[1:] if argv is None else list(argv))
-        if getattr(options, "cache", False):
-            enable_cache()
-        with warnings.catch_warnings(), progress.Interrupt() as interrupt:
-            for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
-                warnings.simplefilter("always", kind)
-            warnings.showwarning = lambda message, *_: progress.warn(str(message))
-            match options:
-                case Train():
-                    return _train(options, interrupt)
-                case Resume():
-                    return _resume(options, interrupt)
-                case Evaluate():
-                    return _evaluate(options)
-                case _:
-                    return envs(options.suite)
-    except SystemExit as stop:  # the parser's help and complaints
-        return int(stop.code or 0)
+        try:
+            options = parse(argv)
+            status = _do(options, processes)
+        except SystemExit as stop:  # help, and complaints of the parser; or rich found a closed pipe
+            if isinstance(stop.__context__, BrokenPipeError):
+                raise stop.__context__ from None
+            status = int(stop.code or 0)
+        sys.stdout.flush()  # else it is done as Python ends, which complains about a closed pipe
+        return status
+    except BrokenPipeError:
+        return _without_reader(options)
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         progress.error(f"stopped by {progress.signal_name(signum)}")
@@ -80,12 +77,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(options: Any, interrupt: progress.Interrupt) -> int:
+def _do(options: Any, processes: distributed.Processes) -> int:
+    processes.begin(options)
+    if getattr(options, "cache", False):
+        enable_cache()
+    with warnings.catch_warnings(), progress.Interrupt() as interrupt:
+        for kind in (grpo_jax.NoSpreadWarning, UnsealedWarning):
+            warnings.simplefilter("always", kind)
+        warnings.showwarning = processes.warn
+        match options:
+            case Train():
+                return processes.together(lambda: _train(options, interrupt, processes))
+            case Resume():
+                return processes.together(lambda: _resume(options, interrupt, processes))
+            case Evaluate():
+                return evaluation.evaluate(options)
+            case Plot():
+                return plot(options)
+            case Envs():
+                return envs(options.suite)
+            case _:
+                return report(options)
+
+
+def _without_reader(options: Any) -> int:
+    """Ends quietly where the output's reader is gone, as ``head`` is; a run that was cut off says how to go on with it."""
+    progress.drop_output()
+    if isinstance(options, Train | Resume):
+        path = options.out if isinstance(options, Train) else options.directory
+        progress.error(f"nobody reads the output any more; {_how_to_go_on(RunDirectory(path))}")
+    return 141  # 128 + SIGPIPE, as a shell says; Windows has no such signal
+
+
+def _train(options: Any, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
     world = grpo_jax.make(options.env)
     config = GRPOConfig(**vars(options.config))
-    mesh = devices.mesh_of(options.devices)
-    if mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
-        config = config.replace(n_shards=mesh.devices.size)
+    place = devices.place_of(options)
+    if place.mesh is not None and options.n_seeds == 1 and not options.sweep and config.n_shards == 1:
+        config = config.replace(n_shards=place.mesh.devices.size)
     settings = expand(config, swept(options.sweep), zipped=options.zipped) if options.sweep else ()
     # All that can be wrong with the input is found before anything is written.
     run = Run(
@@ -103,33 +132,32 @@ def _train(options: Any, interrupt: progress.Interrupt) -> int:
         check_opponent(world)
     for _, program in run.programs():
         check_program(program.configs[0], world, run.total_timesteps)
-    devices.check(mesh, run)
-    directory = RunDirectory(options.out)
+    devices.check(place, run, world)
+    directory = processes.directory(options.out)
     directory.check_free(overwrite=options.overwrite)
-    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.make()
     with directory.locked():
         directory.create(run, overwrite=options.overwrite)
         if run.env not in grpo_jax.preset_ids():
             print(f"{run.env} has no preset: settings that no flag names are the defaults")
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, mesh)
-        return _go_on(directory, run, world, None, interrupt, mesh)
+            return _go_on_programs(directory, run, interrupt, place)
+        return _go_on(directory, run, world, None, interrupt, place)
 
 
-def _resume(options: Resume, interrupt: progress.Interrupt) -> int:
-    directory = RunDirectory(options.directory)
-    if not directory.config.exists():
-        directory.read()  # raises
+def _resume(options: Resume, interrupt: progress.Interrupt, processes: distributed.Processes) -> int:
+    directory = processes.directory(options.directory)
+    directory.check_run()
     with directory.locked():
         run = directory.read()
         names = ("total_timesteps", "checkpoint_every", "keep")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         run = dataclasses.replace(run, **changes)
-        devices.check(mesh := devices.mesh_of(options.devices), run)
+        devices.check(place := devices.place_of(options), run, grpo_jax.make(run.env))
         if len(run.programs()) > 1:
-            return _go_on_programs(directory, run, interrupt, mesh, new_metrics=options.new_metrics)
+            return _go_on_programs(directory, run, interrupt, place, new_metrics=options.new_metrics)
         world, state = _restore(directory, run)
-        return _go_on(directory, run, world, state, interrupt, mesh, new_metrics=options.new_metrics)
+        return _go_on(directory, run, world, state, interrupt, place, new_metrics=options.new_metrics)
 
 
 def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | None]:
@@ -151,7 +179,7 @@ def _go_on_programs(
     directory: RunDirectory,
     run: Run,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
     *,
     new_metrics: bool = False,
 ) -> int:
@@ -163,7 +191,7 @@ def _go_on_programs(
         with child.locked():
             sweeps.prepare(child, program)
             world, state = _restore(child, program)
-            one = _go_on(child, program, world, state, interrupt, mesh, new_metrics=new_metrics)
+            one = _go_on(child, program, world, state, interrupt, place, new_metrics=new_metrics)
         if one > 1:
             print(f"all programs of this sweep {_how_to_go_on(directory)}")
             return one
@@ -177,16 +205,16 @@ def _go_on(
     world: World,
     state: TrainState | None,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
     *,
     new_metrics: bool = False,
 ) -> int:
     """Trains from a state to the end of the run, and sums the run up."""
     try:
-        with Recorder(directory, run, state, new_metrics=new_metrics) as record:
+        with distributed.recorder(directory, run, state, new_metrics=new_metrics) as record:
             directory.write(run)
-            _print_start(directory, run, state)
-            is_done, state = _advance(directory, run, world, state, record, interrupt, mesh)
+            progress.print_start(run, directory.path, _iterations(state))
+            is_done, state = _advance(directory, run, world, state, record, interrupt, place)
             record.finish()
         if record.gap is not None:
             first, last = record.gap
@@ -211,7 +239,7 @@ def _advance(
     state: TrainState | None,
     record: Recorder,
     interrupt: progress.Interrupt,
-    mesh: Mesh | None,
+    place: devices.Place,
 ) -> tuple[bool, TrainState]:
     """Trains to the end of the run, or until a signal; whether the end was reached, and the last state, saved."""
     before, start, timing = (0, 0), time.perf_counter(), ""
@@ -239,6 +267,7 @@ def _advance(
             )
             timing += f" ({progress.rates_text(*rates.values())})"
             episode_return = float(np.mean(chunk.metrics["episode_return"][..., -1]))
+            interrupt.agree()
             return interrupt.requested is None or not run.can_stop(chunk.iteration)
 
         try:
@@ -253,10 +282,12 @@ def _advance(
                 state=state,
                 n_seeds=run.seeds,
                 opponent_every=run.opponent_every,
-                mesh=mesh,
+                **place._asdict(),
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error
+        interrupt.agree()  # one that came since
+        state = shards.gather(state)
         try:
             record.checkpoint(state, episode_return)
         except OSError as error:
@@ -269,6 +300,8 @@ def _advance(
 
 def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) -> bool:
     """Writes what a finished run leaves, and plays it, or compares a sweep's settings; whether these have a score."""
+    if jax.process_index() > 0:
+        return True
     try:
         grpo_jax.save(directory.policy, state.learner.policy)
     except OSError as error:
@@ -284,7 +317,8 @@ def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) 
         plots.learning_curve(directory.learning_curve, *curve.values(), title=f"GRPO on {run.env}")
     except (OSError, ValueError) as error:
         progress.warn(f"no picture of the run was drawn ({error})")
-    _play(run, lambda _: world, state, _evaluation_key(run.seed), FINAL_EPISODES, deterministic=False)
+    key = evaluation.evaluation_key(run.seed)
+    evaluation.play(run, lambda _: world, state, key, FINAL_EPISODES, deterministic=False)
     _print_files(directory)
     return True
 
@@ -298,101 +332,5 @@ def _how_to_go_on(directory: RunDirectory) -> str:
     return f"go on with: grpo-jax resume {directory.path}"
 
 
-def _evaluate(options: Evaluate) -> int:
-    directory = RunDirectory(options.directory)
-    run, state = directory.read(), None
-    if options.render is not None:
-        render.without_window()
-    if run.settings:
-        run, world, state = sweeps.best(directory, run, options.checkpoint)
-    else:
-        world, state = directory.restore(run, options.checkpoint)
-    if options.opponent == "self":
-        check_opponent(world)
-    if options.render is not None:
-        render.check(world, options.render)
-    if state is None:
-        raise FileNotFoundError(
-            f"directory={directory.path} has no checkpoint yet: start it anew by `grpo-jax resume {directory.path}`"
-        )
-    key = _evaluation_key(run.seed if options.seed is None else options.seed)
-    against = ", against itself" if options.opponent == "self" else ""
-    print(f"{run.env}, {directory.path} at iteration {_iterations(state)}{against}")
-    deterministic, plan = options.deterministic, _plan_of(run, options)
-
-    def game(state: TrainState) -> World:
-        is_self = options.opponent == "self"
-        return grpo_jax.against(world, state, deterministic=deterministic) if is_self else world
-
-    _play(run, game, state, key, options.n_episodes, deterministic=deterministic, plan=plan)
-    if options.render is not None:
-        one = state if run.vmapped is None else jax.tree.map(lambda leaf: leaf[0], state)
-        n_frames, earned = render.render(
-            one, game(one), key, options.render, deterministic=deterministic, plan=plan
-        )
-        print(f"{options.render}: {n_frames} frames, return {earned:.2f}")
-    return 0
-
-
-def _plan_of(run: Run, options: Evaluate) -> grpo_jax.Plan | None:
-    if not options.plan:
-        if options.plan_horizon is not None or options.plan_rollouts != grpo_jax.Plan.n_rollouts:
-            raise ValueError("--plan-horizon and --plan-rollouts change a plan: give --plan too")
-        return None
-    changes = {} if options.plan_horizon is None else {"horizon": options.plan_horizon}
-    return grpo_jax.Plan.of(run.config, n_rollouts=options.plan_rollouts, **changes)
-
-
-def _play(
-    run: Run,
-    game: Callable[[TrainState], World],
-    state: TrainState,
-    key: jax.Array,
-    n_episodes: int,
-    *,
-    deterministic: bool,
-    plan: grpo_jax.Plan | None = None,
-) -> None:
-    """Plays episodes of every seed, in the game that belongs to its state, and prints what they earned."""
-
-    def play(state: TrainState, key: jax.Array) -> grpo_jax.Episodes:
-        return grpo_jax.evaluate_episodes(
-            state, game(state), key, n_episodes, deterministic=deterministic, plan=plan
-        )
-
-    start = time.perf_counter()
-    if run.vmapped is None:
-        episodes = jax.tree.map(lambda leaf: leaf[None], play(state, key))
-    else:
-        agents = (state, jax.random.split(key, run.n_seeds))
-        world = game(jax.tree.map(lambda leaf: leaf[0], state))
-        block = default_block(run.config, world, run.n_seeds)
-        episodes = over_agents(lambda agent: play(*agent), agents, block)
-    jax.block_until_ready(episodes)
-    progress.print_results(episodes, time.perf_counter() - start, deterministic=deterministic)
-    if plan is not None:
-        steps, decisions = grpo_jax.count(episodes.simulator_steps), int(episodes.lengths.sum())
-        print(f"planned: {steps:,} simulator steps, {steps / decisions:,.0f} for a decision")
-
-
-def _print_start(directory: RunDirectory, run: Run, state: TrainState | None) -> None:
-    default, devices = GRPOConfig(), jax.devices()
-    changes = [
-        f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
-    ]
-    seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
-    if run.settings:
-        seeds = f"{len(run.settings)} settings of {', '.join(run.settings[0])}, {seeds}"
-    device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
-    done = f"from iteration {_iterations(state)} " if state is not None else ""
-    length = f"{done}to {run.total_timesteps:,} decision steps"
-    settings = ", ".join(changes) or "default settings"
-    print(f"{run.env} | {settings} | {device} | {seeds} | {length} | {directory.path}", flush=True)
-
-
 def _iterations(state: TrainState | None) -> int:
     return 0 if state is None else int(state.iteration.max())
-
-
-def _evaluation_key(seed: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), _EVALUATION)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import itertools
 import textwrap
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
+from grpo_jax._version import __version__
+from grpo_jax.cli.help import EXAMPLES, STAGES
 from grpo_jax.config import GRPOConfig, Schedule
 from grpo_jax.files import read_bounded
 from grpo_jax.groups.plan import Plan
@@ -20,6 +25,21 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 FINAL_EPISODES = 128
 """Episodes of each seed that a run is judged by at its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Several processes, on one host or many, that share a run."""
+
+    distributed: bool = False
+    """This process is one of several that were all started with this command: their devices share the environments, the
+    first process writes. JAX finds the others on SLURM, cloud TPUs and Open MPI; elsewhere the next three flags name them."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, as the others reach it; the port must be free there."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +70,10 @@ class Train:
     devices: str = "1"
     """Devices that share the work: a number, or all. They share the seeds, if there are several; else the environments, in as
     many parts (--n-shards)."""
+    memory_limit: str | None = None
+    """Most that the work may take of each device's memory, such as 8GiB: fewer branches and seeds are followed side by side
+    then, and a run that cannot keep to it is refused. Results do not depend on it but by rounding."""
+    hosts: Hosts = Hosts()
     from_config: Path | None = None
     """Start from the settings in this file, such as a sweep's best_config.json, instead of the preset's; flags change them."""
     opponent_every: int | None = None
@@ -57,7 +81,7 @@ class Train:
     written at these alone, and Ctrl-C waits for the next one; None: the game's own opponent."""
     cache: bool = True
     """Keep compiled programs in the user's cache directory."""
-    # In a subclass that `parse` makes: config, whose fields are GRPOConfig's, not validated yet.
+    # In a subclass that `parse` makes: config, whose attributes are GRPOConfig's fields, not validated yet.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +98,10 @@ class Resume:
     """How many of the last checkpoints stay; None: as before."""
     devices: str = "1"
     """Devices that share the work, which may be others than before: a number, or all."""
+    memory_limit: str | None = None
+    """Most that the work may take of each device's memory, such as 8GiB: fewer branches and seeds are followed side by side
+    then, and a run that cannot keep to it is refused. Results do not depend on it but by rounding."""
+    hosts: Hosts = Hosts()
     new_metrics: bool = False
     """Go on although rows of metrics.csv are lost or damaged: what is left of it is set aside."""
     cache: bool = True
@@ -103,9 +131,51 @@ class Evaluate:
     opponent: Literal["random", "self"] = "random"
     """Whom a game is played against: random moves, or the policy itself (with --deterministic it is, too)."""
     render: Path | None = None
-    """Also draw one episode (of the first seed) into this .gif file."""
+    """Also draw one episode (of the first seed) into this .gif or .mp4 file."""
     cache: bool = True
     """Keep compiled programs in the user's cache directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw the learning curves of runs, or what the policy of one run compares."""
+
+    run: tuple[Path, ...]
+    """Directories of runs; those of equal settings and other seeds are one curve."""
+    out: Path = Path("plot.png")
+    """The picture: a .png, .svg or .pdf file, replaced."""
+    key: str = "episode_return"
+    """What is drawn: a column of metrics.csv."""
+    x: Literal["decision_steps", "simulator_steps", "seconds"] = "decision_steps"
+    """Against what: steps of each seed, or seconds of training without compiling (those of all seeds of a run together)."""
+    log_x: bool = False
+    """Make the x axis logarithmic."""
+    group: bool = False
+    """Draw the group of one decision state instead: its candidates, followed by the policy."""
+    map: tuple[int, int] | None = None
+    """Draw which action is better where instead, and by how much, over these two numbers of the observation (from 0)."""
+    checkpoint: Path | None = None
+    """With --group or --map: another checkpoint of the run, such as its best.msgpack."""
+    step: int = 10
+    """With --group: the decision state is the one after so many steps of an episode."""
+    dimension: int | None = None
+    """With --group: the number of the observation that is drawn (from 0); None: what was earned so far."""
+    horizon: int | None = None
+    """With --group or --map: steps of a branch; None: the run's own horizon."""
+    branches: int = 24
+    """With --group or --map: branches of each candidate."""
+    seed: int = 0
+    """With --group or --map: seed of the episodes and branches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Print a table of runs: what they came to, what that took, and how their settings differ."""
+
+    run: tuple[Path, ...]
+    """Directories of runs; those of equal settings and other seeds are one line."""
+    out: Path | None = None
+    """Also write the table into this .md file, replaced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +186,8 @@ class Envs:
     """Whose: gymnax or another suite that is installed, such as brax."""
 
 
-Command = Train | Resume | Evaluate | Envs
+Command = Train | Resume | Evaluate | Plot | Report | Envs
+_COMMANDS: tuple[type, ...] = get_args(Command)
 
 
 def parse(argv: list[str]) -> Command:
@@ -126,7 +197,26 @@ def parse(argv: list[str]) -> Command:
       SystemExit: help was asked for (0), or the arguments cannot be understood (2).
       ValueError, TypeError, OSError: of the file that --from-config names.
     """
+    name = next(iter(argv), "")
+    if name == "--version":
+        print(f"grpo-jax {__version__}, jax {version('jax')}")
+        raise SystemExit(0)
+    names = [kind.__name__.lower() for kind in _COMMANDS]
+    if not name.startswith("-") and name and name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f": did you mean {near[0]}?" if near else ";"
+        raise ValueError(f"there is no command {name!r}{hint} there are {', '.join(names)}")
     env_id = next((argument for argument in argv if argument in preset_ids()), "")
+    try:
+        return _parse_all(argv, env_id)
+    except SystemExit as stop:
+        if not stop.code:  # help was asked for
+            examples = EXAMPLES[name if name in names else ""]
+            print(f"examples:{examples}")
+        raise
+
+
+def _parse_all(argv: list[str], env_id: str) -> Command:
     options = _parse_with(argv, env_id)
     if isinstance(options, Train) and options.env != env_id:  # the id stood elsewhere, or has no preset
         options = _parse_with(argv, options.env)
@@ -175,22 +265,30 @@ def _config_in(path: Path) -> GRPOConfig:
 def _parse_with(argv: list[str], env_id: str, config: GRPOConfig | None = None) -> Command:
     import tyro
 
-    # A twin of GRPOConfig: numbers where schedules could stand, and no validation inside of the parser.
+    # A twin of GRPOConfig, stage by stage: numbers where schedules could stand, and no validation inside of the parser.
     has_preset = env_id in preset_ids()
-    flags, docs = [], _field_docs()
+    docs, hints = _field_docs(), get_type_hints(GRPOConfig)
     defaults = config or (preset(env_id) if has_preset else GRPOConfig())
-    for name, hint in get_type_hints(GRPOConfig).items():
-        if name == "optimizer":  # a function cannot be typed
-            continue
-        kinds = [kind for kind in get_args(hint) if kind != Schedule]
-        plain = Union[tuple(kinds)] if Schedule in get_args(hint) else hint  # noqa: UP007
-        flags.append(
-            (name, Annotated[plain, tyro.conf.arg(help=docs.get(name, ""))], getattr(defaults, name))
-        )
-    settings = dataclasses.make_dataclass("Settings", flags)
-    of_config = dataclasses.field(default_factory=settings)
+
+    def stage(title: str, doc: str, names: Sequence[str]) -> tuple[str, Any, Any]:
+        flags = []
+        for name in names:
+            kinds = [kind for kind in get_args(hints[name]) if kind != Schedule]
+            plain = Union[tuple(kinds)] if Schedule in get_args(hints[name]) else hints[name]  # noqa: UP007
+            help_ = tyro.conf.arg(help=docs.get(name, ""))
+            flags.append((name, Annotated[plain, help_], getattr(defaults, name)))
+        settings = dataclasses.make_dataclass(title.title(), flags, namespace={"__doc__": doc})
+        return title, settings, dataclasses.field(default_factory=settings)
+
+    listed = {name for _, names in STAGES.values() for name in names} | {"optimizer"}  # a function: not typed
+    stages = STAGES | {"more": ("", [name for name in hints if name not in listed])}
+    parts = [stage(title, doc, names) for title, (doc, names) in stages.items() if names]
+
+    def all_settings(self: Any) -> Any:
+        return SimpleNamespace(**{k: v for title, *_ in parts for k, v in vars(getattr(self, title)).items()})
+
     train = dataclasses.make_dataclass(
-        "Train", [("config", settings, of_config)], bases=(Train,), frozen=True
+        "Train", parts, bases=(Train,), frozen=True, namespace={"config": property(all_settings)}
     )
     default = train(
         env=tyro.MISSING,
@@ -199,7 +297,7 @@ def _parse_with(argv: list[str], env_id: str, config: GRPOConfig | None = None) 
     )
     commands: Any = [
         Annotated[train, tyro.conf.subcommand("train", description=Train.__doc__, default=default)],
-        *(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in (Resume, Evaluate, Envs)),
+        *(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in _COMMANDS[1:]),
     ]
     command: Any = Union[tuple(commands)]  # noqa: UP007
     options: Command = tyro.cli(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from grpo_jax import shards
+from grpo_jax.cli.runs import Run
+from grpo_jax.config import GRPOConfig
 from grpo_jax.training.evaluate import Episodes
 from grpo_jax.training.run import Chunk
 
@@ -34,6 +41,7 @@ class Progress:
         self._before = (decision_steps, simulator_steps)
         self._printed = -PLAIN_SECONDS
         self._bar: progress.Progress | None = None
+        self._compiling = contextlib.ExitStack()
         console = Console()
         if console.is_terminal:
             self._bar = progress.Progress(
@@ -45,12 +53,11 @@ class Progress:
             )
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=None, line="compiling ...")
+        self._compiling.enter_context(waiting("compiling"))
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._compiling.close()
         if self._bar is not None:
             self._bar.stop()
 
@@ -67,15 +74,64 @@ class Progress:
         )
         reward = f"return {_over_seeds(chunk.metrics['episode_return'])}"
         entropy = f"entropy {np.nanmean(chunk.metrics['entropy'][..., -1]):.2f}"
+        self._compiling.close()
         if self._bar is not None:
+            if not self._bar.tasks:
+                self._bar.start()
+                self._task = self._bar.add_task("", total=chunk.n_iterations, line="")
             # Short: a bar and its line share 80 columns.
             line = f"{reward}  {_short(decisions)} steps/s  {_short(simulated)} simulated/s  {entropy}"
-            self._bar.update(self._task, total=chunk.n_iterations, completed=chunk.iteration, line=line)
+            self._bar.update(self._task, completed=chunk.iteration, line=line)
         elif time.monotonic() - self._printed > PLAIN_SECONDS or chunk.iteration == chunk.n_iterations:
             self._printed = time.monotonic()
             line = f"{reward}, {rates_text(decisions, simulated)}, {entropy}"
             print(f"iteration {chunk.iteration}/{chunk.n_iterations}: {line}", flush=True)
         return {"decision_steps_per_second": decisions, "simulator_steps_per_second": simulated}
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows for how long something goes on: on a terminal all the time, elsewhere in a line now and then.
+
+    Args:
+      what: goes on, such as "compiling".
+    """
+    from rich import progress
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        columns = (
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.TimeElapsedColumn(),
+        )
+        with progress.Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(f"{what} ...", total=None)
+            yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more: others will notice
+            while not done.wait(PLAIN_SECONDS):
+                print(f"{what} for {time.monotonic() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def drop_output() -> None:
+    """Sends what is still to be printed nowhere: the pipe behind stdout is closed."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Stopped(KeyboardInterrupt):
@@ -113,6 +169,11 @@ class Interrupt:
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
 
+    def agree(self) -> None:
+        """Makes a signal that came to one of several processes a wish of all; all call it."""
+        if heard := shards.largest(self.requested or 0):  # else one that came meanwhile would be forgotten
+            self.requested = heard
+
     def _handle(self, signum: int, _: object) -> None:
         if self.requested is not None or not self.can_wait:
             raise Stopped(signum)
@@ -140,6 +201,24 @@ def warn(message: str) -> None:
 def rates_text(decisions: float, simulated: float) -> str:
     """Rates of decision and simulator steps, readable."""
     return f"{_short(decisions)} decision steps/s, {_short(simulated)} simulator steps/s"
+
+
+def print_start(run: Run, path: Path, iteration: int) -> None:
+    """Prints one line: what begins, or goes on from an iteration, where, and with which settings."""
+    default, devices = GRPOConfig(), jax.devices()
+    changes = [
+        f"{name}={value}" for name, value in vars(run.config).items() if value != getattr(default, name)
+    ]
+    seeds = f"seed {run.seed}" if run.n_seeds == 1 else f"{run.n_seeds} seeds from seed {run.seed}"
+    if run.settings:
+        seeds = f"{len(run.settings)} settings of {', '.join(run.settings[0])}, {seeds}"
+    device = devices[0].device_kind + (f" (1 of {len(devices)})" if len(devices) > 1 else "")
+    if jax.process_count() > 1:
+        device = f"{devices[0].device_kind} ({len(devices)} in {jax.process_count()} processes)"
+    done = f"from iteration {iteration} " if iteration else ""
+    length = f"{done}to {run.total_timesteps:,} decision steps"
+    settings = ", ".join(changes) or "default settings"
+    print(f"{run.env} | {settings} | {device} | {seeds} | {length} | {path}", flush=True)
 
 
 def print_results(episodes: Episodes, seconds: float, *, deterministic: bool) -> None:

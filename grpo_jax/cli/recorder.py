@@ -95,16 +95,20 @@ class Recorder:
         self._done = chunk.iteration
         self._add_rows(chunk)
         self._add_events(chunk, rates)
+        if self.is_due(chunk):
+            try:
+                self.checkpoint(chunk.state, float(np.mean(chunk.metrics["episode_return"][..., -1])))
+            except OSError as error:
+                self._tell_once("checkpoint", f"{error}. Training goes on, and the next checkpoint is tried")
+
+    def is_due(self, chunk: Chunk) -> bool:
+        """Whether it is time for a checkpoint."""
         seconds, iterations = self._run.cadence
         if seconds is not None:
             is_due = time.monotonic() - self._tried_at > seconds
         else:
             is_due = chunk.iteration // (iterations or 1) > self._tried_iteration // (iterations or 1)
-        if is_due and self._run.can_stop(chunk.iteration):
-            try:
-                self.checkpoint(chunk.state, float(np.mean(chunk.metrics["episode_return"][..., -1])))
-            except OSError as error:
-                self._tell_once("checkpoint", f"{error}. Training goes on, and the next checkpoint is tried")
+        return is_due and self._run.can_stop(chunk.iteration)
 
     def checkpoint(self, state: TrainState, episode_return: float = float("nan")) -> None:
         """Writes the whole state, and once more where it is the best so far.

@@ -1,4 +1,4 @@
-"""Render: one episode of a policy as a GIF, drawn by gymnax or by the environment's own suite."""
+"""Render: one episode of a policy as a GIF or a video, drawn by gymnax or by the environment's own suite."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.cli import video
 from grpo_jax.groups.plan import Plan
 from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, PolicyState
@@ -37,14 +38,17 @@ def without_window() -> None:
 
 
 def check(world: World, path: Path) -> None:
-    """Finds out before the work whether a GIF can be drawn.
+    """Finds out before the work whether an episode can be drawn.
 
     Raises:
-      ValueError: there is no picture of this environment, or what draws it is missing, or the path is no ``.gif`` in a directory that exists.
-      ModuleNotFoundError: pygame is missing.
+      ValueError: there is no picture of this environment, or what draws it is missing, or the path is no ``.gif`` or
+        ``.mp4`` in a directory that exists.
+      ModuleNotFoundError: pygame is missing, or what writes a video.
     """
-    if path.suffix.lower() != ".gif":
-        raise ValueError(f"render={str(path)!r} must end in .gif")
+    if path.suffix.lower() not in (".gif", ".mp4"):
+        raise ValueError(f"render={str(path)!r} must end in .gif or .mp4")
+    if path.suffix.lower() == ".mp4":
+        video.check()
     if not path.absolute().parent.is_dir():
         raise ValueError(f"render={str(path)!r} is in a directory that does not exist")
     without_window()
@@ -57,7 +61,7 @@ def check(world: World, path: Path) -> None:
         raise ValueError(f"render: {error}") from error
     except gymnasium.error.DependencyNotInstalled as error:
         raise ModuleNotFoundError(
-            "render: this picture needs pygame; `pip install pygame` (or gymnasium[classic-control])"
+            "render: this picture needs pygame: `pip install pygame`, or `pip install 'grpo-jax[render]'`"
         ) from error
 
 
@@ -70,13 +74,13 @@ def render(
     deterministic: bool = False,
     plan: Plan | None = None,
 ) -> tuple[int, float]:
-    """Writes one episode, at most ``MAX_FRAMES`` pictures of it, as a GIF; all or not at all.
+    """Writes one episode, at most ``MAX_FRAMES`` pictures of it, as a GIF or a video; all or not at all.
 
     Args:
       state: a training state of a single seed.
       world: the world to play in.
       key: PRNG key.
-      path: a ``.gif`` file.
+      path: a ``.gif`` or ``.mp4`` file.
       deterministic: the most probable action (or the mean) instead of a sampled one.
       plan: acts by comparison; see ``evaluate``.
 
@@ -93,7 +97,8 @@ def render(
             caption(renderer.frame(world, state), f"step {step}, return {earned:.2f}")
             for step, (state, earned) in enumerate(zip(states, returns, strict=True), start=1)
         )
-        n_frames = write_gif(path, frames, fps(world))
+        write = video.write_mp4 if path.suffix.lower() == ".mp4" else write_gif
+        n_frames = write(path, frames, fps(world))
     return n_frames, float(returns[-1])
 
 

@@ -263,6 +263,15 @@ class RunDirectory:
         """The directory of one of a sweep's programs, from 0."""
         return RunDirectory(self.path / f"program_{index + 1}")
 
+    def make(self) -> None:
+        """Makes the directory, where there is none."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def check_run(self) -> None:
+        """Raises as ``read`` where the directory holds no run."""
+        if not self.config.exists():
+            self.read()
+
     def check_free(self, *, overwrite: bool = False) -> None:
         """Raises FileExistsError where the directory holds a run that is not to be overwritten."""
         if self.config.exists() and not overwrite:

@@ -27,6 +27,7 @@ UNSEALED_FORMAT = "grpo-jax checkpoint 1"
 
 _ARRAY = 1  # the msgpack extension that flax.serialization writes arrays as: (shape, dtype, bytes)
 _MAX_NOTES = 1 << 16
+_MAX_STATE = (1 << 32) - (1 << 24)  # msgpack reads no more than 4 GiB again
 
 
 def save(path: str | os.PathLike[str], state: PyTree, *, notes: dict[str, Any] | None = None) -> None:
@@ -39,13 +40,19 @@ def save(path: str | os.PathLike[str], state: PyTree, *, notes: dict[str, Any] |
 
     Raises:
       OSError: names the file.
+      ValueError: the state has 4 GiB or more.
     """
     write_atomically(Path(path), to_bytes(state, notes))
 
 
 def to_bytes(state: PyTree, notes: dict[str, Any] | None = None) -> bytes:
     """What ``save`` writes."""
-    leaves = {}
+    n_bytes, leaves = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), {}
+    if n_bytes > _MAX_STATE:
+        raise ValueError(
+            f"a state of {n_bytes:,} bytes does not fit a checkpoint, which holds {_MAX_STATE:,}: lower n_envs or the number"
+            " of seeds"
+        )
     for name, leaf in _named(state):
         array = np.asarray(_plain(leaf))
         packed = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))

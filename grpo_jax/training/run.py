@@ -22,6 +22,7 @@ from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
 from grpo_jax.training.iterate import guarded_iteration
 from grpo_jax.training.loop import TrainState, check_arguments, init, iterations_for
+from grpo_jax.training.memory import bounded
 from grpo_jax.training.self_play import against, check_opponent
 from grpo_jax.worlds.base import World
 
@@ -94,6 +95,7 @@ def run(
     quick_compile: bool = False,
     opponent_every: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    memory_limit: int | str | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains like ``train``, number for number, but returns to the host a few times a second.
 
@@ -116,6 +118,8 @@ def run(
       mesh: devices, as ``make_mesh`` gives them: the ``config.n_shards`` parts of the environments are spread over them, or,
         with one part each, the ``n_seeds``. Numbers do not depend on how many there are but by rounding. None: one device.
         Devices of several hosts (``jax.distributed``): each process calls this alike; where one's callback stops, all do.
+      memory_limit: bytes of each device, or text such as ``"8GiB"``, that an estimate of what is needed (:func:`memory`) keeps
+        to: by fewer branches and seeds side by side. Results do not depend on it but by rounding. None: no limit.
 
     Returns:
       The last state and the metrics of the iterations that ran, with ``n_seeds`` as leading axis if given.
@@ -123,7 +127,7 @@ def run(
     Raises:
       NonFiniteError: something became NaN or inf; says when and where, and holds the last good state.
       TypeError: config is no ``GRPOConfig`` or env no ``World``, swapped ones included.
-      ValueError: bad arguments, such as ``opponent_every`` in a world without an opponent or with several seeds.
+      ValueError: a ``memory_limit`` that cannot be kept to; bad arguments, such as ``opponent_every`` in a world without an opponent or with several seeds.
 
     Warns:
       NoSpreadWarning: there was nothing to learn from the groups of the first iterations; says what to change.
@@ -143,6 +147,9 @@ def run(
                 f"opponent_every={opponent_every}, n_seeds={n_seeds}: at least 1 iteration, and one seed, which is its own"
                 " opponent; run several one after the other"
             )
+    if memory_limit is not None:
+        n_agents = n_seeds or 1
+        config, block = bounded(config, env, memory_limit, n_agents=n_agents, block=block, mesh=mesh)
     configs, keys = config, as_key(key)
     if n_seeds is not None:
         block = block or default_block(config, env, n_seeds, mesh)
@@ -259,7 +266,7 @@ def advance(
             # `is not None`: np.bool_(False) stops, forgetting to return anything does not.
             answer = callback(chunk)
             is_stopped = answer is not None and not answer
-        if shards.any_process(is_stopped):
+        if shards.largest(is_stopped):
             break
         if n_rows < length:  # no agent is left
             break

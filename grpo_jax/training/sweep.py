@@ -15,6 +15,7 @@ from grpo_jax.config import GRPOConfig, field_names
 from grpo_jax.noise import as_key
 from grpo_jax.training.agents import check_block, default_block, stack_configs
 from grpo_jax.training.loop import TrainState, check_arguments, init, iterations_for
+from grpo_jax.training.memory import bounded
 from grpo_jax.training.run import Callback, Chunk, advance, check_cadence, first_states
 from grpo_jax.worlds.base import World
 
@@ -97,6 +98,7 @@ def sweep(
     block: int | None = None,
     quick_compile: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    memory_limit: int | str | None = None,
     **fields: Iterable[Any],
 ) -> Sweep:
     """Trains every setting with every seed: ``sweep(config, env, key, steps, n_seeds=8, learning_rate=[1e-3, 3e-3])``.
@@ -122,6 +124,7 @@ def sweep(
       block: agents side by side, as in ``run``.
       quick_compile: as in ``run``.
       mesh: as in ``run``; the devices share the agents of a program.
+      memory_limit: as in ``run``.
       **fields: values of each swept field.
 
     Returns:
@@ -174,6 +177,7 @@ def sweep(
             callback_at=callback_at,
             quick_compile=quick_compile,
             mesh=mesh,
+            memory_limit=memory_limit,
         )
         reached = int(np.max(np.asarray(last.iteration)))
         n_iterations = iterations_for(configs[indices[0]], total_timesteps)
@@ -228,6 +232,7 @@ def run_settings(
     n_seeds: int | None,
     block: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    memory_limit: int | str | None = None,
     **options: Any,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Trains configs of one structure, each with every seed; ``options``: those of ``run``.
@@ -235,6 +240,10 @@ def run_settings(
     Returns:
       The last states and the metrics, with an axis of agents: all seeds of the first config, then those of the next one.
     """
+    if memory_limit is not None:
+        n_agents = len(configs) * (n_seeds or 1)
+        first, block = bounded(configs[0], env, memory_limit, n_agents=n_agents, block=block, mesh=mesh)
+        configs = [config.replace(max_branches=first.max_branches) for config in configs]
     agents, keys = _agents(configs, key, n_seeds)
     block = block or default_block(configs[0], env, len(keys), mesh)
     n_iterations = iterations_for(configs[0], total_timesteps)
@@ -268,7 +277,7 @@ def join(
         iteration = np.asarray(state.iteration).reshape(shape)
         failed_at[indices] = np.where(iteration < last, iteration + 1, 0)
         if "episode_return" in of_part:
-            final = _final_return(of_part["episode_return"]).reshape(shape)
+            final = final_return(of_part["episode_return"]).reshape(shape)
             final_returns[indices] = np.where(iteration < last, np.nan, final)
         for row, index in enumerate(indices):
             seeds = slice(row * n_seeds, (row + 1) * n_seeds)
@@ -324,7 +333,7 @@ def _values(name: str, given: Any) -> list[Any]:
     return values
 
 
-def _final_return(returns: np.ndarray) -> np.ndarray:
+def final_return(returns: np.ndarray) -> np.ndarray:
     """``[A]`` mean over the last iterations of ``[A, n]``, of what is known; NaN where nothing is."""
     last = returns[:, -max(1, round(LAST_SHARE * returns.shape[1])) :]
     known = ~np.isnan(last)

@@ -9,7 +9,7 @@ from typing import Any
 from grpo_jax.types import PyTree
 from grpo_jax.worlds import gymnax
 from grpo_jax.worlds.base import RewardFunction, World, check_world, override_reward
-from grpo_jax.worlds.suites import unknown_id
+from grpo_jax.worlds.suites import unknown_id, unknown_suite
 
 SUITES = ("brax", "craftax", "jumanji", "navix", "pgx", "playground", "xminigrid")
 """What can stand before the slash of an id: modules of this room, imported on use, and extras of this package."""
@@ -87,5 +87,5 @@ def _from_suite(prefix: str, name: str, options: dict[str, Any]) -> World:
 
 def _suite(prefix: str, what: str) -> Any:
     if prefix not in SUITES:
-        raise ValueError(f"{what}: there is no suite {prefix!r}; there are {', '.join(('gymnax', *SUITES))}")
+        raise unknown_suite(prefix, ("gymnax", *SUITES), what)
     return importlib.import_module(f"grpo_jax.worlds.{prefix}")

@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -46,9 +47,56 @@ def load(module: str, suite: str) -> Any:
 def unknown_id(env_id: str, known: Sequence[str], what: str) -> ValueError:
     """The error for an id that there is not; suggests the nearest of the ``known`` ones, which lack the suite's prefix."""
     prefix, slash, name = env_id.rpartition("/")
-    near = [f"{prefix}{slash}{match}" for match in difflib.get_close_matches(name, known, n=3, cutoff=0.4)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known ids: {', '.join(known)}"
+    near = nearest(name, known)
+    if not near or _base(near[0]) != _base(name):
+        _refuse_gymnasium(env_id)
+    hint = (
+        f"did you mean {' or '.join(prefix + slash + match for match in near)}?"
+        if near
+        else f"known ids: {', '.join(known)}"
+    )
     return ValueError(f"env={env_id!r} is not {what}; {hint}")
+
+
+def unknown_suite(prefix: str, known: Sequence[str], what: str) -> ValueError:
+    """The error for a suite that there is not; ``what`` names the argument and its value, such as ``env='ALE/Pong-v5'``."""
+    if what.startswith("env="):
+        _refuse_gymnasium(what.removeprefix("env=").strip("'"))
+    near = nearest(prefix, known, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return ValueError(f"{what}: there is no suite {prefix!r}{hint}; there are {', '.join(known)}")
+
+
+def nearest(name: str, known: Sequence[str], cutoff: float = 0.4) -> list[str]:
+    """The known names that a misspelled one may mean: those that differ in case or version alone, else up to 3 like it."""
+    same = [match for match in known if _base(match) == _base(name)]
+    exact = [match for match in same if match.lower() == name.lower()]
+    by_lower = {match.lower(): match for match in known}
+    near = difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=cutoff)
+    return exact or same or [by_lower[match] for match in near]
+
+
+def _base(name: str) -> str:
+    """An id without its version, in lower case."""
+    return re.sub(r"-v\d+$", "", name.lower())
+
+
+def _refuse_gymnasium(env_id: str) -> None:
+    """Raises ValueError where an id is one of Gymnasium's, which no world has: says what takes it."""
+    import gymnasium
+
+    atari = (
+        env_id.lower().startswith("ale/") or "NoFrameskip" in env_id
+    )  # registered where ale_py is imported
+    exact = {known.lower(): known for known in gymnasium.registry}
+    newest = {_base(known): known for known in gymnasium.registry}
+    found = env_id if atari else exact.get(env_id.lower()) or newest.get(_base(env_id))
+    if found is not None:
+        policy, found = ("CnnPolicy", f"ale_py:{env_id}") if atari else ("MlpPolicy", found)
+        raise ValueError(
+            f"env={env_id!r} is a Gymnasium environment, which is no world of JAX: use sb3_bridge.GRPO, as in"
+            f" `from sb3_bridge import GRPO; GRPO({policy!r}, {found!r}).learn(100_000)`"
+        )
 
 
 @contextlib.contextmanager

@@ -153,7 +153,7 @@ def test_signals(
         elif when == "compiling":
             patch.setattr(grpo_jax, "run", sends(grpo_jax.run))
         else:
-            patch.setattr("grpo_jax.cli.commands._play", sends(lambda *_, **__: None))
+            patch.setattr("grpo_jax.cli.evaluation.play", sends(lambda *_, **__: None))
         assert train(tmp_path) == status
     captured = capsys.readouterr()
     assert f"go on with: grpo-jax resume {tmp_path}" in captured.out

@@ -1,0 +1,162 @@
+"""Several processes on the command line, over loopback: they stop together, one that is lost ends all, any number goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import grpo_jax
+from grpo_jax.cli import main
+from grpo_jax.cli.runs import RunDirectory
+
+SMALL = (
+    "--n-envs 8 --n-steps 4 --batch-size 16 --n-epochs 1 --horizon 4 --net-arch 8 --n-shards 4"
+    " --learning-rate-decay none --checkpoint-every 2 --no-cache"
+)
+
+SLOWLY = """
+import sys, time
+from grpo_jax.cli import main, progress
+from grpo_jax.training import run
+run.CHUNK_SECONDS = 0.0  # chunks of one iteration
+show = progress.Progress.__call__
+def slowly(self, chunk):
+    time.sleep(0.3)
+    return show(self, chunk)
+progress.Progress.__call__ = slowly
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def started(n: int, path: Path, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """The processes of a run; each has its own working directory: what the first one writes the others do not see."""
+    together = ["--distributed", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(n)]
+    processes = []
+    for index in range(n):
+        place = path if index == 0 else path / f"host_{index}"
+        place.mkdir(exist_ok=True)
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SLOWLY, *arguments, *together, "--process-id", str(index)],
+                cwd=place,
+                env=os.environ | {"PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(iteration: int, run: Path, processes: list[subprocess.Popen[str]]) -> None:
+    while not (run / "metrics.csv").exists() or f"\n0,{iteration}," not in (run / "metrics.csv").read_text():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    told = [process.communicate(timeout=250) for process in processes]
+    return [(process.returncode, *words) for process, words in zip(processes, told, strict=True)]
+
+
+def test_four_processes_stop_together_two_lose_one_and_one_ends_where_a_run_alone_does(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    with started(
+        4, tmp_path, "train", "CartPole-v1", "--out", "run", "--total-timesteps", "9600", *SMALL.split()
+    ) as four:
+        wait_for(3, run, four)
+        four[2].send_signal(signal.SIGTERM)  # to one that does not write
+        stopped = ends(four)
+    assert [status for status, _, _ in stopped] == [143] * 4, stopped
+    assert "4 in 4 processes" in stopped[0][1] and "go on with: grpo-jax resume run" in stopped[0][1]
+    assert not any("iteration" in out for _, out, _ in stopped[1:])  # JAX' own words about gloo are all
+    assert not any(list((tmp_path / f"host_{index}").iterdir()) for index in (1, 2, 3))
+    _, state = RunDirectory(run).restore(RunDirectory(run).read())
+    assert state is not None
+    reached = int(state.iteration)
+    assert f"stopped at iteration {reached};" in stopped[0][1]
+
+    with started(2, tmp_path, "resume", "run", "--no-cache") as two:
+        wait_for(reached + 3, run, two)
+        two[1].kill()
+        began = time.monotonic()
+        first, second = ends(two)
+    assert time.monotonic() - began < 60
+    assert first[0] not in (0, 2) and second[0] == -signal.SIGKILL
+    for _, _, err in (first, second):
+        assert "another process of the run was lost" in err
+        assert "The last good checkpoint is run/checkpoint.msgpack, of iteration" in err
+        assert "grpo-jax resume run --distributed" in err
+
+    _, state = RunDirectory(run).restore(RunDirectory(run).read())
+    assert state is not None and int(state.iteration) > reached
+    steps = (int(state.iteration) + 2) * 32
+    assert main(["resume", str(run), "--total-timesteps", str(steps), "--no-cache"]) == 0
+    there = RunDirectory(run).read()
+    _, found = RunDirectory(run).restore(there)
+    expected, _ = grpo_jax.run(there.config, grpo_jax.make(there.env), jax.random.key(0), steps)
+    assert found is not None and grpo_jax.count(found.decision_steps) == steps
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        found.learner.policy,
+        expected.learner.policy,
+    )
+    np.testing.assert_allclose(found.environments.observation, expected.environments.observation, atol=2e-5)
+    rows = (run / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[1]) for row in rows] == list(range(1, steps // 32 + 1))
+
+
+def test_what_the_first_process_refuses_ends_all_without_noise(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("of an older run")
+    with started(2, tmp_path, "train", "CartPole-v1", "--out", "run", *SMALL.split()) as two:
+        first, second = ends(two)
+    assert (first[0], second[0]) == (2, 2), (first, second)
+    assert "already holds a run" in first[2]
+    assert second[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--coordinator localhost:1", "--coordinator: add --distributed"),
+        ("--distributed --num-processes 2", "--coordinator and --process-id missing"),
+        (
+            "--distributed --coordinator localhost:1 --num-processes 2 --process-id 2",
+            "--process-id=2 must be from 0 to --num-processes=2 less 1",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(
+    flags: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "CartPole-v1", "--out", str(tmp_path / "run"), *flags.split()]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
