@@ -48,7 +48,7 @@ def test_python_of_the_docs_runs(page, tmp_path, monkeypatch):
 
 def test_commands_of_the_readme_are_understood(capsys):
     commands = re.findall(r"^grpo-jax (\w+)", "\n".join(blocks(ENGLISH, "console")), flags=re.MULTILINE)
-    assert set(commands) == {"train", "evaluate", "resume", "envs"}
+    assert set(commands) == {"train", "evaluate", "resume", "envs", "plot", "report"}
     for command in commands:
         assert cli.main([command, "--help"]) == 0
         assert "usage: grpo-jax" in capsys.readouterr().out
