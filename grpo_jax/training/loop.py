@@ -92,10 +92,11 @@ class Comparison(NamedTuple):
 
 
 def check_arguments(config: GRPOConfig, env: World) -> None:
-    """Refuses what is no config or no world.
+    """Refuses what is no config or no world, or more decision states than an iteration can count.
 
     Raises:
       TypeError: names the argument; says so where the two are swapped.
+      ValueError: 2**31 decision states or more.
     """
     if isinstance(config, World) and isinstance(env, GRPOConfig):
         raise TypeError(
@@ -105,6 +106,11 @@ def check_arguments(config: GRPOConfig, env: World) -> None:
         raise TypeError(f"config={config!r} must be a GRPOConfig; grpo_jax.preset(id) gives one")
     if not isinstance(env, World):
         raise TypeError(f"env={env!r} must be a World; grpo_jax.make(env) makes one")
+    if config.n_states >= 2**31:
+        raise ValueError(
+            f"n_envs={config.n_envs} times n_steps={config.n_steps} must be less than 2**31: the decision states of an"
+            " iteration are counted in 32 bits"
+        )
 
 
 def init(config: GRPOConfig, env: World, key: jax.Array) -> TrainState:

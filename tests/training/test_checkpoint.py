@@ -198,3 +198,10 @@ def test_leaves_of_another_type_or_size_are_named(tmp_path, cartpole):
     assert "['n'] is int32[1000000000], expected" in refused(n=((10**9,), "int32", b"\0" * 4))
     assert "['n'] has 3 bytes, expected 4" in refused(n=((), "int32", b"\0" * 3))
     assert "['flag'] holds bytes that are neither" in refused(flag=((), "bool", b"\7"))
+
+
+def test_a_state_that_nobody_could_read_again_is_refused(tmp_path):
+    huge = np.broadcast_to(np.float32(0), (1 << 30,))  # 4 GiB, of which one number is in memory
+    with pytest.raises(ValueError, match="a state of 4,294,967,296 bytes does not fit a checkpoint"):
+        grpo_jax.save(tmp_path / "state.msgpack", {"a": huge})
+    assert not list(tmp_path.iterdir())

@@ -73,6 +73,11 @@ def test_what_cannot_fit_is_refused_with_its_numbers(changes, named):
         grpo_jax.sweep(SMALL, env, jax.random.key(0), 64, memory_limit=1000, learning_rate=[0.1, 0.2])
 
 
+def test_more_decision_states_than_an_iteration_can_count_are_refused():
+    with pytest.raises(ValueError, match=r"n_envs=268435456 times n_steps=8 must be less than 2\*\*31"):
+        grpo_jax.run(SMALL.replace(n_envs=1 << 28, n_steps=8), Line(Discrete(2)), jax.random.key(0), 1 << 31)
+
+
 def test_sizes():
     assert [size(text) for text in ("8GiB", "1.5 MB", "100", 7, "2kib")] == [8 << 30, 1_500_000, 100, 7, 2048]
     for bad in ("", "8 bananas", "-1", 0, True, "GiB", "1.2.3"):
