@@ -20,6 +20,8 @@ import grpo_jax
 from grpo_jax.cli import main
 from grpo_jax.cli.runs import RunDirectory
 
+pytestmark = pytest.mark.timeout(1_200)  # up to four processes compile side by side
+
 SMALL = (
     "--n-envs 8 --n-steps 4 --batch-size 16 --n-epochs 1 --horizon 4 --net-arch 8 --n-shards 4"
     " --learning-rate-decay none --checkpoint-every 2 --no-cache"
@@ -80,7 +82,7 @@ def wait_for(iteration: int, run: Path, processes: list[subprocess.Popen[str]]) 
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    told = [process.communicate(timeout=250) for process in processes]
+    told = [process.communicate(timeout=600) for process in processes]
     return [(process.returncode, *words) for process, words in zip(processes, told, strict=True)]
 
 
