@@ -65,7 +65,10 @@ def test_drop_in(run, tmp_path):
 
 def test_rl_zoo(tmp_path):
     alone("rl_zoo", "--n-timesteps", 256, "--eval-freq", -1, "--log-folder", tmp_path)
-    assert GRPO.load(tmp_path / "grpo" / "CartPole-v1_1" / "CartPole-v1.zip").num_timesteps == 256
+    assert (
+        GRPO.load(tmp_path / "grpo" / "CartPole-v1_1" / "CartPole-v1.zip", allow_pickle=True).num_timesteps
+        == 256
+    )
 
 
 def test_sweep(run):
