@@ -2,7 +2,7 @@
 
     python examples/custom_world.py [--timesteps 100000]
 
-A world says how it is reset and stepped, for one state and purely; GRPO does the rest: batches, branches, compiling. Takes @custom_world@
+A world says how it is reset and stepped, for one state and purely; GRPO does the rest: batches, branches, compiling. Takes 19 CPU seconds.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/drop_in.py [--timesteps 10000] [--out runs/drop_in]
     tensorboard --logdir runs/drop_in
 
-Trains CartPole-v1, evaluates it every 2,000 steps, keeps the best model and a checkpoint every 5,000 steps. Takes @drop_in@
+Trains CartPole-v1, evaluates it every 2,000 steps, keeps the best model and a checkpoint every 5,000 steps. Takes 14 CPU seconds.
 """
 
 from __future__ import annotations

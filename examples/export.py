@@ -3,7 +3,7 @@
     python examples/export.py [--timesteps 5000] [--out runs/export]
 
 Trains CartPole-v1, exports the greedy policy and checks that all forms choose the same actions. ONNX needs
-``pip install onnx onnxruntime``; where they are missing that part is left out, and the script says so. Takes @export@
+``pip install onnx onnxruntime``; where they are missing that part is left out, and the script says so. Takes 14 CPU seconds.
 """
 
 from __future__ import annotations

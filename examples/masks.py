@@ -3,7 +3,7 @@
     python examples/masks.py [--timesteps 8000]
 
 The environment says what it allows by ``action_masks()``, as for sb3-contrib's MaskablePPO; nothing has to be switched on.
-Takes @masks@
+Takes 18 CPU seconds.
 """
 
 from __future__ import annotations

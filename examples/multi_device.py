@@ -1,9 +1,10 @@
 """One run over several devices: eight virtual ones of a CPU here, GPUs or TPUs without a change.
 
-    python examples/multi_device.py [--timesteps 16384] [--devices 8]
+    python examples/multi_device.py [--timesteps 9728] [--devices 8]
 
-Trains CartPole-v1 on all devices and on one, and compares: the numbers belong to ``n_shards``, not to the number of devices.
-Virtual devices share the CPU's cores, so this shows that it works, not that it is faster. Takes @multi_device@
+Trains CartPole-v1 on all devices and on one, and compares: the numbers belong to ``n_shards``, not to the number of devices, and
+differ by rounding alone. (In larger runs rounding turns an action round sooner or later; from there on they part.) Virtual
+devices share the CPU's cores, so this shows that it works, not that it is faster. Takes 27 CPU seconds.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--timesteps", type=int, default=16_384, help="decision steps")
+    parser.add_argument("--timesteps", type=int, default=9_728, help="decision steps")
     parser.add_argument("--devices", type=int, default=8, help="virtual devices of the CPU")
     options = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", options.devices)  # before anything is computed
 
     env = grpo_jax.make("CartPole-v1")
-    config = grpo_jax.preset("CartPole-v1").replace(
-        n_envs=8 * options.devices, batch_size=16 * options.devices, n_shards=options.devices
-    )
+    config = grpo_jax.preset("CartPole-v1").replace(n_shards=options.devices)
     parameters = {}
     for mesh in (grpo_jax.make_mesh(), grpo_jax.make_mesh(1)):
         start = time.process_time()

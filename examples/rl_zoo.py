@@ -5,7 +5,7 @@
     python examples/rl_zoo.py --env Acrobot-v1 --n-timesteps 50000 --seed 1
 
 Trains CartPole-v1 for 10,000 steps with the settings of benchmarks/hyperparams/grpo.yml; what you pass replaces the defaults.
-Takes @rl_zoo@
+Takes 16 CPU seconds.
 
 ``python -m rl_zoo3.train --algo grpo`` cannot know of GRPO: it must be registered in the same process.
 """

@@ -2,7 +2,7 @@
 
     python examples/sweep.py [--timesteps 10000] [--seeds 4] [--trials 8]
 
-Trains CartPole-v1. The second part needs Optuna (``pip install optuna``) and says so where it is missing. Takes @sweep@
+Trains CartPole-v1. The second part needs Optuna (``pip install optuna``) and says so where it is missing. Takes 46 CPU seconds.
 """
 
 from __future__ import annotations
