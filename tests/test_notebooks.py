@@ -43,7 +43,7 @@ def pictures(notebook):
 
 
 def test_the_notebooks_are_there():
-    known = {"01_quickstart_sb3", "02_batched_rollouts", "04_your_own_environment"}
+    known = {"01_quickstart_sb3", "02_batched_rollouts", "03_theory", "04_your_own_environment"}
     assert known | {"05_continuous_control", "06_masks_and_two_players"} <= set(NAMES)
     assert {path.name for path in FOLDER.glob("*.ja.ipynb")} == {f"{name}.ja.ipynb" for name in NAMES}
 
