@@ -48,7 +48,8 @@ def unknown_id(env_id: str, known: Sequence[str], what: str) -> ValueError:
     """The error for an id that there is not; suggests the nearest of the ``known`` ones, which lack the suite's prefix."""
     prefix, slash, name = env_id.rpartition("/")
     near = nearest(name, known)
-    if not near or _base(near[0]) != _base(name):
+    is_begun = any(match.lower().startswith(name.lower()) for match in near)  # Breakout: of Breakout-MinAtar
+    if not is_begun and (not near or _base(near[0]) != _base(name)):
         _refuse_gymnasium(env_id)
     hint = (
         f"did you mean {' or '.join(prefix + slash + match for match in near)}?"
