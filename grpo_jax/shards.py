@@ -7,6 +7,7 @@ belongs to the settings, and not on the number of devices, but by rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,11 +88,19 @@ def place(tree: PyTree, mesh: Mesh, in_parts: PyTree) -> PyTree:
 
 def _of_all_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, on the devices of all: each puts its own part."""
-    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-        words = _of_all_processes(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-    known = np.asarray(leaf)
-    return jax.make_array_from_callback(known.shape, sharding, lambda index: known[index])
+
+    def spread(leaf: Any) -> jax.Array:
+        known = np.asarray(leaf)
+        return jax.make_array_from_callback(known.shape, sharding, lambda index: known[index])
+
+    return _by_words(spread, leaf)
+
+
+def _by_words(convert: Callable[[Any], jax.Array], leaf: Any) -> jax.Array:
+    """``convert`` of an array, of PRNG keys that of their words."""
+    if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        return convert(leaf)
+    return jax.random.wrap_key_data(convert(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
 
 
 def gather(tree: PyTree) -> PyTree:
@@ -100,13 +109,11 @@ def gather(tree: PyTree) -> PyTree:
         return tree
 
     def whole(leaf: Any) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         if leaf.is_fully_replicated:
             return jnp.asarray(np.asarray(leaf))
         return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(functools.partial(_by_words, whole), tree)
 
 
 def agreed(number: int) -> int:
@@ -127,11 +134,9 @@ def from_first(tree: PyTree) -> PyTree:
     """The arrays that the first process has, whole in all of them; the others give some of the same shapes and dtypes."""
 
     def heard(leaf: Any) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(heard(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         return jnp.asarray(multihost_utils.broadcast_one_to_all(np.asarray(leaf)))
 
-    return tree if jax.process_count() == 1 else jax.tree.map(heard, tree)
+    return tree if jax.process_count() == 1 else jax.tree.map(functools.partial(_by_words, heard), tree)
 
 
 def over_devices(function: Callable[[PyTree], PyTree], tree: PyTree, mesh: Mesh) -> PyTree:

@@ -16,6 +16,11 @@ Observation = Any  # an array, or a dict of arrays
 Metrics = dict[str, jax.Array]
 
 
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree, or of what has their shapes and dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 class Step(struct.PyTreeNode):
     """One step of a world.
 

@@ -49,6 +49,7 @@ from grpo_jax.files import (
 from grpo_jax.training.checkpoint import restore_state, shapes
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.sweep import Setting, programs_of
+from grpo_jax.types import tree_bytes
 from grpo_jax.worlds.base import World
 
 VERSION = 2
@@ -325,8 +326,7 @@ class RunDirectory:
         path = checkpoint or self.checkpoint
         if path.exists() or path.is_symlink() or checkpoint is not None:
             return world, restore_state(path, template)
-        n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
-        if n_bytes > _MAX_FRESH_BYTES:
+        if (n_bytes := tree_bytes(template)) > _MAX_FRESH_BYTES:
             raise ValueError(
                 f"{self.config} asks for a state of {n_bytes:,} bytes, and no checkpoint shows that it was ever made;"
                 " begin such a run by `grpo-jax train`"

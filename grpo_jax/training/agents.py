@@ -17,7 +17,7 @@ from grpo_jax.groups import candidates
 from grpo_jax.groups.branch import default_branches, device_memory
 from grpo_jax.spaces import encoded_size
 from grpo_jax.training.loop import TrainState, init
-from grpo_jax.types import PyTree
+from grpo_jax.types import PyTree, tree_bytes
 from grpo_jax.worlds.base import World
 
 CPU_BYTES = 1 << 20
@@ -106,7 +106,7 @@ def agent_bytes(config: GRPOConfig, env: World) -> int:
     state: TrainState = jax.eval_shape(functools.partial(init, config, env), key)
     environment = jax.eval_shape(lambda tree: agent(tree, 0), state.environments.state)
     observation_bytes = 4 * encoded_size(env.observation_space)
-    state_bytes = _bytes(environment)
+    state_bytes = tree_bytes(environment)
     # What a network makes of a row: the outputs of its layers, whose sizes are the last axes of their kernels.
     kernels = [leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim >= 2]
     row_bytes = observation_bytes + 4 * sum(leaf.shape[-1] for leaf in kernels)
@@ -117,7 +117,7 @@ def agent_bytes(config: GRPOConfig, env: World) -> int:
         branches = min(wanted, config.max_branches or default_branches(env, environment))
     rollout = config.n_states * (observation_bytes + state_bytes // config.branch_every)
     acting = branches * (row_bytes + state_bytes)
-    learning = _bytes(state.learner) + _bytes(state.params) + 3 * config.batch_size * row_bytes
+    learning = tree_bytes(state.learner) + tree_bytes(state.params) + 3 * config.batch_size * row_bytes
     return int(max(acting, learning) + rollout)
 
 
@@ -126,7 +126,3 @@ def _budget() -> int:
         return CPU_BYTES
     limit = device_memory()
     return int(DEVICE_SHARE * limit) if math.isfinite(limit) else DEVICE_BYTES
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

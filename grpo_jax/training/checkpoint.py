@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import UNSEALED, UnsealedWarning, is_sealed, read_sealed, seal, write_atomically
 from grpo_jax.training.loop import TrainState, init
-from grpo_jax.types import PyTree
+from grpo_jax.types import PyTree, tree_bytes
 from grpo_jax.worlds.base import World
 
 KIND, VERSION = "checkpoint", 2
@@ -106,7 +106,7 @@ def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
     """Reads a pytree of the structure, shapes and dtypes of ``template`` (arrays, or shapes of arrays)."""
     path = Path(path)
     expected = {name: jax.eval_shape(_plain, leaf) for name, leaf in _named(template)}
-    version, content = _read(path, sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values()))
+    version, content = _read(path, tree_bytes(expected))
     _, stored = _unpack(path, content, 4 * len(expected) + 1000)
     if version == UNSEALED:
         warnings.warn(

@@ -20,7 +20,7 @@ from grpo_jax.policies.policy import Policy, PolicyState
 from grpo_jax.spaces import encoded_size
 from grpo_jax.training.agents import agent, block_size, default_block
 from grpo_jax.training.loop import TrainState, collect, compare, init
-from grpo_jax.types import PyTree
+from grpo_jax.types import PyTree, tree_bytes
 from grpo_jax.worlds.base import World
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -95,16 +95,16 @@ def memory(
     comparison = jax.eval_shape(functools.partial(compare, here, env), acted, trajectory)
     all_layers, widest = _layers(state.policy, state.learner.policy, acted.environments.observation)
     batch, n_states, rows = comparison.batch, here.n_states, min(here.batch_size, here.n_states)
-    groups = _bytes(batch) - _bytes(batch.observation)  # the observations are those of the rollout
-    table = _bytes([leaf for leaf in jax.tree.leaves(batch) if math.prod(leaf.shape[1:]) <= NARROW])
-    is_over = _bytes((trajectory.next_observation, trajectory.branched))  # when the update begins
-    rollout = _bytes(trajectory) + groups
-    update = rollout - is_over + table + rows * (_bytes(batch) // n_states + all_layers)
+    groups = tree_bytes(batch) - tree_bytes(batch.observation)  # the observations are those of the rollout
+    table = tree_bytes([leaf for leaf in jax.tree.leaves(batch) if math.prod(leaf.shape[1:]) <= NARROW])
+    is_over = tree_bytes((trajectory.next_observation, trajectory.branched))  # when the update begins
+    rollout = tree_bytes(trajectory) + groups
+    update = rollout - is_over + table + rows * (tree_bytes(batch) // n_states + all_layers)
     rollout += n_states * widest if here.bootstrap else 0
     action = jax.eval_shape(lambda tree: state.policy.to_world(agent(agent(tree, 0), 0)), trajectory.action)
     is_random = _reads_key(env, state, action)
     branch, n_branches = _branches(config, here, env, state, widest, is_random, n_parts)
-    return Memory(2 * n_agents * _bytes(state), rollout, branch, n_branches, update, min(block, n_agents))
+    return Memory(2 * n_agents * tree_bytes(state), rollout, branch, n_branches, update, min(block, n_agents))
 
 
 def bounded(
@@ -185,7 +185,7 @@ def _branches(
     n_words += KEY_WORDS * is_random
     streams = per_state if not config.common_random_numbers else config.n_rollouts
     noise = 4 * config.horizon * n_words * streams // per_state
-    held = _bytes(environment) + 4 * encoded_size(env.observation_space)
+    held = tree_bytes(environment) + 4 * encoded_size(env.observation_space)
     return 2 * held + widest + noise, n_branches
 
 
@@ -210,7 +210,7 @@ def _layers(policy: Policy, state: PolicyState, observation: PyTree) -> tuple[in
         judged = policy.parameters_and_value if policy.critic is not None else policy.parameters
         return judged(state, jax.tree.map(lambda leaf: leaf[:1], observation))
 
-    seen = max((_bytes(leaf) // leaf.shape[0] for leaf in jax.tree.leaves(observation)), default=0)
+    seen = max((tree_bytes(leaf) // leaf.shape[0] for leaf in jax.tree.leaves(observation)), default=0)
     products = _products(jax.make_jaxpr(judge)(state, observation).jaxpr)
     layers = [(0 if taken == seen else taken) + given for taken, given in products]
     return sum(layers), max(layers, default=0)
@@ -225,13 +225,9 @@ def _products(program: Jaxpr) -> list[tuple[int, int]]:
             if isinstance(part, (ClosedJaxpr, Jaxpr)):
                 found += _products(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            found.append((_bytes(equation.invars[0].aval), _bytes(equation.outvars[0].aval)))
+            found.append((tree_bytes(equation.invars[0].aval), tree_bytes(equation.outvars[0].aval)))
     return found
 
 
 def _text(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 20):,.1f} MiB"
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -15,7 +15,7 @@ from grpo_jax.groups.branch import any_of_all
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.distributions import allowed
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Environments, Observation, PyTree, Step, Trajectory
+from grpo_jax.types import Environments, Observation, PyTree, Step, Trajectory, tree_bytes
 from grpo_jax.worlds.base import World
 
 
@@ -155,8 +155,7 @@ def reset_limits() -> ResetLimits:
 def _size_up(world: World, keys: jax.Array) -> tuple[int, int]:
     """How many resets side by side fit a cache, and how many numbers one computes."""
     program, first = jax.make_jaxpr(lambda keys: world.reset(keys[0]), return_shape=True)(keys)
-    n_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first))
-    return max(1, reset_limits().bytes_at_once // max(1, n_bytes)), _count_numbers(program.jaxpr)
+    return max(1, reset_limits().bytes_at_once // max(1, tree_bytes(first))), _count_numbers(program.jaxpr)
 
 
 def _count_numbers(program: Jaxpr) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from grpo_jax.types import PyTree
 from grpo_jax.worlds import gymnax
 from grpo_jax.worlds.base import RewardFunction, World, check_world, override_reward
-from grpo_jax.worlds.suites import unknown_id, unknown_suite
+from grpo_jax.worlds.suites import refuse_gymnasium, unknown_id, unknown_suite
 
 SUITES = ("brax", "craftax", "jumanji", "navix", "pgx", "playground", "xminigrid")
 """What can stand before the slash of an id: modules of this room, imported on use, and extras of this package."""
@@ -72,6 +72,8 @@ def env_ids(suite: str = "gymnax") -> list[str]:
 
 def _from_suite(prefix: str, name: str, options: dict[str, Any]) -> World:
     env_id = f"{prefix}/{name}"
+    if prefix not in SUITES:
+        refuse_gymnasium(env_id)
     suite = _suite(prefix, f"env={env_id!r}")
     if name not in (known := suite.ids()):
         raise unknown_id(env_id, known, f"an id of {prefix}")

@@ -50,7 +50,7 @@ def unknown_id(env_id: str, known: Sequence[str], what: str) -> ValueError:
     near = nearest(name, known)
     is_begun = any(match.lower().startswith(name.lower()) for match in near)  # Breakout: of Breakout-MinAtar
     if not is_begun and (not near or _base(near[0]) != _base(name)):
-        _refuse_gymnasium(env_id)
+        refuse_gymnasium(env_id)
     hint = (
         f"did you mean {' or '.join(prefix + slash + match for match in near)}?"
         if near
@@ -60,9 +60,7 @@ def unknown_id(env_id: str, known: Sequence[str], what: str) -> ValueError:
 
 
 def unknown_suite(prefix: str, known: Sequence[str], what: str) -> ValueError:
-    """The error for a suite that there is not; ``what`` names the argument and its value, such as ``env='ALE/Pong-v5'``."""
-    if what.startswith("env="):
-        _refuse_gymnasium(what.removeprefix("env=").strip("'"))
+    """The error for a suite that there is not; ``what`` names the argument and its value, such as ``env='Brax/ant'``."""
     near = nearest(prefix, known, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return ValueError(f"{what}: there is no suite {prefix!r}{hint}; there are {', '.join(known)}")
@@ -82,7 +80,7 @@ def _base(name: str) -> str:
     return re.sub(r"-v\d+$", "", name.lower())
 
 
-def _refuse_gymnasium(env_id: str) -> None:
+def refuse_gymnasium(env_id: str) -> None:
     """Raises ValueError where an id is one of Gymnasium's, which no world has: says what takes it."""
     import gymnasium
 
