@@ -1,23 +1,28 @@
-"""Branches against episodes in the environments of other suites: what the presets were chosen by.
+"""Branches against episodes, and against peers, in the environments of other suites: what the presets were chosen by.
 
     python benchmarks/suite_presets.py [ID ...] [--seeds 10 11 12] [--out rows.jsonl]
+    python benchmarks/suite_presets.py --table rows.jsonl
 
-For each id: branches for so many decision steps, episodes for as many, and episodes for as many CPU seconds (at most eight
-times the steps). One row for each seed: decision and simulator steps, CPU seconds of training (compiling apart), return
-of the sampled policy at the end, and of the last tenth of the training's iterations. A suite that is not installed is
-left out.
+For each id: branches for so many decision steps; then episodes, rejax's PPO and the suite's own PPO (``suite_peers.py``) for as many,
+and each of them for as many CPU seconds (at most eight times the steps). One row for each seed: decision and simulator steps,
+CPU seconds of training (compiling apart), return of the sampled policy at the end. A suite that is not installed is left
+out, and so is rejax.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import importlib.util
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import suite_peers
 
 import grpo_jax
 
@@ -37,15 +42,19 @@ CRAFT = GRID | {"learning_rate": 1e-3}
 
 
 class Case(NamedTuple):
-    """What is compared: settings of both, those of the branches alone, their decision steps, episodes to judge by."""
+    """What is compared: settings of both, those of the branches alone, their decision steps, episodes to judge by, Brax' backend."""
 
     settings: dict[str, Any]
     branches: dict[str, Any]
     timesteps: int
     n_episodes: int = 128
+    backend: str | None = None
 
 
 CASES = {
+    "brax/ant": Case(ROBOT, {"horizon": 4, "branch_every": 4}, 40_000, 32, "spring"),
+    "brax/halfcheetah": Case(ROBOT, {"horizon": 4, "branch_every": 4}, 60_000, 32, "spring"),
+    "brax/hopper": Case(ROBOT, {"horizon": 4, "branch_every": 4}, 60_000, 32, "spring"),
     "brax/inverted_pendulum": Case(ROBOT, {"horizon": 4, "branch_every": 4}, 40_000, 32),
     "brax/reacher": Case(ROBOT | {"gamma": 0.95}, {"horizon": 4, "branch_every": 4}, 60_000, 32),
     "craftax/Craftax-Classic-Symbolic-v1": Case(
@@ -65,12 +74,18 @@ CASES = {
 
 
 def measure(
-    world: grpo_jax.World, settings: dict[str, Any], total_timesteps: int, seed: int, n_episodes: int
+    env_id: str,
+    world: grpo_jax.World,
+    config: grpo_jax.GRPOConfig,
+    total_timesteps: int,
+    seed: int,
+    n_episodes: int,
 ) -> dict[str, float]:
-    """One run: what it cost and what it came to."""
+    """One run of ours: what it cost and what it came to."""
+    del env_id
     marks: list[tuple[float, int]] = []
-    state, metrics = grpo_jax.run(
-        grpo_jax.GRPOConfig(**settings),
+    state, _ = grpo_jax.run(
+        config,
         world,
         jax.random.key(seed),
         total_timesteps,
@@ -79,14 +94,67 @@ def measure(
     (start, first), (end, n_iterations) = marks[0], marks[-1]
     seconds = (end - start) * n_iterations / max(n_iterations - first, 1)  # the first chunk has no start
     returns = grpo_jax.evaluate(state, world, jax.random.key(1000 + seed), n_episodes)
-    curve = np.asarray(metrics["episode_return"])
     return {
         "decision_steps": grpo_jax.count(state.decision_steps),
         "simulator_steps": grpo_jax.count(state.simulator_steps),
         "cpu_seconds": round(seconds, 2),
         "return": round(float(np.mean(returns)), 3),
-        "last_tenth": round(float(np.nanmean(curve[-max(1, len(curve) // 10) :])), 3),
     }
+
+
+def race(env_id: str, case: Case, seeds: list[int], write: Callable[[dict[str, Any]], None]) -> None:
+    """All rows of an id."""
+    world = grpo_jax.make(env_id, **({"backend": case.backend} if case.backend else {}))
+
+    def rows(what: str, run: Callable[..., dict[str, float]], config: Any, total: int) -> float:
+        """Runs every seed; the median of their CPU seconds."""
+        spent = []
+        for seed in seeds:
+            row = run(env_id, world, config, total, seed, case.n_episodes)
+            write({"env": env_id, "what": what, "seed": seed, **row})
+            spent.append(row["cpu_seconds"] * total / row["decision_steps"])
+        return float(np.median(spent))
+
+    branches = grpo_jax.GRPOConfig(**case.settings | case.branches)
+    spent = rows("branches", measure, branches, case.timesteps)
+    episodes = grpo_jax.GRPOConfig(**case.settings, candidates="episodes")
+    others: dict[str, Any] = {"episodes": measure}
+    if importlib.util.find_spec("rejax") is not None:
+        others["rejax"] = suite_peers.rejax
+    if suite_peers.has_own(env_id):
+        others["own"] = suite_peers.own
+    for name, run in others.items():
+        factor = min(8.0, spent / rows(f"{name}, equal steps", run, episodes, case.timesteps))
+        rows(f"{name}, equal seconds", run, episodes, max(1, int(case.timesteps * factor)))
+
+
+def table(path: Path) -> str:
+    """The rows as a table: medians over seeds (lowest to highest), decision steps, CPU seconds."""
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        cells[row["env"]][row["what"]].append(row)
+    kinds = [
+        "branches",
+        *(f"{name}, equal {of}" for of in ("steps", "seconds") for name in ("episodes", "rejax", "own")),
+    ]
+    lines = ["| id | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+    for env_id, found in cells.items():
+        lines.append("| " + " | ".join([env_id, *(_cell(found.get(kind)) for kind in kinds)]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, Any]] | None) -> str:
+    if not rows:
+        return "-"
+    values = [row["return"] for row in rows]
+    low, middle, high = (f"{f(values):,.4g}" for f in (np.min, np.median, np.max))
+    seconds, steps = (
+        float(np.median([row[name] for row in rows])) for name in ("cpu_seconds", "decision_steps")
+    )
+    return f"{middle} ({low} to {high}); {steps:,.0f}, {seconds:.3g} s"
 
 
 def main() -> None:
@@ -96,34 +164,24 @@ def main() -> None:
     parser.add_argument("ids", nargs="*", default=list(CASES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[10, 11, 12])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="of these rows; nothing is run")
     options = parser.parse_args()
+    if options.table is not None:
+        print(table(options.table))
+        return
+
+    def write(row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if options.out is not None:
+            with options.out.open("a") as file:
+                file.write(line + "\n")
+
     for env_id in options.ids:
-        case = CASES[env_id]
         try:
-            world = grpo_jax.make(env_id)
+            race(env_id, CASES[env_id], options.seeds, write)
         except ImportError as error:
             print(f"{env_id}: {error}")
-            continue
-
-        def rows(
-            name: str, settings: dict[str, Any], total: int, *, case: Case = case, world: Any = world
-        ) -> float:
-            """Runs every seed; the median of their CPU seconds."""
-            found = []
-            for seed in options.seeds:
-                row = measure(world, case.settings | settings, total, seed, case.n_episodes)
-                line = json.dumps({"env": env_id, "what": name, "seed": seed, **row})  # noqa: B023 (called at once)
-                print(line, flush=True)
-                if options.out is not None:
-                    with options.out.open("a") as file:
-                        file.write(line + "\n")
-                found.append(row["cpu_seconds"])
-            return float(np.median(found))
-
-        spent = rows("branches", case.branches, case.timesteps)
-        episodes = {"candidates": "episodes"}
-        factor = min(8.0, spent / rows("episodes, equal steps", episodes, case.timesteps))
-        rows("episodes, equal seconds", episodes, int(case.timesteps * factor))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What a world costs over its suite's own loop: steps per CPU second, both vmapped and compiled, random actions.
 
-    python benchmarks/suites.py [ID ...] [--n-envs 1024] [--n-steps 60]
+    python benchmarks/suites.py [ID ...] [--n-envs 1024] [--n-steps 60] [--policy]
 
 The suite's loop steps native states with the suite's own functions and never resets; the world's does the same through
 ``world.step``, from the same keys. Loops begin at fresh states again and again, so that games of Pgx are
 not over. "With resets" goes on for 100 steps before it is measured, with what a rollout does to environments: those whose
 episode ends start over, and are counted. The best of three runs counts. A suite that is not installed is left out.
+
+``--policy`` measures the library's rollout (policy of two layers of 64, resets, trajectory) beside a loop of the same policy and
+``world.step`` that keeps observations, actions and rewards and resets nothing, one after the other.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ import jax.numpy as jnp
 
 import grpo_jax
 from grpo_jax import spaces
-from grpo_jax.noise import as_key, split
-from grpo_jax.training.rollout import start, step_environments
+from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
+from grpo_jax.training.rollout import rollout, start, step_environments
 
 IDS = (
     "CartPole-v1",
@@ -173,6 +176,42 @@ def rate_with_resets(world: grpo_jax.World, n_envs: int, n_steps: int) -> float:
     return time_of(lambda seed: loop(environments, as_key(jax.random.key(seed))), n_envs, n_steps)
 
 
+def share_of_rollout(world: grpo_jax.World, n_envs: int, n_steps: int) -> tuple[float, float]:
+    """Steps per CPU second of the library's rollout, and of the bare loop of its policy and ``world.step``, which keeps as much."""
+    config = grpo_jax.GRPOConfig(network="mlp")
+    policy = grpo_jax.make_policy(config, world.observation_space, world.action_space)
+    parameters = policy.init(as_key(jax.random.key(0)))
+    first = jax.jit(functools.partial(start, world))(split(as_key(jax.random.key(0)), n_envs))
+
+    @jax.jit
+    def ours(environments: Any, key: jax.Array) -> Any:
+        return rollout(
+            world, policy, parameters, environments, key, N_STEPS, False, keep=lambda time, state: None
+        )
+
+    @jax.jit
+    def bare(observation: Any, state: Any, key: jax.Array) -> Any:
+        def body(carry: Any, words: jax.Array) -> tuple[Any, Any]:
+            mask = jax.vmap(world.action_mask)(carry[1])
+            seen = policy.parameters(parameters, carry[0], mask)
+            action = policy.to_world(policy.distribution.sample(seen, bits_to_uniform(words[:, 2:])))
+            step = jax.vmap(world.step)(bits_to_keys(words[:, :2]), carry[1], action)
+            return (step.observation, step.state), (carry[0], action, step.reward)
+
+        words = draw_bits(key, (N_STEPS, n_envs, 2 + policy.distribution.n_uniforms))
+        return jax.lax.scan(body, (observation, state), words)
+
+    for seed in range(100 // N_STEPS):  # until episodes end at all times
+        first = ours(first, as_key(jax.random.key(seed)))[0]
+    rates = [
+        time_of(lambda seed: ours(first, as_key(jax.random.key(seed))), n_envs, n_steps),
+        time_of(
+            lambda seed: bare(first.observation, first.state, as_key(jax.random.key(seed))), n_envs, n_steps
+        ),
+    ]
+    return rates[0], rates[1]
+
+
 def time_of(loop: Callable[[int], Any], n_envs: int, n_steps: int) -> float:
     """Steps per CPU second of a loop that takes a seed."""
     best, n_loops = float("inf"), -(-n_steps // N_STEPS)
@@ -195,7 +234,19 @@ def main() -> None:
     parser.add_argument("ids", nargs="*", default=IDS)
     parser.add_argument("--n-envs", type=int, default=1024)
     parser.add_argument("--n-steps", type=int, default=60)
+    parser.add_argument("--policy", action="store_true")
     options = parser.parse_args()
+    if options.policy:
+        print(
+            "| id | environments | rollout, steps/s | bare loop, steps/s | share |\n|---|---:|---:|---:|---:|"
+        )
+        for env_id in options.ids:
+            world = grpo_jax.make(env_id, **OPTIONS.get(env_id.partition("/")[0], {}))
+            mine, bare = share_of_rollout(world, options.n_envs, options.n_steps)
+            print(
+                f"| {env_id} | {options.n_envs} | {mine:,.0f} | {bare:,.0f} | {mine / bare:.2f} |", flush=True
+            )
+        return
     print(
         "| id | suite's own, steps/s | world.step, steps/s | ratio | with resets, steps/s | share | state, bytes |\n"
         "|---|---:|---:|---:|---:|---:|---:|"

@@ -1,0 +1,324 @@
+"""Peers in the environments of other suites: rejax's PPO, and the PPO that a suite ships. ``suite_presets.py`` runs them.
+
+rejax' PPO plays our worlds: with its own settings where it has some for the id or for one of its family, and with those of our
+episodes where it has none, then with PureJaxRL's start and optimizer (``peers/run_rejax.py``). It knows no masks, and what
+it takes for an end may be a time limit. Brax' and Navix' own PPO play their own environments, with published settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import brax_ppo
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnax.environments import spaces as gymnax_spaces
+
+import grpo_jax
+from grpo_jax import spaces
+
+sys.path.insert(0, str(Path(__file__).with_name("peers")))
+
+Row = dict[str, float]
+
+_BRAX = {
+    "max_grad_norm": 0.5,
+    "clip_eps": 0.2,
+    "ent_coef": 0.01,
+    "vf_coef": 0.5,
+    "normalize_observations": True,
+}
+_CHEETAH = _BRAX | {
+    "agent_kwargs": {"activation": "tanh"},
+    "num_envs": 32,
+    "num_steps": 32,
+    "num_epochs": 2,
+    "num_minibatches": 2,
+    "learning_rate": 1.72e-3,
+    "max_grad_norm": 5.0,
+    "gamma": 0.99,
+    "gae_lambda": 0.8,
+}
+REJAX: dict[str, dict[str, Any]] = {
+    "brax/ant": _CHEETAH
+    | {
+        "num_envs": 64,
+        "num_steps": 64,
+        "num_epochs": 8,
+        "num_minibatches": 16,
+        "learning_rate": 1.084e-4,
+        "max_grad_norm": 0.5,
+        "gamma": 0.98,
+    },
+    "brax/halfcheetah": _CHEETAH,
+    "brax/hopper": _CHEETAH
+    | {"num_epochs": 9, "learning_rate": 2.567e-4, "max_grad_norm": 1.0, "gamma": 0.995, "gae_lambda": 0.95},
+    "brax/reacher": _CHEETAH
+    | {
+        "num_envs": 128,
+        "num_steps": 128,
+        "num_epochs": 8,
+        "num_minibatches": 64,
+        "learning_rate": 2.752e-4,
+        "max_grad_norm": 0.1,
+        "gamma": 0.95,
+        "gae_lambda": 0.95,
+    },
+    "navix/Navix-DoorKey-5x5-v0": _BRAX
+    | {
+        "num_envs": 128,
+        "num_steps": 32,
+        "num_epochs": 2,
+        "num_minibatches": 32,
+        "learning_rate": 3e-4,
+        "max_grad_norm": 10.0,
+        "gamma": 0.95,
+        "gae_lambda": 0.9,
+    },
+    "navix/Navix-Empty-8x8-v0": _BRAX
+    | {
+        "num_envs": 64,
+        "num_steps": 128,
+        "num_epochs": 8,
+        "num_minibatches": 1,
+        "learning_rate": 3e-4,
+        "max_grad_norm": 10.0,
+        "gamma": 0.99,
+        "gae_lambda": 0.8,
+    },
+}
+"""rejax' own, from its configs (brax/*.yaml; of Navix those of DoorKey-8x8 and Empty-Random-8x8)."""
+
+_PENDULUM = brax_ppo.ANT | {"num_envs": 2048, "batch_size": 1024}
+BRAX: dict[str, dict[str, Any]] = {
+    "brax/ant": brax_ppo.ANT,
+    "brax/inverted_pendulum": _PENDULUM,
+    "brax/halfcheetah": _PENDULUM
+    | {
+        "batch_size": 512,
+        "unroll_length": 20,
+        "num_updates_per_batch": 8,
+        "discounting": 0.95,
+        "entropy_cost": 1e-3,
+        "reward_scaling": 1,
+    },
+    "brax/reacher": _PENDULUM
+    | {
+        "batch_size": 256,
+        "unroll_length": 50,
+        "num_updates_per_batch": 8,
+        "discounting": 0.95,
+        "entropy_cost": 1e-3,
+        "reward_scaling": 5,
+        "action_repeat": 4,
+    },
+}
+"""Of Brax' training notebook, which has none of PPO for the hopper."""
+
+
+class _Params(NamedTuple):
+    max_steps_in_episode: int
+
+
+class OfWorld:
+    """A world as rejax expects an environment: it starts over by itself, and what it shows is one array."""
+
+    def __init__(self, world: grpo_jax.World) -> None:
+        self.world, self.default_params = world, _Params(100_000)
+
+    def _observe(self, observation: Any) -> jax.Array:
+        leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(observation)]
+        return leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+    def reset(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+        observation, state = self.world.reset(key)
+        return self._observe(observation), state
+
+    def step(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> tuple[Any, ...]:
+        key, reset_key = jax.random.split(key)
+        step = self.world.step(key, state, jnp.reshape(action, self.world.action_space.shape))
+        done = step.terminated | step.truncated
+        first = self.reset(reset_key, params)
+        observation, state = jax.tree.map(
+            lambda new, old: jnp.where(done, new, old), first, (self._observe(step.observation), step.state)
+        )
+        return observation, state, step.reward, done, {}
+
+    def observation_space(self, params: Any) -> Any:
+        shape = jax.eval_shape(lambda: self.reset(jax.random.key(0), params))[0].shape
+        return gymnax_spaces.Box(-jnp.inf, jnp.inf, shape, jnp.float32)
+
+    def action_space(self, params: Any) -> Any:
+        space = self.world.action_space
+        if isinstance(space, spaces.Box):
+            return gymnax_spaces.Box(
+                jnp.asarray(space.low), jnp.asarray(space.high), space.shape, jnp.float32
+            )
+        return gymnax_spaces.Discrete(int(np.prod(space.nvec)))
+
+
+def translated(config: grpo_jax.GRPOConfig) -> dict[str, Any]:
+    """Our settings of episodes as rejax names them."""
+    return {
+        "agent_kwargs": {"activation": config.activation},
+        "num_envs": config.n_envs,
+        "num_steps": config.n_steps,
+        "num_epochs": config.n_epochs,
+        "num_minibatches": config.n_states // config.batch_size,
+        "learning_rate": config.learning_rate,
+        "max_grad_norm": config.max_grad_norm,
+        "gamma": config.gamma,
+        "gae_lambda": config.gae_lambda,
+        "clip_eps": config.clip_range,
+        "ent_coef": config.ent_coef,
+        "vf_coef": config.vf_coef,
+    }
+
+
+def rejax(
+    env_id: str,
+    world: grpo_jax.World,
+    config: grpo_jax.GRPOConfig,
+    total_timesteps: int,
+    seed: int,
+    n_episodes: int,
+) -> Row:
+    """One run of rejax's PPO: steps, CPU seconds of training, return of the sampled policy."""
+    import run_rejax
+    from rejax.algos import PPO
+
+    settings = dict(REJAX.get(env_id) or translated(config))
+    steps = settings["num_envs"] * settings["num_steps"]
+    n_iterations = max(1, total_timesteps // steps)
+    env = OfWorld(world)
+    if env_id in REJAX:
+        algorithm = PPO.create(env=env, **settings)
+    else:
+        decay = n_iterations if config.learning_rate_decay == "linear" else None
+        algorithm = run_rejax.LikePureJaxRL.create(env=env, n_iterations=decay, **settings)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state: Any, n: jax.Array) -> Any:
+        return run_rejax.strong(
+            jax.lax.fori_loop(0, n, lambda _, state: algorithm.train_iteration(state), state)
+        )
+
+    key, evaluate_key = jax.random.split(jax.random.PRNGKey(seed))
+    state = jax.block_until_ready(jax.jit(lambda key: run_rejax.strong(algorithm.init_state(key)))(key))
+    train = advance.lower(state, np.int32(0)).compile()
+    start = time.process_time()
+    state = jax.block_until_ready(train(state, np.int32(n_iterations)))
+    seconds = time.process_time() - start
+    returns = run_rejax.evaluator(algorithm, n_episodes)(state, evaluate_key)
+    return _row(n_iterations * steps, seconds, float(np.mean(returns)))
+
+
+def own(
+    env_id: str,
+    world: grpo_jax.World,
+    config: grpo_jax.GRPOConfig,
+    total_timesteps: int,
+    seed: int,
+    n_episodes: int,
+) -> Row:
+    """One run of the PPO that the suite ships, at least one of its iterations."""
+    del config
+    if env_id.startswith("navix/"):
+        return _navix(env_id, total_timesteps, seed, n_episodes)
+    return _brax(env_id, world, total_timesteps, seed, n_episodes)
+
+
+def has_own(env_id: str) -> bool:
+    """Whether the suite ships a PPO, with settings for the id."""
+    return env_id in BRAX or env_id.startswith(("navix/", "playground/"))
+
+
+def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: int) -> Row:
+    from brax.training.agents.ppo.train import train
+
+    options: dict[str, Any] = {}
+    if env_id.startswith("playground/"):
+        from mujoco_playground import registry, wrapper
+
+        env, settings = registry.load(env_id.partition("/")[2], config_overrides={"impl": "jax"}), None
+        settings = brax_ppo.settings_of(env_id)
+        options["wrap_env_fn"] = wrapper.wrap_for_brax_training
+    else:
+        env, settings = world.env, BRAX[env_id]
+    steps = settings["batch_size"] * settings["num_minibatches"] * settings["unroll_length"]
+    steps *= settings["action_repeat"]
+    wanted = max(1, round(total_timesteps / steps))
+    n_iterations = max(2, wanted)  # the first one compiles: the seconds are those of the others
+    clock, seconds, returns = [0.0], [], []
+
+    def trained(*_: Any) -> None:
+        seconds.append(time.process_time() - clock[0])
+
+    def judged(_: int, metrics: Any) -> None:
+        returns.append(float(metrics["eval/episode_reward"]))
+        clock[0] = time.process_time()
+
+    train(
+        env,
+        num_timesteps=n_iterations * steps,
+        num_evals=n_iterations + 1,
+        num_eval_envs=n_episodes,
+        seed=seed,
+        progress_fn=judged,
+        policy_params_fn=trained,
+        **settings,
+        **options,
+    )
+    # Both are called once before training, too.
+    return _row(wanted * steps, wanted * statistics.median(seconds[2:]), returns[wanted])
+
+
+def _navix(env_id: str, total_timesteps: int, seed: int, n_episodes: int) -> Row:
+    import navix
+    from navix.agents import PPO, PPOHparams, models
+
+    env = navix.make(env_id.partition("/")[2])
+    see, space = env.observation_fn, env.observation_space  # as one row: its network has dense layers
+    env = env.replace(
+        observation_fn=lambda state: jnp.ravel(see(state)),
+        observation_space=space.replace(shape=(int(np.prod(space.shape)),)),
+    )
+    settings = PPOHparams(budget=total_timesteps)
+    steps = settings.num_envs * settings.num_steps
+    network = models.ActorCritic(action_dim=len(env.action_set))
+    agent = PPO(hparams=settings, network=network, env=env)
+    key, evaluate_key = jax.random.split(jax.random.PRNGKey(seed))
+    train = jax.jit(lambda key: agent.train(key)[0].params).lower(key).compile()
+    start = time.process_time()
+    params = jax.block_until_ready(train(key))
+    seconds = time.process_time() - start
+
+    def play(key: jax.Array) -> jax.Array:
+        def step(carry: Any, key: jax.Array) -> Any:
+            timestep, is_over, total = carry
+            policy = network.apply(params, timestep.observation, method="policy")
+            new = env._step(timestep, policy.sample(seed=key))
+            total += jnp.where(is_over, 0.0, new.reward)
+            return (new, is_over | new.is_done(), total), None
+
+        keys = jax.random.split(key, env.max_steps + 1)
+        first = env.reset(keys[0])
+        return jax.lax.scan(step, (first, jnp.asarray(False), jnp.asarray(0.0)), keys[1:])[0][2]
+
+    returns = jax.jit(jax.vmap(play))(jax.random.split(evaluate_key, n_episodes))
+    return _row(total_timesteps // steps * steps, seconds, float(np.mean(returns)))
+
+
+def _row(steps: int, seconds: float, value: float) -> Row:
+    return {
+        "decision_steps": steps,
+        "simulator_steps": 0,
+        "cpu_seconds": round(seconds, 2),
+        "return": round(value, 3),
+    }
