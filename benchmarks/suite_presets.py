@@ -106,17 +106,18 @@ def race(env_id: str, case: Case, seeds: list[int], write: Callable[[dict[str, A
     """All rows of an id."""
     world = grpo_jax.make(env_id, **({"backend": case.backend} if case.backend else {}))
 
-    def rows(what: str, run: Callable[..., dict[str, float]], config: Any, total: int) -> float:
-        """Runs every seed; the median of their CPU seconds."""
-        spent = []
+    def rows(what: str, run: Callable[..., dict[str, float]], config: Any, total: int) -> tuple[float, float]:
+        """Runs every seed; medians of the CPU seconds of so many steps, and of the steps that were made."""
+        spent, made = [], []
         for seed in seeds:
             row = run(env_id, world, config, total, seed, case.n_episodes)
             write({"env": env_id, "what": what, "seed": seed, **row})
             spent.append(row["cpu_seconds"] * total / row["decision_steps"])
-        return float(np.median(spent))
+            made.append(row["decision_steps"])
+        return float(np.median(spent)), float(np.median(made))
 
     branches = grpo_jax.GRPOConfig(**case.settings | case.branches)
-    spent = rows("branches", measure, branches, case.timesteps)
+    spent, _ = rows("branches", measure, branches, case.timesteps)
     episodes = grpo_jax.GRPOConfig(**case.settings, candidates="episodes")
     others: dict[str, Any] = {"episodes": measure}
     if importlib.util.find_spec("rejax") is not None:
@@ -124,8 +125,10 @@ def race(env_id: str, case: Case, seeds: list[int], write: Callable[[dict[str, A
     if suite_peers.has_own(env_id):
         others["own"] = suite_peers.own
     for name, run in others.items():
-        factor = min(8.0, spent / rows(f"{name}, equal steps", run, episodes, case.timesteps))
-        rows(f"{name}, equal seconds", run, episodes, max(1, int(case.timesteps * factor)))
+        seconds, made = rows(f"{name}, equal steps", run, episodes, case.timesteps)
+        total = max(1, int(case.timesteps * min(8.0, spent / seconds)))
+        if made < total:  # else one iteration of it was longer than that
+            rows(f"{name}, equal seconds", run, episodes, total)
 
 
 def table(path: Path) -> str:
