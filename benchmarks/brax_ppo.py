@@ -53,6 +53,12 @@ def settings_of(env_id: str) -> dict[str, Any]:
     return {name: settings[name] for name in ANT if name in settings}
 
 
+def mend_jax() -> None:
+    """Puts back what Brax 0.14.2 calls and jax no longer has."""
+    if not hasattr(jax, "device_put_replicated"):
+        jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+
+
 def train_ppo(env_id: str, options: dict[str, Any], n_steps: int, seed: int) -> tuple[Curve, float]:
     """Brax' PPO; the curve, and seconds to compile."""
     from brax.training.agents.ppo.train import train
@@ -68,8 +74,7 @@ def train_ppo(env_id: str, options: dict[str, Any], n_steps: int, seed: int) -> 
 
         env = registry.load(name, config_overrides={"impl": "jax"})
         settings["wrap_env_fn"] = wrapper.wrap_for_brax_training
-    if not hasattr(jax, "device_put_replicated"):  # left jax in 0.11; Brax 0.14.2 still calls it
-        jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+    mend_jax()
     curve: Curve = []
 
     def progress(steps: int, metrics: Any) -> None:

@@ -121,6 +121,9 @@ class OfWorld:
     def __init__(self, world: grpo_jax.World) -> None:
         self.world, self.default_params = world, _Params(100_000)
 
+    def __deepcopy__(self, memo: Any) -> OfWorld:  # rejax copies its settings, as it traces
+        return self
+
     def _observe(self, observation: Any) -> jax.Array:
         leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(observation)]
         return leaves[0] if len(leaves) == 1 else jnp.concatenate([leaf.ravel() for leaf in leaves])
@@ -231,6 +234,7 @@ def has_own(env_id: str) -> bool:
 def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: int) -> Row:
     from brax.training.agents.ppo.train import train
 
+    brax_ppo.mend_jax()
     options: dict[str, Any] = {}
     if env_id.startswith("playground/"):
         from mujoco_playground import registry, wrapper

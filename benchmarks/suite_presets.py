@@ -5,8 +5,8 @@
 
 For each id: branches for so many decision steps; then episodes, rejax's PPO and the suite's own PPO (``suite_peers.py``) for as many,
 and each of them for as many CPU seconds (at most eight times the steps). One row for each seed: decision and simulator steps,
-CPU seconds of training (compiling apart), return of the sampled policy at the end. A suite that is not installed is left
-out, and so is rejax.
+CPU seconds of training (compiling apart), return of the sampled policy at the end. What has a row in ``--out`` is not run again. A
+suite that is not installed is left out, and so is rejax.
 """
 
 from __future__ import annotations
@@ -102,16 +102,24 @@ def measure(
     }
 
 
-def race(env_id: str, case: Case, seeds: list[int], write: Callable[[dict[str, Any]], None]) -> None:
-    """All rows of an id."""
+def race(
+    env_id: str,
+    case: Case,
+    seeds: list[int],
+    known: dict[Any, dict[str, Any]],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """All rows of an id, but those that are ``known``, by id, what and seed."""
     world = grpo_jax.make(env_id, **({"backend": case.backend} if case.backend else {}))
 
     def rows(what: str, run: Callable[..., dict[str, float]], config: Any, total: int) -> tuple[float, float]:
         """Runs every seed; medians of the CPU seconds of so many steps, and of the steps that were made."""
         spent, made = [], []
         for seed in seeds:
-            row = run(env_id, world, config, total, seed, case.n_episodes)
-            write({"env": env_id, "what": what, "seed": seed, **row})
+            row = known.get((env_id, what, seed))
+            if row is None:
+                row = run(env_id, world, config, total, seed, case.n_episodes)
+                write({"env": env_id, "what": what, "seed": seed, **row})
             spent.append(row["cpu_seconds"] * total / row["decision_steps"])
             made.append(row["decision_steps"])
         return float(np.median(spent)), float(np.median(made))
@@ -131,13 +139,17 @@ def race(env_id: str, case: Case, seeds: list[int], write: Callable[[dict[str, A
             rows(f"{name}, equal seconds", run, episodes, total)
 
 
+def read(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file, if there is one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+
 def table(path: Path) -> str:
     """The rows as a table: medians over seeds (lowest to highest), decision steps, CPU seconds."""
     cells: dict[str, dict[str, list[dict[str, Any]]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
     )
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read(path):
         cells[row["env"]][row["what"]].append(row)
     kinds = [
         "branches",
@@ -180,9 +192,10 @@ def main() -> None:
             with options.out.open("a") as file:
                 file.write(line + "\n")
 
+    known = {(row["env"], row["what"], row["seed"]): row for row in read(options.out)}
     for env_id in options.ids:
         try:
-            race(env_id, CASES[env_id], options.seeds, write)
+            race(env_id, CASES[env_id], options.seeds, known, write)
         except ImportError as error:
             print(f"{env_id}: {error}")
 
