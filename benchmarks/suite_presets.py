@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cells
 import jax
 import numpy as np
 import suite_peers
@@ -145,31 +146,35 @@ def read(path: Path | None) -> list[dict[str, Any]]:
 
 
 def table(path: Path) -> str:
-    """The rows as a table: medians over seeds (lowest to highest), decision steps, CPU seconds."""
-    cells: dict[str, dict[str, list[dict[str, Any]]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
+    """The rows in Markdown: medians of returns over seeds (lowest to highest), of steps and of CPU seconds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for row in read(path):
-        cells[row["env"]][row["what"]].append(row)
-    kinds = [
-        "branches",
-        *(f"{name}, equal {of}" for of in ("steps", "seconds") for name in ("episodes", "rejax", "own")),
-    ]
-    lines = ["| id | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
-    for env_id, found in cells.items():
-        lines.append("| " + " | ".join([env_id, *(_cell(found.get(kind)) for kind in kinds)]) + " |")
-    return "\n".join(lines)
+        found[row["env"], row["what"]].append(row)
+    players = ("episodes", "rejax", "own")
+    body = []
+    for env_id in sorted({env_id for env_id, _ in found}):
+        branches = found[env_id, "branches"]
+        line = [env_id, _returns(branches), *_costs(branches)]
+        line += [_returns(found[env_id, f"{name}, equal steps"], branches) for name in players]
+        body.append([*line, *(_returns(found[env_id, f"{name}, equal seconds"], []) for name in players)])
+    head = ["id", "branches", "steps", "CPU s", *players, *(f"{name}, equal seconds" for name in players)]
+    return cells.table(head, body)
 
 
-def _cell(rows: list[dict[str, Any]] | None) -> str:
+def _returns(rows: list[dict[str, Any]], expected: list[dict[str, Any]] | None = None) -> str:
+    """A cell; with steps and seconds where those are not about the ``expected`` rows'."""
     if not rows:
         return "-"
-    values = [row["return"] for row in rows]
-    low, middle, high = (f"{f(values):,.4g}" for f in (np.min, np.median, np.max))
-    seconds, steps = (
-        float(np.median([row[name] for row in rows])) for name in ("cpu_seconds", "decision_steps")
-    )
-    return f"{middle} ({low} to {high}); {steps:,.0f}, {seconds:.3g} s"
+    cell = cells.spread(row["return"] for row in rows) + (f" [{len(rows)}]" if len(rows) < 3 else "")
+    if expected is None or (expected and rows[0]["decision_steps"] < 1.5 * expected[0]["decision_steps"]):
+        return cell
+    made, spent = _costs(rows)
+    return f"{cell}, {made}" + (f", {spent} s" if expected else "")
+
+
+def _costs(rows: list[dict[str, Any]]) -> list[str]:
+    made, spent = (np.median([row[name] for row in rows]) for name in ("decision_steps", "cpu_seconds"))
+    return [cells.steps(made), cells.number(spent)]
 
 
 def main() -> None:
