@@ -95,20 +95,11 @@ REJAX: dict[str, dict[str, Any]] = {
 }
 """rejax' own, from its configs (brax/*.yaml; of Navix those of DoorKey-8x8 and Empty-Random-8x8)."""
 
-_PENDULUM = brax_ppo.ANT | {"num_envs": 2048, "batch_size": 1024}
 BRAX: dict[str, dict[str, Any]] = {
-    "brax/inverted_pendulum": _PENDULUM,
-    "brax/halfcheetah": _PENDULUM
-    | {
-        "batch_size": 512,
-        "unroll_length": 20,
-        "num_updates_per_batch": 8,
-        "discounting": 0.95,
-        "entropy_cost": 1e-3,
-        "reward_scaling": 1,
-    },
+    "brax/inverted_pendulum": brax_ppo.ANT | {"num_envs": 2048, "batch_size": 1024}
 }
-"""Of Brax' training notebook, which has none of PPO for the hopper. Of ant and reacher one iteration takes minutes on a core."""
+"""Of Brax' training notebook. One iteration of the others there, and of those that Playground has for its ids, takes minutes on a
+core: they are for a GPU (``brax_ppo.py``)."""
 
 
 class _Params(NamedTuple):
@@ -227,23 +218,15 @@ def own(
 
 
 def has_own(env_id: str) -> bool:
-    """Whether the suite ships a PPO, with settings for the id."""
-    return env_id in BRAX or env_id.startswith(("navix/", "playground/"))
+    """Whether the suite ships a PPO that a CPU can run."""
+    return env_id in BRAX or env_id.startswith("navix/")
 
 
 def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: int) -> Row:
     from brax.training.agents.ppo.train import train
 
     brax_ppo.mend_jax()
-    options: dict[str, Any] = {}
-    if env_id.startswith("playground/"):
-        from mujoco_playground import registry, wrapper
-
-        env, settings = registry.load(env_id.partition("/")[2], config_overrides={"impl": "jax"}), None
-        settings = brax_ppo.settings_of(env_id)
-        options["wrap_env_fn"] = wrapper.wrap_for_brax_training
-    else:
-        env, settings = world.env, BRAX[env_id]
+    settings = BRAX[env_id]
     steps = settings["batch_size"] * settings["num_minibatches"] * settings["unroll_length"]
     steps *= settings["action_repeat"]
     wanted = max(1, round(total_timesteps / steps))
@@ -258,7 +241,7 @@ def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: 
         clock[0] = time.process_time()
 
     train(
-        env,
+        world.env,
         num_timesteps=n_iterations * steps,
         num_evals=n_iterations + 1,
         num_eval_envs=n_episodes,
@@ -266,7 +249,6 @@ def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: 
         progress_fn=judged,
         policy_params_fn=trained,
         **settings,
-        **options,
     )
     # Both are called once before training, too.
     return _row(wanted * steps, wanted * statistics.median(seconds[2:]), returns[wanted])
