@@ -76,11 +76,10 @@ def verdict(env: str, rows: Sequence[Row], references: References) -> str:
 
 def met(env: str, rows: Sequence[Row], references: References) -> str:
     """Whether our score is at the target; a target inside the seeds' range is called so."""
-    known, group = references.get(env, {}), select(rows, OURS, env)
-    target, limits = known.get("target"), scale(env, rows, references)
-    if not group or not limits or not isinstance(target, int | float):
+    target, group = references.get(env, {}).get("target"), select(rows, OURS, env)
+    if not group or not scale(env, rows, references) or not isinstance(target, int | float):
         return "-"
-    if score_of(group).value >= known.get("threshold", target - LEVEL * (limits[1] - limits[0])):
+    if float(number(score_of(group).value).replace(",", "")) >= target:  # as it is shown
         return "yes"
     return "within the seeds' range" if max(map(score, group)) >= target else "no"
 
@@ -179,7 +178,7 @@ def scores_section(rows: Sequence[Row], references: References) -> str:
         "## Scores\n\n"
         "Return of the sampled policy at the end of training; a seed's score is the mean of its final episodes. Bold: the"
         f" best score, and scores within {LEVEL:.0%} of the way from a random policy to the reference (the best possible"
-        " score, or else the best here); a target without a threshold counts as met within the same."
+        " score, or else the best here); a target is met by the score as it is shown."
         f" {AHEAD} marks a row where a peer is ahead ({behind} of {len(body)}).\n\n"
         + table([*head, "Target met by ours", "Ahead"], body)
     )
