@@ -7,7 +7,6 @@ it takes for an end may be a time limit. Brax' and Navix' own PPO play their own
 
 from __future__ import annotations
 
-import functools
 import statistics
 import sys
 import time
@@ -26,6 +25,18 @@ from grpo_jax import spaces
 sys.path.insert(0, str(Path(__file__).with_name("peers")))
 
 Row = dict[str, float]
+
+
+class Job(NamedTuple):
+    """One run: where, our settings of it, decision steps, seed, and episodes to judge it by."""
+
+    env_id: str
+    world: grpo_jax.World
+    config: grpo_jax.GRPOConfig
+    total_timesteps: int
+    seed: int
+    n_episodes: int
+
 
 _BRAX = {
     "max_grad_norm": 0.5,
@@ -164,57 +175,32 @@ def translated(config: grpo_jax.GRPOConfig) -> dict[str, Any]:
     }
 
 
-def rejax(
-    env_id: str,
-    world: grpo_jax.World,
-    config: grpo_jax.GRPOConfig,
-    total_timesteps: int,
-    seed: int,
-    n_episodes: int,
-) -> Row:
+def rejax(job: Job) -> Row:
     """One run of rejax's PPO: steps, CPU seconds of training, return of the sampled policy."""
     import run_rejax
     from rejax.algos import PPO
 
-    settings = dict(REJAX.get(env_id) or translated(config))
+    settings = dict(REJAX.get(job.env_id) or translated(job.config))
     steps = settings["num_envs"] * settings["num_steps"]
-    n_iterations = max(1, total_timesteps // steps)
-    env = OfWorld(world)
-    if env_id in REJAX:
+    n_iterations = max(1, job.total_timesteps // steps)
+    env = OfWorld(job.world)
+    if job.env_id in REJAX:
         algorithm = PPO.create(env=env, **settings)
     else:
-        decay = n_iterations if config.learning_rate_decay == "linear" else None
+        decay = n_iterations if job.config.learning_rate_decay == "linear" else None
         algorithm = run_rejax.LikePureJaxRL.create(env=env, n_iterations=decay, **settings)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state: Any, n: jax.Array) -> Any:
-        return run_rejax.strong(
-            jax.lax.fori_loop(0, n, lambda _, state: algorithm.train_iteration(state), state)
-        )
-
-    key, evaluate_key = jax.random.split(jax.random.PRNGKey(seed))
-    state = jax.block_until_ready(jax.jit(lambda key: run_rejax.strong(algorithm.init_state(key)))(key))
-    train = advance.lower(state, np.int32(0)).compile()
+    key, evaluate_key = jax.random.split(jax.random.PRNGKey(job.seed))
+    state, train = run_rejax.trainer(algorithm, key)
     start = time.process_time()
     state = jax.block_until_ready(train(state, np.int32(n_iterations)))
     seconds = time.process_time() - start
-    returns = run_rejax.evaluator(algorithm, n_episodes)(state, evaluate_key)
+    returns = run_rejax.evaluator(algorithm, job.n_episodes)(state, evaluate_key)
     return _row(n_iterations * steps, seconds, float(np.mean(returns)))
 
 
-def own(
-    env_id: str,
-    world: grpo_jax.World,
-    config: grpo_jax.GRPOConfig,
-    total_timesteps: int,
-    seed: int,
-    n_episodes: int,
-) -> Row:
+def own(job: Job) -> Row:
     """One run of the PPO that the suite ships, at least one of its iterations."""
-    del config
-    if env_id.startswith("navix/"):
-        return _navix(env_id, total_timesteps, seed, n_episodes)
-    return _brax(env_id, world, total_timesteps, seed, n_episodes)
+    return _navix(job) if job.env_id.startswith("navix/") else _brax(job)
 
 
 def has_own(env_id: str) -> bool:
@@ -222,14 +208,14 @@ def has_own(env_id: str) -> bool:
     return env_id in BRAX or env_id.startswith("navix/")
 
 
-def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: int) -> Row:
+def _brax(job: Job) -> Row:
     from brax.training.agents.ppo.train import train
 
     brax_ppo.mend_jax()
-    settings = BRAX[env_id]
+    settings = BRAX[job.env_id]
     steps = settings["batch_size"] * settings["num_minibatches"] * settings["unroll_length"]
     steps *= settings["action_repeat"]
-    wanted = max(1, round(total_timesteps / steps))
+    wanted = max(1, round(job.total_timesteps / steps))
     n_iterations = max(2, wanted)  # the first one compiles: the seconds are those of the others
     clock, seconds, returns = [0.0], [], []
 
@@ -241,11 +227,11 @@ def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: 
         clock[0] = time.process_time()
 
     train(
-        world.env,
+        job.world.env,
         num_timesteps=n_iterations * steps,
         num_evals=n_iterations + 1,
-        num_eval_envs=n_episodes,
-        seed=seed,
+        num_eval_envs=job.n_episodes,
+        seed=job.seed,
         progress_fn=judged,
         policy_params_fn=trained,
         **settings,
@@ -254,21 +240,21 @@ def _brax(env_id: str, world: Any, total_timesteps: int, seed: int, n_episodes: 
     return _row(wanted * steps, wanted * statistics.median(seconds[2:]), returns[wanted])
 
 
-def _navix(env_id: str, total_timesteps: int, seed: int, n_episodes: int) -> Row:
+def _navix(job: Job) -> Row:
     import navix
     from navix.agents import PPO, PPOHparams, models
 
-    env = navix.make(env_id.partition("/")[2])
+    env = navix.make(job.env_id.partition("/")[2])
     see, space = env.observation_fn, env.observation_space  # as one row: its network has dense layers
     env = env.replace(
         observation_fn=lambda state: jnp.ravel(see(state)),
         observation_space=space.replace(shape=(int(np.prod(space.shape)),)),
     )
-    settings = PPOHparams(budget=total_timesteps)
+    settings = PPOHparams(budget=job.total_timesteps)
     steps = settings.num_envs * settings.num_steps
     network = models.ActorCritic(action_dim=len(env.action_set))
     agent = PPO(hparams=settings, network=network, env=env)
-    key, evaluate_key = jax.random.split(jax.random.PRNGKey(seed))
+    key, evaluate_key = jax.random.split(jax.random.PRNGKey(job.seed))
     train = jax.jit(lambda key: agent.train(key)[0].params).lower(key).compile()
     start = time.process_time()
     params = jax.block_until_ready(train(key))
@@ -286,8 +272,8 @@ def _navix(env_id: str, total_timesteps: int, seed: int, n_episodes: int) -> Row
         first = env.reset(keys[0])
         return jax.lax.scan(step, (first, jnp.asarray(False), jnp.asarray(0.0)), keys[1:])[0][2]
 
-    returns = jax.jit(jax.vmap(play))(jax.random.split(evaluate_key, n_episodes))
-    return _row(total_timesteps // steps * steps, seconds, float(np.mean(returns)))
+    returns = jax.jit(jax.vmap(play))(jax.random.split(evaluate_key, job.n_episodes))
+    return _row(job.total_timesteps // steps * steps, seconds, float(np.mean(returns)))
 
 
 def _row(steps: int, seconds: float, value: float) -> Row:

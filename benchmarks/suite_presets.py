@@ -24,6 +24,7 @@ import cells
 import jax
 import numpy as np
 import suite_peers
+from suite_peers import Job, Row
 
 import grpo_jax
 
@@ -74,27 +75,19 @@ CASES = {
 }
 
 
-def measure(
-    env_id: str,
-    world: grpo_jax.World,
-    config: grpo_jax.GRPOConfig,
-    total_timesteps: int,
-    seed: int,
-    n_episodes: int,
-) -> dict[str, float]:
+def measure(job: Job) -> Row:
     """One run of ours: what it cost and what it came to."""
-    del env_id
     marks: list[tuple[float, int]] = []
     state, _ = grpo_jax.run(
-        config,
-        world,
-        jax.random.key(seed),
-        total_timesteps,
+        job.config,
+        job.world,
+        jax.random.key(job.seed),
+        job.total_timesteps,
         callback=lambda chunk: marks.append((time.process_time(), chunk.iteration)),
     )
     (start, first), (end, n_iterations) = marks[0], marks[-1]
     seconds = (end - start) * n_iterations / max(n_iterations - first, 1)  # the first chunk has no start
-    returns = grpo_jax.evaluate(state, world, jax.random.key(1000 + seed), n_episodes)
+    returns = grpo_jax.evaluate(state, job.world, jax.random.key(1000 + job.seed), job.n_episodes)
     return {
         "decision_steps": grpo_jax.count(state.decision_steps),
         "simulator_steps": grpo_jax.count(state.simulator_steps),
@@ -113,13 +106,13 @@ def race(
     """All rows of an id, but those that are ``known``, by id, what and seed."""
     world = grpo_jax.make(env_id, **({"backend": case.backend} if case.backend else {}))
 
-    def rows(what: str, run: Callable[..., dict[str, float]], config: Any, total: int) -> tuple[float, float]:
+    def rows(what: str, run: Callable[[Job], Row], config: Any, total: int) -> tuple[float, float]:
         """Runs every seed; medians of the CPU seconds of so many steps, and of the steps that were made."""
         spent, made = [], []
         for seed in seeds:
             row = known.get((env_id, what, seed))
             if row is None:
-                row = run(env_id, world, config, total, seed, case.n_episodes)
+                row = run(Job(env_id, world, config, total, seed, case.n_episodes))
                 write({"env": env_id, "what": what, "seed": seed, **row})
             spent.append(row["cpu_seconds"] * total / row["decision_steps"])
             made.append(row["decision_steps"])

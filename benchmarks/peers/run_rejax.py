@@ -180,6 +180,17 @@ def evaluator(algorithm: Any, n_episodes: int) -> Any:
     return evaluate
 
 
+def trainer(algorithm: Any, key: jax.Array) -> tuple[Any, Any]:
+    """The first training state, and ``(state, n) -> state`` after n more iterations, compiled."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state: Any, n: jax.Array) -> Any:
+        return strong(jax.lax.fori_loop(0, n, lambda _, state: algorithm.train_iteration(state), state))
+
+    state = jax.block_until_ready(jax.jit(lambda key: strong(algorithm.init_state(key)))(key))
+    return state, advance.lower(state, np.int32(0)).compile()
+
+
 def run(job: record.Job, clock: record.Clock) -> record.Row:
     """Trains in chunks, and evaluates the sampled policy between them."""
     config, total, settings = settings_of(job)
@@ -187,13 +198,7 @@ def run(job: record.Job, clock: record.Clock) -> record.Row:
     steps = algorithm.num_envs * algorithm.num_steps
     n_iterations = -(-total // steps)
     key, evaluate_key = jax.random.split(jax.random.PRNGKey(job["seed"]))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state: Any, n: jax.Array) -> Any:
-        return strong(jax.lax.fori_loop(0, n, lambda _, state: algorithm.train_iteration(state), state))
-
-    state = jax.block_until_ready(jax.jit(lambda key: strong(algorithm.init_state(key)))(key))
-    train = advance.lower(state, np.int32(0)).compile()
+    state, train = trainer(algorithm, key)
     clock.lap("compile")
     evaluate = evaluator(algorithm, record.CURVE_EPISODES)
     curve, done, every = [], 0, record.every(n_iterations)
