@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ import grpo_jax
 from grpo_jax.training.agents import default_block
 
 
-def measure(env_id: str, n_seeds: int, block: int | None, total_timesteps: int) -> str:
-    """One run, in words; the iterations before the first look are not counted, as that is when caches fill."""
+def measure(
+    env_id: str, n_seeds: int, block: int | None, total_timesteps: int, solved: float, n_points: int
+) -> Iterator[str]:
+    """One run, in words, at so many points of it; the first iterations are not timed, as that is when caches fill."""
     env, config = grpo_jax.make(env_id), grpo_jax.preset(env_id)
     looks = []
     _, metrics = grpo_jax.run(
@@ -31,15 +34,17 @@ def measure(env_id: str, n_seeds: int, block: int | None, total_timesteps: int) 
         callback_every=2,
     )
     (first, start), (last, end) = looks[0], looks[-1]
-    seconds = (end - start) / (last - first) * last / n_seeds
-    returns = metrics["episode_return"][:, -1]
+    a_step = (end - start) / (last - first) / config.n_states / n_seeds
     automatic = default_block(config, env, n_seeds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return (
-        f"{env_id}: {n_seeds} seeds in blocks of {block or automatic} (automatic: {automatic}), {total_timesteps} steps:"
-        f" {seconds:.3f} CPU s a seed; return {np.median(returns):.1f} ({np.min(returns):.1f} to {np.max(returns):.1f}),"
-        f" {np.sum(returns >= 475)} of 475 and more; peak memory so far {peak:.0f} MB"
-    )
+    for end_at in np.linspace(0, last, n_points + 1)[1:].astype(int):
+        returns, steps = metrics["episode_return"][:, end_at - 1], end_at * config.n_states
+        yield (
+            f"{env_id}: {n_seeds} seeds in blocks of {block or automatic} (automatic: {automatic}), {steps} steps:"
+            f" {a_step * steps:.3f} CPU s a seed, {1 / a_step:.0f} steps/s; return {np.median(returns):.1f}"
+            f" ({np.min(returns):.1f} to {np.max(returns):.1f}), mean {np.mean(returns):.1f},"
+            f" {np.sum(returns >= solved)} of {solved:g} and more; peak memory so far {peak:.0f} MB"
+        )
 
 
 if __name__ == "__main__":
@@ -48,7 +53,10 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--blocks", type=int, nargs="*", default=[], help="none: the automatic one")
     parser.add_argument("--total-timesteps", type=int)
+    parser.add_argument("--solved", type=float, default=475.0, help="the return of a seed that is solved")
+    parser.add_argument("--points", type=int, default=1, help="of the run at which to say so")
     options = parser.parse_args()
     total = options.total_timesteps or grpo_jax.preset_timesteps(options.env)
     for size in options.blocks or [None]:
-        print(measure(options.env, options.seeds, size, total), flush=True)
+        for line in measure(options.env, options.seeds, size, total, options.solved, options.points):
+            print(line, flush=True)

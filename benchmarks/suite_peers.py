@@ -227,7 +227,7 @@ def _brax(job: Job) -> Row:
         clock[0] = time.process_time()
 
     train(
-        job.world.env,
+        job.world.world.env,
         num_timesteps=n_iterations * steps,
         num_evals=n_iterations + 1,
         num_eval_envs=job.n_episodes,

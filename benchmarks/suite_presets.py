@@ -4,9 +4,9 @@
     python benchmarks/suite_presets.py --table rows.jsonl
 
 For each id: branches for so many decision steps; then episodes, rejax's PPO and the suite's own PPO (``suite_peers.py``) for as many,
-and each of them for as many CPU seconds (at most eight times the steps). One row for each seed: decision and simulator steps,
-CPU seconds of training (compiling apart), return of the sampled policy at the end. What has a row in ``--out`` is not run again. A
-suite that is not installed is left out, and so is rejax.
+for as many CPU seconds, and for as many steps as the branches took in all, the simulated ones with them. One row for each seed: decision
+and simulator steps, CPU seconds of training (compiling apart), return of the sampled policy at the end. What has a row in ``--out`` is
+not run again. A suite that is not installed is left out, and so is rejax.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ GRID: dict[str, Any] = {
 }
 ROBOT = GRID | {"activation": "tanh", "learning_rate": 1e-3, "ent_coef": 0.0, "log_std_init": -0.5}
 CRAFT = GRID | {"learning_rate": 1e-3}
+
+
+PLAYERS = ("episodes", "rejax", "own")
+BUDGETS = ("equal steps", "equal seconds", "equal environment steps")
 
 
 class Case(NamedTuple):
@@ -106,20 +110,28 @@ def race(
     """All rows of an id, but those that are ``known``, by id, what and seed."""
     world = grpo_jax.make(env_id, **({"backend": case.backend} if case.backend else {}))
 
-    def rows(what: str, run: Callable[[Job], Row], config: Any, total: int) -> tuple[float, float]:
-        """Runs every seed; medians of the CPU seconds of so many steps, and of the steps that were made."""
-        spent, made = [], []
+    def rows(what: str, run: Callable[[Job], Row], config: Any, total: int) -> dict[str, float]:
+        """Runs every seed; medians of the decision steps, of all steps, and of the CPU seconds of one decision step."""
+        found = []
         for seed in seeds:
             row = known.get((env_id, what, seed))
             if row is None:
                 row = run(Job(env_id, world, config, total, seed, case.n_episodes))
                 write({"env": env_id, "what": what, "seed": seed, **row})
-            spent.append(row["cpu_seconds"] * total / row["decision_steps"])
-            made.append(row["decision_steps"])
-        return float(np.median(spent)), float(np.median(made))
+            found.append(row)
+        steps, simulated, seconds = (
+            np.array([row[name] for row in found])
+            for name in ("decision_steps", "simulator_steps", "cpu_seconds")
+        )
+        return {
+            "steps": float(np.median(steps)),
+            "all_steps": float(np.median(steps + simulated)),
+            "seconds_a_step": float(np.median(seconds / steps)),
+        }
 
     branches = grpo_jax.GRPOConfig(**case.settings | case.branches)
-    spent, _ = rows("branches", measure, branches, case.timesteps)
+    budget = rows("branches", measure, branches, case.timesteps)
+    seconds = budget["seconds_a_step"] * case.timesteps
     episodes = grpo_jax.GRPOConfig(**case.settings, candidates="episodes")
     others: dict[str, Any] = {"episodes": measure}
     if importlib.util.find_spec("rejax") is not None:
@@ -127,10 +139,14 @@ def race(
     if suite_peers.has_own(env_id):
         others["own"] = suite_peers.own
     for name, run in others.items():
-        seconds, made = rows(f"{name}, equal steps", run, episodes, case.timesteps)
-        total = max(1, int(case.timesteps * min(8.0, spent / seconds)))
-        if made < total:  # else one iteration of it was longer than that
-            rows(f"{name}, equal seconds", run, episodes, total)
+        spent = rows(f"{name}, equal steps", run, episodes, case.timesteps)
+        more = {
+            "equal seconds": int(seconds / spent["seconds_a_step"]),
+            "equal environment steps": int(budget["all_steps"]),
+        }
+        for what, total in more.items():
+            if spent["steps"] < total:  # else one iteration of it was longer than that
+                rows(f"{name}, {what}", run, episodes, total)
 
 
 def read(path: Path | None) -> list[dict[str, Any]]:
@@ -143,31 +159,32 @@ def table(path: Path) -> str:
     found: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for row in read(path):
         found[row["env"], row["what"]].append(row)
-    players = ("episodes", "rejax", "own")
     body = []
     for env_id in sorted({env_id for env_id, _ in found}):
         branches = found[env_id, "branches"]
         line = [env_id, _returns(branches), *_costs(branches)]
-        line += [_returns(found[env_id, f"{name}, equal steps"], branches) for name in players]
-        body.append([*line, *(_returns(found[env_id, f"{name}, equal seconds"], []) for name in players)])
-    head = ["id", "branches", "steps", "CPU s", *players, *(f"{name}, equal seconds" for name in players)]
-    return cells.table(head, body)
+        for name in PLAYERS:
+            line += [_returns(found[env_id, f"{name}, {what}"]) for what in BUDGETS]
+        body.append(line)
+    head = ["id", "branches", "steps", "all steps", "CPU s"]
+    return cells.table([*head, *(f"{name}, {what}" for name in PLAYERS for what in BUDGETS)], body)
 
 
-def _returns(rows: list[dict[str, Any]], expected: list[dict[str, Any]] | None = None) -> str:
-    """A cell; with steps and seconds where those are not about the ``expected`` rows'."""
+def _returns(rows: list[dict[str, Any]]) -> str:
+    """A cell; with the decision steps of all but the branches."""
     if not rows:
         return "-"
     cell = cells.spread(row["return"] for row in rows) + (f" [{len(rows)}]" if len(rows) < 3 else "")
-    if expected is None or (expected and rows[0]["decision_steps"] < 1.5 * expected[0]["decision_steps"]):
-        return cell
-    made, spent = _costs(rows)
-    return f"{cell}, {made}" + (f", {spent} s" if expected else "")
+    return cell if rows[0]["what"] == "branches" else f"{cell}, {_costs(rows)[0]}"
 
 
 def _costs(rows: list[dict[str, Any]]) -> list[str]:
-    made, spent = (np.median([row[name] for row in rows]) for name in ("decision_steps", "cpu_seconds"))
-    return [cells.steps(made), cells.number(spent)]
+    """Decision steps, all steps and CPU seconds."""
+    steps, simulated, seconds = (
+        float(np.median([row[name] for row in rows]))
+        for name in ("decision_steps", "simulator_steps", "cpu_seconds")
+    )
+    return [cells.steps(steps), cells.steps(steps + simulated), cells.number(seconds)]
 
 
 def main() -> None:

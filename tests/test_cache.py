@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from grpo_jax.cache import QUICK, compile_quickly
+import grpo_jax
+from grpo_jax.cache import QUICK, LoopJit, compile_loop, compile_quickly
 from sb3_bridge import GRPO, compiling
 
 ALONE = {"PATH": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -91,3 +94,36 @@ def test_a_program_that_runs_once_compiles_also_where_xla_lacks_an_option(monkey
     monkeypatch.delitem(QUICK, "xla_cpu_use_fusion_emitters")  # jax 0.11 lacks it, and would stop there
     with pytest.raises(jax.errors.JaxRuntimeError, match="split_count"):
         compile_quickly(lowered)
+
+
+def _norms(rows):
+    norm = jnp.sum(rows * rows, axis=-1)
+    return jnp.where(norm > 1.0, jnp.sqrt(norm), norm)
+
+
+def test_loops_leave_no_reduction_to_ynnpack():
+    """jax 0.10 would: from some 2,048 rows on, at several times the time where rows are short."""
+    rows = jnp.ones((4096, 3))
+    for program in (jax.jit(_norms).lower(rows).compile(), compile_loop(jax.jit(_norms).lower(rows))):
+        np.testing.assert_allclose(program(rows), np.sqrt(3.0), rtol=1e-6)
+    assert "ynn_fusion" not in program.as_text()
+    assert "ynn_fusion" not in LoopJit(_norms).alone.lower(rows).compile().as_text()
+
+
+def test_a_loop_is_also_part_of_other_programs():
+    norms, rows = LoopJit(_norms), jnp.ones((4096, 3))
+    expected = np.full(4096, np.sqrt(3.0))
+    of_constants = jax.jit(lambda: norms(rows))  # no argument is traced, and yet it is a part
+    for found in (norms(rows), jax.jit(norms)(rows), of_constants(), jax.vmap(norms)(rows[None])[0]):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    gradient = jax.grad(lambda rows: norms(rows).sum())(rows)
+    np.testing.assert_allclose(gradient, np.full((4096, 3), 3**-0.5), rtol=1e-6)
+
+
+def test_evaluation_within_a_program_of_the_user_is_that_outside_of_it():
+    env = grpo_jax.make("CartPole-v1")
+    config = grpo_jax.GRPOConfig(n_envs=2, n_steps=8, horizon=2)
+    state = grpo_jax.init(config, env, jax.random.key(0))
+    outside = grpo_jax.evaluate(state, env, jax.random.key(1), 8)
+    inside = jax.jit(lambda: grpo_jax.evaluate(state, env, jax.random.key(1), 8))()
+    np.testing.assert_allclose(inside, outside)

@@ -65,9 +65,53 @@ def test_translated_settings_make_as_many_updates_as_ours(modules):
 def test_table_has_medians_with_their_range_and_a_dash_where_nothing_ran(modules, tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [
-        {"env": "a/b", "what": "branches", "seed": i, "decision_steps": 100, "cpu_seconds": s, "return": r}
-        for i, (s, r) in enumerate([(1.0, 5.0), (3.0, 7.0), (2.0, 6.5)])
+        {"what": "branches", "decision_steps": 100, "simulator_steps": 800, "cpu_seconds": s, "return": r}
+        for s, r in [(1.0, 5.0), (3.0, 7.0), (2.0, 6.5)]
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows.append(rows[0] | {"what": "rejax, equal seconds", "decision_steps": 3_000, "simulator_steps": 0})
+    path.write_text("".join(json.dumps({"env": "a/b", "seed": i} | row) + "\n" for i, row in enumerate(rows)))
     line = modules[1].table(path).splitlines()[-1]
-    assert line == f"| a/b | 6.50 (5.00 to 7.00) | 100 | 2.00 |{' - |' * 6}"
+    before, behind = " - |" * 4, " - |" * 4
+    assert line == f"| a/b | 6.50 (5.00 to 7.00) | 100 | 900 | 2.00 |{before} 5.00 [1], 3,000 |{behind}"
+
+
+def test_race_gives_everybody_the_steps_the_seconds_and_all_the_steps_of_the_branches(modules, monkeypatch):
+    presets, asked = modules[1], []
+
+    def run(name, simulated, seconds):
+        def one(job):
+            asked.append((name, job.seed, job.total_timesteps))
+            steps = job.total_timesteps
+            return {
+                "decision_steps": steps,
+                "simulator_steps": simulated * steps,
+                "cpu_seconds": seconds * steps,
+                "return": 0.0,
+            }
+
+        return one
+
+    monkeypatch.setattr(presets, "measure", lambda job: run(*_player(job))(job))
+
+    def _player(job):
+        is_episodes = job.config.candidates == "episodes"
+        return ("episodes", 0, 0.01) if is_episodes else ("branches", 7, 0.05)
+
+    monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None)
+    case = presets.Case({"n_envs": 10, "n_steps": 10}, {"horizon": 2}, 1_000)
+    written = []
+    known = {
+        ("CartPole-v1", "episodes, equal steps", 1): run("", 0, 0.01)(presets.Job(*[None] * 3, 1_000, 1, 1))
+    }
+    asked.clear()
+    presets.race("CartPole-v1", case, [0, 1], known, written.append)
+    assert asked == [
+        ("branches", 0, 1_000),
+        ("branches", 1, 1_000),
+        ("episodes", 0, 1_000),
+        ("episodes", 0, 5_000),
+        ("episodes", 1, 5_000),
+        ("episodes", 0, 8_000),
+        ("episodes", 1, 8_000),
+    ]
+    assert [row["what"] for row in written[-2:]] == ["episodes, equal environment steps"] * 2

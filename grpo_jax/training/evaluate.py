@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from grpo_jax import counter
+from grpo_jax.cache import LoopJit
 from grpo_jax.groups.plan import Plan, plan_actions
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.policies.policy import Policy, PolicyState
@@ -115,7 +116,7 @@ def play_step(
     return step, simulator_steps
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "n_episodes", "deterministic", "max_steps"))
+@functools.partial(LoopJit, static_argnames=("policy", "n_episodes", "deterministic", "max_steps"))
 def _play(
     policy: Policy,
     policy_state: PolicyState,

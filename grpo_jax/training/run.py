@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from grpo_jax import counter, shards
-from grpo_jax.cache import compile_quickly
+from grpo_jax.cache import compile_loop, compile_quickly
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.agents import check_block, default_block, over_agents, stack_configs
@@ -217,7 +217,7 @@ def advance(
     done = int(np.max(np.asarray(state.iteration)))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
     lowered = program.lower(*arguments, block, jax.debug_nans.value, mesh)
-    proceed = compile_quickly(lowered) if quick_compile else lowered.compile()
+    proceed = (compile_quickly if quick_compile else compile_loop)(lowered)
     jax.block_until_ready(state)
     compile_seconds = time.perf_counter() - clock
     history: list[dict[str, np.ndarray]] = []

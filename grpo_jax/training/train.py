@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from grpo_jax.cache import LoopJit
 from grpo_jax.config import GRPOConfig
 from grpo_jax.noise import as_key
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
@@ -77,7 +78,7 @@ def _train(
     return Result(*jax.lax.scan(body, state, None, length=n_iterations))
 
 
-@functools.partial(jax.jit, static_argnames=("n_iterations", "debug_nans", "strict"))
+@functools.partial(LoopJit, static_argnames=("n_iterations", "debug_nans", "strict"))
 def _train_jitted(
     config: GRPOConfig,
     env: World,

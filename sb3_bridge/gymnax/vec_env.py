@@ -14,6 +14,7 @@ import numpy as np
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from grpo_jax.cache import loop_jit
 from grpo_jax.noise import KEY_WORDS
 from grpo_jax.training.rollout import start, step_environments
 from grpo_jax.types import Environments, Observation
@@ -283,7 +284,7 @@ def _advance(
 
 _reset = OwnedJit(_start)
 _mask = OwnedJit(lambda world, states: jax.vmap(world.action_mask)(states))
-_step = OwnedJit(_advance, donate_argnames=("words", "environments"))
+_step = OwnedJit(_advance, jit=loop_jit, donate_argnames=("words", "environments"))
 
 GymnaxVecEnv = WorldVecEnv
 """The name that it had when all worlds were gymnax'."""

@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from grpo_jax import counter
+from grpo_jax.cache import loop_jit
 from grpo_jax.config import GRPOConfig
 from grpo_jax.learning.update import Learner
 from grpo_jax.noise import bits_to_keys
@@ -272,7 +273,7 @@ def _run(
     return after, trajectory, (trajectory.ended, returns, lengths)
 
 
-_rollout = OwnedJit(_run, static_argnames=("policy", "keep_states"))
+_rollout = OwnedJit(_run, jit=loop_jit, static_argnames=("policy", "keep_states"))
 
 
 def train_state(

@@ -49,13 +49,13 @@ def test_legacy_keys_mean_the_same_run(cartpole):
 
 def test_one_trace_serves_all_keys_all_traced_settings_and_all_worlds_of_one_id(cartpole):
     grpo_jax.train(TINY, cartpole, jax.random.key(0), 64)
-    before = train._train_jitted._cache_size()
+    before = train._train_jitted.alone._cache_size()
     for seed, rate in enumerate((1e-3, 2e-3, 3e-3)):
         config, world = TINY.replace(learning_rate=rate, gamma=0.9 + rate), grpo_jax.make("CartPole-v1")
         grpo_jax.train(config, world, jax.random.key(seed), 64)
-    assert train._train_jitted._cache_size() == before
+    assert train._train_jitted.alone._cache_size() == before
     grpo_jax.train(TINY.replace(n_epochs=1), cartpole, jax.random.key(0), 32)
-    assert train._train_jitted._cache_size() == before + 1
+    assert train._train_jitted.alone._cache_size() == before + 1
 
 
 def test_vmap_over_keys_is_a_loop_over_keys(cartpole):
