@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 import grpo_jax
 from grpo_jax import spaces
+from grpo_jax.cache import loop_jit
 from grpo_jax.noise import as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.training.rollout import rollout, start, step_environments
 
@@ -177,19 +178,19 @@ def rate_with_resets(world: grpo_jax.World, n_envs: int, n_steps: int) -> float:
 
 
 def share_of_rollout(world: grpo_jax.World, n_envs: int, n_steps: int) -> tuple[float, float]:
-    """Steps per CPU second of the library's rollout, and of the bare loop of its policy and ``world.step``, which keeps as much."""
+    """Steps per CPU second of the rollout, and of the bare loop of its policy and ``world.step``; both as ``run`` compiles."""
     config = grpo_jax.GRPOConfig(network="mlp")
     policy = grpo_jax.make_policy(config, world.observation_space, world.action_space)
     parameters = policy.init(as_key(jax.random.key(0)))
     first = jax.jit(functools.partial(start, world))(split(as_key(jax.random.key(0)), n_envs))
 
-    @jax.jit
+    @loop_jit
     def ours(environments: Any, key: jax.Array) -> Any:
         return rollout(
             world, policy, parameters, environments, key, N_STEPS, False, keep=lambda time, state: None
         )
 
-    @jax.jit
+    @loop_jit
     def bare(observation: Any, state: Any, key: jax.Array) -> Any:
         def body(carry: Any, words: jax.Array) -> tuple[Any, Any]:
             mask = jax.vmap(world.action_mask)(carry[1])
