@@ -155,36 +155,36 @@ def read(path: Path | None) -> list[dict[str, Any]]:
 
 
 def table(path: Path) -> str:
-    """The rows in Markdown: medians of returns over seeds (lowest to highest), of steps and of CPU seconds."""
+    """The rows in Markdown: median returns over seeds (lowest to highest), and decision steps.
+
+    The line of the branches has the budgets of the others: their decision steps, CPU seconds and all their steps.
+    """
     found: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
     for row in read(path):
         found[row["env"], row["what"]].append(row)
     body = []
     for env_id in sorted({env_id for env_id, _ in found}):
         branches = found[env_id, "branches"]
-        line = [env_id, _returns(branches), *_costs(branches)]
+        steps, simulated, seconds = (
+            float(np.median([row[name] for row in branches]))
+            for name in ("decision_steps", "simulator_steps", "cpu_seconds")
+        )
+        budgets = f"{cells.number(seconds)} s", f"{cells.steps(steps + simulated)} steps"
+        body.append([env_id, "branches", _returns(branches), *budgets])
         for name in PLAYERS:
-            line += [_returns(found[env_id, f"{name}, {what}"]) for what in BUDGETS]
-        body.append(line)
-    head = ["id", "branches", "steps", "all steps", "CPU s"]
-    return cells.table([*head, *(f"{name}, {what}" for name in PLAYERS for what in BUDGETS)], body)
+            line = [_returns(found[env_id, f"{name}, {what}"]) for what in BUDGETS]
+            if line != ["-"] * len(BUDGETS):
+                body.append(["", name, *line])
+    return cells.table(["id", "", *BUDGETS], body)
 
 
 def _returns(rows: list[dict[str, Any]]) -> str:
-    """A cell; with the decision steps of all but the branches."""
+    """A cell: returns, decision steps, and how many seeds if fewer than three."""
     if not rows:
         return "-"
-    cell = cells.spread(row["return"] for row in rows) + (f" [{len(rows)}]" if len(rows) < 3 else "")
-    return cell if rows[0]["what"] == "branches" else f"{cell}, {_costs(rows)[0]}"
-
-
-def _costs(rows: list[dict[str, Any]]) -> list[str]:
-    """Decision steps, all steps and CPU seconds."""
-    steps, simulated, seconds = (
-        float(np.median([row[name] for row in rows]))
-        for name in ("decision_steps", "simulator_steps", "cpu_seconds")
-    )
-    return [cells.steps(steps), cells.steps(steps + simulated), cells.number(seconds)]
+    steps = cells.steps(float(np.median([row["decision_steps"] for row in rows])))
+    returned = cells.spread(row["return"] for row in rows)
+    return f"{returned}, {steps}" + (f" [{len(rows)}]" if len(rows) < 3 else "")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MIN_SECONDS = 0.1
 """Programs that compile faster are not worth a file."""
@@ -43,8 +44,9 @@ class LoopJit:
         self.nested, self.alone = jax.jit(function, **options), loop_jit(function, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Within a jit new arrays are traced, too; in a gradient or a vmap only some of the arguments are.
-        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+        # Within a jit new arrays are traced, too; in a gradient or a vmap only some of the arguments are. NumPy's 0: nothing
+        # is compiled for it.
+        leaves = jax.tree.leaves((args, kwargs, jnp.asarray(np.float32(0.0))))
         is_part = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         return (self.nested if is_part else self.alone)(*args, **kwargs)
 
