@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.types import is_traced
+
 MIN_SECONDS = 0.1
 """Programs that compile faster are not worth a file."""
 
@@ -46,8 +48,7 @@ class LoopJit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Within a jit new arrays are traced, too; in a gradient or a vmap only some of the arguments are. NumPy's 0: nothing
         # is compiled for it.
-        leaves = jax.tree.leaves((args, kwargs, jnp.asarray(np.float32(0.0))))
-        is_part = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        is_part = is_traced(args, kwargs, jnp.asarray(np.float32(0.0)))
         return (self.nested if is_part else self.alone)(*args, **kwargs)
 
 

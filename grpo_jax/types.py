@@ -16,6 +16,11 @@ Observation = Any  # an array, or a dict of arrays
 Metrics = dict[str, jax.Array]
 
 
+def is_traced(*trees: PyTree) -> bool:
+    """Whether any leaf has no value yet, being traced by a ``jit``, a ``vmap`` or a gradient."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
 def tree_bytes(tree: PyTree) -> int:
     """Bytes of all arrays of a tree, or of what has their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -80,32 +80,20 @@ def test_table_has_medians_with_their_range_and_a_dash_where_nothing_ran(modules
 def test_race_gives_everybody_the_steps_the_seconds_and_all_the_steps_of_the_branches(modules, monkeypatch):
     presets, asked = modules[1], []
 
-    def run(name, simulated, seconds):
-        def one(job):
-            asked.append((name, job.seed, job.total_timesteps))
-            steps = job.total_timesteps
-            return {
-                "decision_steps": steps,
-                "simulator_steps": simulated * steps,
-                "cpu_seconds": seconds * steps,
-                "return": 0.0,
-            }
+    def row(steps, simulated, seconds):
+        costs = {"simulator_steps": simulated * steps, "cpu_seconds": seconds * steps}
+        return costs | {"decision_steps": steps, "return": 0.0}
 
-        return one
-
-    monkeypatch.setattr(presets, "measure", lambda job: run(*_player(job))(job))
-
-    def _player(job):
+    def measure(job):
         is_episodes = job.config.candidates == "episodes"
-        return ("episodes", 0, 0.01) if is_episodes else ("branches", 7, 0.05)
+        asked.append(("episodes" if is_episodes else "branches", job.seed, job.total_timesteps))
+        return row(job.total_timesteps, *((0, 0.01) if is_episodes else (7, 0.05)))
 
+    monkeypatch.setattr(presets, "measure", measure)
     monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None)
     case = presets.Case({"n_envs": 10, "n_steps": 10}, {"horizon": 2}, 1_000)
     written = []
-    known = {
-        ("CartPole-v1", "episodes, equal steps", 1): run("", 0, 0.01)(presets.Job(*[None] * 3, 1_000, 1, 1))
-    }
-    asked.clear()
+    known = {("CartPole-v1", "episodes, equal steps", 1): row(1_000, 0, 0.01)}
     presets.race("CartPole-v1", case, [0, 1], known, written.append)
     assert asked == [
         ("branches", 0, 1_000),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -14,7 +14,7 @@ from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
 from grpo_jax.training.iterate import guarded_iteration
 from grpo_jax.training.loop import TrainState, check_arguments, init, iterations_for
-from grpo_jax.types import Metrics
+from grpo_jax.types import Metrics, is_traced
 from grpo_jax.worlds.base import World
 
 
@@ -55,7 +55,7 @@ def train(
     check_arguments(config, env)
     n_iterations = iterations_for(config, total_timesteps)
     # Jitted in transformations too: a vmap of what is not would compile each of its operations alone.
-    traced = _is_traced(config, env, key, state)
+    traced = is_traced(config, env, key, state)
     result = _train_jitted(config, env, as_key(key), state, n_iterations, jax.debug_nans.value, not traced)
     if traced:
         return result
@@ -90,7 +90,3 @@ def _train_jitted(
 ) -> Result:
     del debug_nans  # is read while tracing (``unknown``), so each setting needs a program of its own
     return _train(config, env, key, state, n_iterations, strict)
-
-
-def _is_traced(*trees: Any) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
