@@ -22,6 +22,7 @@ from grpo_jax.training.faults import NonFiniteError
 from grpo_jax.training.iterate import iteration
 from grpo_jax.training.loop import TrainState, init
 from grpo_jax.training.memory import Memory, memory
+from grpo_jax.training.parts import restore_parts, save_parts
 from grpo_jax.training.run import Chunk, run
 from grpo_jax.training.self_play import against
 from grpo_jax.training.sweep import Sweep, sweep
@@ -79,9 +80,11 @@ __all__ = [
     "preset_ids",
     "preset_timesteps",
     "restore",
+    "restore_parts",
     "run",
     "sample_actions",
     "save",
+    "save_parts",
     "spaces",
     "sweep",
     "train",

@@ -73,21 +73,26 @@ def check_mesh(mesh: Any, n_shards: int, n_agents: int | None) -> None:
         )
 
 
-def place(tree: PyTree, mesh: Mesh, in_parts: PyTree) -> PyTree:
-    """Puts arrays on the devices of a mesh; ``in_parts``, a prefix of the tree: bools, which are divided along axis 0."""
+def shardings(mesh: Mesh, in_parts: PyTree) -> PyTree:
+    """Where arrays lie on a mesh; ``in_parts``: bools, which are divided along axis 0, and which are whole on each device."""
     spread, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(DEVICES), PartitionSpec()))
-    shardings = jax.tree.map(lambda parts: spread if parts else whole, in_parts)
+    return jax.tree.map(lambda parts: spread if parts else whole, in_parts)
+
+
+def place(tree: PyTree, mesh: Mesh, in_parts: PyTree) -> PyTree:
+    """Puts arrays on the devices of a mesh; ``in_parts`` as for ``shardings``, a prefix of the tree."""
+    homes = shardings(mesh, in_parts)
     if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
+        return jax.device_put(tree, homes)
     return jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda leaf: _of_all_processes(leaf, sharding), part),
-        shardings,
-        tree,
+        lambda home, part: jax.tree.map(lambda leaf: _of_all_processes(leaf, home), part), homes, tree
     )
 
 
 def _of_all_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has, on the devices of all: each puts its own part."""
+    """An array that every process has, on the devices of all: each puts its own part. What lies there already stays."""
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
 
     def spread(leaf: Any) -> jax.Array:
         known = np.asarray(leaf)

@@ -25,7 +25,7 @@ from grpo_jax.cli import progress
 from grpo_jax.cli.flags import Hosts
 from grpo_jax.cli.recorder import Recorder
 from grpo_jax.cli.runs import Run, RunDirectory
-from grpo_jax.training.checkpoint import shapes
+from grpo_jax.training.checkpoint import check_size, shapes
 from grpo_jax.training.loop import TrainState
 from grpo_jax.training.run import Chunk
 from grpo_jax.worlds.base import World
@@ -261,6 +261,7 @@ class _Leader(Recorder):
         return bool(shards.agreed(super().is_due(chunk)))
 
     def checkpoint(self, state: TrainState, episode_return: float = float("nan")) -> None:
+        check_size(state)  # by all of them, before anything is gathered
         super().checkpoint(shards.gather(state), episode_return)
         assert isinstance(self._directory, SharedDirectory)
         self._directory.say(_words(self.last_good(), self._directory))
@@ -282,6 +283,7 @@ class _Follower(Recorder):
             self.checkpoint(chunk.state)
 
     def checkpoint(self, state: TrainState, episode_return: float = float("nan")) -> None:
+        check_size(state)
         for part in jax.tree.leaves(state):  # one after the other: they are not kept here
             shards.gather(part)
         self._saved_iteration = self._done

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,24 @@ def save(path: str | os.PathLike[str], state: PyTree, *, notes: dict[str, Any] |
 
 def to_bytes(state: PyTree, notes: dict[str, Any] | None = None) -> bytes:
     """What ``save`` writes."""
-    n_bytes, leaves = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), {}
-    if n_bytes > _MAX_STATE:
-        raise ValueError(
-            f"a state of {n_bytes:,} bytes does not fit a checkpoint, which holds {_MAX_STATE:,}: lower n_envs or the number"
-            " of seeds"
-        )
-    for name, leaf in _named(state):
-        array = np.asarray(_plain(leaf))
+    check_size(state)
+    leaves = {}
+    for name, leaf in named(state):
+        array = np.asarray(plain(leaf))
         packed = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
         leaves[name] = msgpack.ExtType(_ARRAY, packed)
     content = {"notes": json.dumps(notes or {}), "leaves": leaves}
     return seal(KIND, VERSION, msgpack.packb(content))
+
+
+def check_size(state: PyTree) -> None:
+    """Raises ValueError where arrays, or shapes of arrays, are too many bytes for the one file of ``save``."""
+    n_bytes = tree_bytes(state)
+    if n_bytes > _MAX_STATE:
+        raise ValueError(
+            f"a state of {n_bytes:,} bytes does not fit a checkpoint, which holds {_MAX_STATE:,}: lower n_envs or the number"
+            " of seeds, or train in Python with grpo_jax.save_parts"
+        )
 
 
 def restore(
@@ -105,7 +111,7 @@ def restore_state(path: str | os.PathLike[str], template: TrainState) -> TrainSt
 def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
     """Reads a pytree of the structure, shapes and dtypes of ``template`` (arrays, or shapes of arrays)."""
     path = Path(path)
-    expected = {name: jax.eval_shape(_plain, leaf) for name, leaf in _named(template)}
+    expected = {name: jax.eval_shape(plain, leaf) for name, leaf in named(template)}
     version, content = _read(path, tree_bytes(expected))
     _, stored = _unpack(path, content, 4 * len(expected) + 1000)
     if version == UNSEALED:
@@ -115,29 +121,36 @@ def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
             stacklevel=3,
         )
         _modernize(stored)
-    differences = [f"{name} is missing" for name in expected if name not in stored]
-    differences += [f"{name} is not expected" for name in stored if name not in expected]
+    check_fits(path, {name: (shape, dtype) for name, (shape, dtype, _) in stored.items()}, expected)
     for name, leaf in expected.items():
-        if name in stored:
-            shape, dtype, data = stored[name]
-            size = leaf.size * leaf.dtype.itemsize
-            if (shape, dtype) != (leaf.shape, leaf.dtype.name):
-                wanted = f"{leaf.dtype}{list(leaf.shape)}"
-                differences.append(f"{name} is {dtype}{list(shape)}, expected {wanted}")
-            elif len(data) != size:
-                differences.append(f"{name} has {len(data)} bytes, expected {size}")
-            elif leaf.dtype == bool and max(data, default=0) > 1:
-                differences.append(f"{name} holds bytes that are neither True nor False")
+        data, size = stored[name][2], leaf.size * leaf.dtype.itemsize
+        if len(data) != size:
+            raise ValueError(f"{path} is damaged: {name} has {len(data)} bytes, expected {size}")
+        if leaf.dtype == bool and max(data, default=0) > 1:
+            raise ValueError(f"{path} is damaged: {name} holds bytes that are neither True nor False")
+    leaves = []
+    for (_, like), (name, leaf) in zip(named(template), expected.items(), strict=True):
+        array = np.frombuffer(stored[name][2], leaf.dtype).reshape(leaf.shape)
+        # A copy: the file's bytes are not aligned, and not ours to write over.
+        leaves.append(key_like(jnp.array(array), like))
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def check_fits(
+    path: Path, there: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, Any]
+) -> None:
+    """Refuses leaves, by their names shapes and dtypes, that are not the expected ones (arrays, or shapes of arrays)."""
+    differences = [f"{name} is missing" for name in expected if name not in there]
+    differences += [f"{name} is not expected" for name in there if name not in expected]
+    for name, leaf in expected.items():
+        shape, dtype = there.get(name, (leaf.shape, leaf.dtype.name))
+        if (tuple(shape), dtype) != (leaf.shape, leaf.dtype.name):
+            differences.append(f"{name} is {dtype}{list(shape)}, expected {leaf.dtype}{list(leaf.shape)}")
     if differences:
         raise ValueError(
             f"{path} does not fit this config and env: {'; '.join(differences[:4])}"
             f"{f' and {len(differences) - 4} more' if len(differences) > 4 else ''}"
         )
-    leaves = []
-    for (_, like), (name, leaf) in zip(_named(template), expected.items(), strict=True):
-        array = np.frombuffer(stored[name][2], leaf.dtype).reshape(leaf.shape)
-        leaves.append(_like(array, like))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
 def read_notes(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> dict[str, Any]:
@@ -251,14 +264,15 @@ def nonfinite_leaves(state: TrainState) -> list[str]:
     """Names of the leaves that are not finite and must be: all but those of world states, which are the world's own."""
     return [
         name
-        for name, leaf in _named(state)
+        for name, leaf in named(state)
         if not name.startswith(".environments.state")
         and jnp.issubdtype(leaf.dtype, jnp.floating)
         and not np.all(np.isfinite(np.asarray(leaf)))
     ]
 
 
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
+def named(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves of a tree by the names that checkpoints know them by."""
     return [
         (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
@@ -268,12 +282,13 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _plain(leaf: Any) -> Any:
+def plain(leaf: Any) -> Any:
+    """An array; of PRNG keys their words."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _like(stored: np.ndarray, template: Any) -> jax.Array:
-    array = jnp.array(stored)  # a copy: the file's bytes are not aligned, and not ours to write over
+def key_like(array: jax.Array, template: Any) -> jax.Array:
+    """An array; words of PRNG keys as such keys, where the template (an array, or its shape) has them."""
     if not _is_key(template):
         return array
     # The template may be a mere shape, which key_impl refuses.

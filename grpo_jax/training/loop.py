@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from numbers import Real
@@ -75,6 +76,12 @@ class TrainState(struct.PyTreeNode):
     def params(self) -> Params:
         """Parameters of the actor and, if there is one, the critic."""
         return self.learner.policy.params
+
+
+def in_parts(state: TrainState) -> TrainState:
+    """Which leaves of a single run's state lie in parts on the devices of a mesh, as bools: those of its environments."""
+    names = [field.name for field in dataclasses.fields(state) if field.name != "policy"]
+    return state.replace(**{name: name == "environments" for name in names})
 
 
 class Comparison(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from grpo_jax.training.agents import check_block, default_block, over_agents, st
 from grpo_jax.training.diagnose import SPREAD_ITERATIONS, warn_without_spread
 from grpo_jax.training.faults import raise_faults
 from grpo_jax.training.iterate import guarded_iteration
-from grpo_jax.training.loop import TrainState, check_arguments, init, iterations_for
+from grpo_jax.training.loop import TrainState, check_arguments, in_parts, init, iterations_for
 from grpo_jax.training.memory import bounded
 from grpo_jax.training.self_play import against, check_opponent
 from grpo_jax.worlds.base import World
@@ -209,7 +208,7 @@ def advance(
         state = first_states(config, env, keys, block)
     if mesh is not None:
         if block is None:
-            state = shards.place(state, mesh, _spread(state))
+            state = shards.place(state, mesh, in_parts(state))
         else:  # agents lie in parts, or their environments do, which the program sees to
             config, state = shards.place((config, state), mesh, config.n_shards == 1)
     if opponent_every is not None:
@@ -365,12 +364,6 @@ def _iterations(
     if mesh is not None and config.n_shards == 1:
         return shards.over_devices(lambda agents: over_agents(one, agents, block), agents, mesh)
     return over_agents(one, agents, block)
-
-
-def _spread(state: TrainState) -> TrainState:
-    """Which parts of a state lie in parts on the devices of a mesh: its environments."""
-    names = [field.name for field in dataclasses.fields(state) if field.name != "policy"]
-    return state.replace(**{name: name == "environments" for name in names})
 
 
 _STATIC = ("block", "debug_nans", "mesh")
