@@ -128,6 +128,12 @@ def agreed(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def wait() -> None:
+    """Comes back once all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("here")
+
+
 def largest(number: int) -> int:
     """The largest number that any process has, in all of them."""
     if jax.process_count() == 1:

@@ -1,4 +1,6 @@
-"""Several processes on the command line, over loopback: they stop together, one that is lost ends all, any number goes on."""
+"""Several processes on the command line, over loopback: they stop together, one that is lost ends all, any number goes on,
+also from states that lie in parts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax.cli import main
+from grpo_jax.cli import main, parts
 from grpo_jax.cli.runs import RunDirectory
 
 pytestmark = pytest.mark.timeout(1_200)  # up to four processes compile side by side
@@ -40,6 +42,9 @@ progress.Progress.__call__ = slowly
 raise SystemExit(main(sys.argv[1:]))
 """
 
+IN_PARTS = "from grpo_jax.cli import parts; parts.BYTES = 0\n" + SLOWLY
+TOO_LARGE = "from grpo_jax.training import checkpoint; checkpoint._MAX_STATE = 1000\n" + IN_PARTS
+
 
 def free_port() -> int:
     with socket.socket() as free:
@@ -49,7 +54,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(n: int, path: Path, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+def started(
+    n: int, path: Path, *arguments: str, script: str = SLOWLY
+) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes of a run; each has its own working directory: what the first one writes the others do not see."""
     together = ["--distributed", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(n)]
     processes = []
@@ -58,7 +65,7 @@ def started(n: int, path: Path, *arguments: str) -> Iterator[list[subprocess.Pop
         place.mkdir(exist_ok=True)
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", SLOWLY, *arguments, *together, "--process-id", str(index)],
+                [sys.executable, "-c", script, *arguments, *together, "--process-id", str(index)],
                 cwd=place,
                 env=os.environ | {"PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])},
                 stdout=subprocess.PIPE,
@@ -121,6 +128,10 @@ def test_four_processes_stop_together_two_lose_one_and_one_ends_where_a_run_alon
     assert state is not None and int(state.iteration) > reached
     steps = (int(state.iteration) + 2) * 32
     assert main(["resume", str(run), "--total-timesteps", str(steps), "--no-cache"]) == 0
+    check_ends_as_a_run_alone(run, steps)
+
+
+def check_ends_as_a_run_alone(run: Path, steps: int) -> None:
     there = RunDirectory(run).read()
     _, found = RunDirectory(run).restore(there)
     expected, _ = grpo_jax.run(there.config, grpo_jax.make(there.env), jax.random.key(0), steps)
@@ -133,6 +144,70 @@ def test_four_processes_stop_together_two_lose_one_and_one_ends_where_a_run_alon
     np.testing.assert_allclose(found.environments.observation, expected.environments.observation, atol=2e-5)
     rows = (run / "metrics.csv").read_text().splitlines()[1:]
     assert [int(row.split(",")[1]) for row in rows] == list(range(1, steps // 32 + 1))
+
+
+def test_large_states_lie_in_parts_that_any_number_of_processes_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def named() -> set[str | None]:
+        files = (run / "checkpoint.msgpack", run / "best.msgpack", *(run / "checkpoints").glob("*.msgpack"))
+        assert all(file.stat().st_size < 1_000 for file in files if file.exists())
+        return {parts.name_in(file) for file in files if file.exists()}
+
+    there = ("CartPole-v1", "--out", str(run), "--total-timesteps", "9600", "--keep", "2", *SMALL.split())
+    with started(2, tmp_path, "train", *there, script=IN_PARTS) as two:
+        wait_for(7, run, two)
+        two[1].kill()
+        first, _ = ends(two)
+    assert first[0] not in (0, 2) and "The last good checkpoint is" in first[2]
+    (run / "checkpoint.parts" / "iteration_000000099_0.orbax-checkpoint-tmp").mkdir()  # as a kill leaves it
+
+    monkeypatch.setattr(parts, "BYTES", 0)
+    _, state = RunDirectory(run).restore(RunDirectory(run).read())
+    assert state is not None
+    steps = (int(state.iteration) + 3) * 32
+    assert main(["resume", str(run), "--total-timesteps", str(steps), "--no-cache"]) == 0
+    assert {path.name for path in (run / "checkpoint.parts").iterdir()} == named()
+    check_ends_as_a_run_alone(run, steps)
+    assert main(["evaluate", str(run), "--checkpoint", str(run / "best.msgpack"), "--no-cache"]) == 0
+    with pytest.raises(ValueError, match=r"only names its state, .*grpo_jax.restore_parts reads them"):
+        grpo_jax.restore(
+            run / "checkpoint.msgpack",
+            state_of := RunDirectory(run).read().config,
+            grpo_jax.make("CartPole-v1"),
+        )
+    (name,) = {parts.name_in(run / "checkpoint.msgpack")}
+    state = grpo_jax.restore_parts(
+        run / "checkpoint.parts" / str(name), state_of, grpo_jax.make("CartPole-v1")
+    )
+    assert grpo_jax.count(state.decision_steps) == steps
+
+    steps += 128
+    with started(
+        4, tmp_path, "resume", str(run), "--total-timesteps", str(steps), "--no-cache", script=IN_PARTS
+    ) as four:
+        ended = ends(four)
+    assert [status for status, _, _ in ended] == [0] * 4, ended
+    assert {path.name for path in (run / "checkpoint.parts").iterdir()} == named()
+    check_ends_as_a_run_alone(run, steps)
+
+
+def test_a_state_that_is_too_large_without_a_shared_directory_is_refused_by_all(tmp_path: Path) -> None:
+    with started(
+        2, tmp_path, "train", "CartPole-v1", "--out", "run", *SMALL.split(), script=TOO_LARGE
+    ) as two:
+        ended = ends(two)
+    assert [status for status, _, _ in ended] == [2, 2], ended
+    assert "does not fit a checkpoint, which holds 1,000" in ended[0][2]
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "iteration_1", 7, "iteration_000000001_0/.."])
+def test_a_checkpoint_that_names_what_are_no_parts_is_refused(name: object, tmp_path: Path) -> None:
+    grpo_jax.save(tmp_path / "checkpoint.msgpack", {}, notes={"parts": name})
+    with pytest.raises(ValueError, match="names parts that cannot be"):
+        parts.name_in(tmp_path / "checkpoint.msgpack")
 
 
 def test_what_the_first_process_refuses_ends_all_without_noise(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from grpo_jax.cli.report import report
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import UnsealedWarning
-from grpo_jax.training.loop import TrainState, iterations_for
+from grpo_jax.training.loop import TrainState, in_parts, iterations_for
 from grpo_jax.training.run import first_state
 from grpo_jax.training.self_play import check_opponent
 from grpo_jax.training.sweep import check_program, expand, first_settings, run_settings
@@ -156,13 +156,13 @@ def _resume(options: Resume, interrupt: progress.Interrupt, processes: distribut
         devices.check(place := devices.place_of(options), run, grpo_jax.make(run.env))
         if len(run.programs()) > 1:
             return _go_on_programs(directory, run, interrupt, place, new_metrics=options.new_metrics)
-        world, state = _restore(directory, run)
+        world, state = _restore(directory, run, place)
         return _go_on(directory, run, world, state, interrupt, place, new_metrics=options.new_metrics)
 
 
-def _restore(directory: RunDirectory, run: Run) -> tuple[World, TrainState | None]:
+def _restore(directory: RunDirectory, run: Run, place: devices.Place) -> tuple[World, TrainState | None]:
     """The world and the state to go on from."""
-    world, state = directory.restore(run)
+    world, state = directory.restore(run, mesh=place.mesh)
     config = run.configs[0]
     done, total = _iterations(state), iterations_for(config, run.total_timesteps)
     if done > total:
@@ -190,7 +190,7 @@ def _go_on_programs(
         sweeps.make_directory(child)
         with child.locked():
             sweeps.prepare(child, program)
-            world, state = _restore(child, program)
+            world, state = _restore(child, program, place)
             one = _go_on(child, program, world, state, interrupt, place, new_metrics=new_metrics)
         if one > 1:
             print(f"all programs of this sweep {_how_to_go_on(directory)}")
@@ -248,6 +248,11 @@ def _advance(
             state = first_settings(run.configs, world, jax.random.key(run.seed), run.seeds)
         else:
             state = first_state(run.config, world, jax.random.key(run.seed), n_seeds=run.seeds)
+        if place.mesh is not None:
+            has_agents = run.vmapped is not None
+            state = shards.place(
+                state, place.mesh, in_parts(state, run.configs[0].n_shards, has_agents=has_agents)
+            )
         record.checkpoint(state)  # whenever the run dies from here on, there is something to go on from
     elif _iterations(state) == iterations_for(run.configs[0], run.total_timesteps):
         return True, state
@@ -287,11 +292,11 @@ def _advance(
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {record.last_good()}") from error
         interrupt.agree()  # one that came since
-        state = shards.gather(state)
         try:
             record.checkpoint(state, episode_return)
         except OSError as error:
             raise NotSaved(f"{error}. {record.last_good()}; {_how_to_go_on(directory)}") from error
+    state = shards.gather(state.replace(environments=None))  # which nobody needs any more, and may be large
     interrupt.can_wait = False
     print(timing)
     is_over = bool(run.settings) and interrupt.requested is None  # where no agent of a sweep is left

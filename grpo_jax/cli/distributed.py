@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import grpo_jax
 from grpo_jax import shards
-from grpo_jax.cli import progress
+from grpo_jax.cli import parts, progress
 from grpo_jax.cli.flags import Hosts
 from grpo_jax.cli.recorder import Recorder
 from grpo_jax.cli.runs import Run, RunDirectory
@@ -226,13 +227,23 @@ class SharedDirectory(RunDirectory):
 
     def read(self) -> Run:
         """As in one process."""
-        text = (self.first(lambda: self._own.read().to_json()) or "").encode()
+        return Run.from_json(self._told(lambda: self._own.read().to_json()))[0]
+
+    def _told(self, action: Callable[[], str]) -> str:
+        """The words that the first process' action returns, in all of them."""
+        text = (self.first(action) or "").encode()
         content = np.zeros(shards.agreed(len(text)), np.uint8)
         content[: len(text)] = np.frombuffer(text, np.uint8)
-        return Run.from_json(bytes(np.asarray(shards.from_first(content))).decode())[0]
+        return bytes(np.asarray(shards.from_first(content))).decode()
 
-    def restore(self, run: Run, checkpoint: Path | None = None) -> tuple[World, TrainState | None]:
-        """As in one process: nobody but the first one needs to see the file."""
+    def restore(
+        self, run: Run, checkpoint: Path | None = None, *, mesh: Mesh | None = None
+    ) -> tuple[World, TrainState | None]:
+        """As in one process: nobody but the first one needs to see the file; parts are read by all."""
+        path = checkpoint or self.checkpoint
+        if name := self._told(lambda: (path.exists() and parts.name_in(path)) or ""):
+            world = grpo_jax.make(run.env)
+            return world, self.restore_parts(run, world, name, mesh)
         found = self.first(lambda: self._own.restore(run, checkpoint))
         world, state = found or (grpo_jax.make(run.env), None)
         if not shards.agreed(state is not None):
@@ -261,8 +272,7 @@ class _Leader(Recorder):
         return bool(shards.agreed(super().is_due(chunk)))
 
     def checkpoint(self, state: TrainState, episode_return: float = float("nan")) -> None:
-        check_size(state)  # by all of them, before anything is gathered
-        super().checkpoint(shards.gather(state), episode_return)
+        super().checkpoint(state, episode_return)
         assert isinstance(self._directory, SharedDirectory)
         self._directory.say(_words(self.last_good(), self._directory))
 
@@ -283,12 +293,19 @@ class _Follower(Recorder):
             self.checkpoint(chunk.state)
 
     def checkpoint(self, state: TrainState, episode_return: float = float("nan")) -> None:
-        check_size(state)
-        for part in jax.tree.leaves(state):  # one after the other: they are not kept here
-            shards.gather(part)
+        self.content(state, {})
         self._saved_iteration = self._done
         assert isinstance(self._directory, SharedDirectory)
         self._directory.say(_words(self.last_good(), self._directory))
+
+    def content(self, state: TrainState, notes: dict[str, Any]) -> bytes:
+        if parts.suit(state, self._directory.path):
+            parts.write(self._directory.parts, state, self._done)
+        else:
+            check_size(state)
+            for part in jax.tree.leaves(state):  # one after the other: they are not kept here
+                shards.gather(part)
+        return b""
 
     def finish(self) -> None:
         pass

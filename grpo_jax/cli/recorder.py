@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import grpo_jax
-from grpo_jax.cli import progress
-from grpo_jax.cli.runs import Run, RunDirectory, check_own_directory, open_rows
+from grpo_jax import shards
+from grpo_jax.cli import parts, progress
+from grpo_jax.cli.own_files import check_own_directory, open_rows
+from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.files import open_plain, write_atomically
-from grpo_jax.training.checkpoint import read_notes, to_bytes
+from grpo_jax.training.checkpoint import PARTS_NOTE, check_size, read_notes, to_bytes
 from grpo_jax.training.loop import TrainState
 from grpo_jax.training.run import Chunk
 
@@ -132,7 +134,7 @@ class Recorder:
         }
         if np.isfinite(episode_return):
             notes["episode_return"] = episode_return
-        content = to_bytes(state, notes)
+        content = self.content(state, notes)
         write_atomically(self._directory.checkpoint, content)
         self._saved_iteration = self._done
         self._troubles.discard("checkpoint")
@@ -145,6 +147,17 @@ class Recorder:
                 self._best = episode_return
         except OSError as error:
             self._tell_once("copies", f"{error}. The checkpoint itself is written; training goes on")
+        parts.remove_unused(
+            self._directory.parts,
+            (self._directory.checkpoint, self._directory.best, *self._directory.kept.glob("*.msgpack")),
+        )
+
+    def content(self, state: TrainState, notes: dict[str, Any]) -> bytes:
+        """What a checkpoint's file holds: the state, or where its parts lie, which are written here."""
+        if not parts.suit(state, self._directory.path):
+            check_size(state)  # before anything is gathered
+            return to_bytes(shards.gather(state), notes)
+        return to_bytes({}, notes | {PARTS_NOTE: parts.write(self._directory.parts, state, self._done)})
 
     def last_good(self) -> str:
         """Where the last checkpoint lies, in words."""

@@ -4,6 +4,7 @@
 ``config.json``        environment, config, seeds, length and versions: all that ``resume`` needs
 ``checkpoint.msgpack`` the whole training state: before the first row, every few seconds, and at the end
 ``best.msgpack``       the one among those of the largest return (``episode_return``, mean over seeds)
+``checkpoint.parts/``  where a state has 1 GiB or more: what these two then only name
 ``checkpoints/``       the last k of them, where ``keep`` is more than 1
 ``policy.msgpack``     the policy alone (parameters and observation statistics), at the end
 ``metrics.csv``        one row for each iteration and seed
@@ -26,28 +27,28 @@ import hashlib
 import json
 import os
 import shutil
-import stat
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import grpo_jax
+from grpo_jax.cli import parts
+from grpo_jax.cli.own_files import check_own_directory, lock, open_own
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import (
     UnsealedWarning,
-    atomically,
-    open_plain,
     read_bounded,
     remove_temporaries,
     write_atomically,
 )
 from grpo_jax.training.checkpoint import restore_state, shapes
 from grpo_jax.training.loop import TrainState, iterations_for
+from grpo_jax.training.parts import restore_parts
 from grpo_jax.training.sweep import Setting, programs_of
 from grpo_jax.types import tree_bytes
 from grpo_jax.worlds.base import World
@@ -217,6 +218,7 @@ class RunDirectory:
         self.config = path / "config.json"
         self.checkpoint = path / "checkpoint.msgpack"
         self.best = path / "best.msgpack"
+        self.parts = path / "checkpoint.parts"
         self.kept = path / "checkpoints"
         self.policy = path / "policy.msgpack"
         self.metrics = path / "metrics.csv"
@@ -236,8 +238,8 @@ class RunDirectory:
           FileNotFoundError: there is no such directory.
           ValueError: another process writes here; names it.
         """
-        with _open_own(self.path / ".lock", os.O_RDWR | os.O_CREAT) as file:
-            _lock(file, self.path)
+        with open_own(self.path / ".lock", os.O_RDWR | os.O_CREAT) as file:
+            lock(file, self.path)
             for path in (*self.files, *self.sweep_files, self.kept / "_"):
                 remove_temporaries(path)
             yield
@@ -311,8 +313,12 @@ class RunDirectory:
             )
         return run
 
-    def restore(self, run: Run, checkpoint: Path | None = None) -> tuple[World, TrainState | None]:
+    def restore(
+        self, run: Run, checkpoint: Path | None = None, *, mesh: Mesh | None = None
+    ) -> tuple[World, TrainState | None]:
         """The world, and the state of the last checkpoint or of another; None where the run has none yet.
+
+        A state that lies in parts is read straight onto the devices of a mesh.
 
         Raises:
           ValueError: the checkpoint is damaged, or of another run; ``config.json`` asks for what cannot be.
@@ -325,6 +331,8 @@ class RunDirectory:
             raise ValueError(f"{self.config} says what cannot be ({error})") from error
         path = checkpoint or self.checkpoint
         if path.exists() or path.is_symlink() or checkpoint is not None:
+            if (name := parts.name_in(path)) is not None:
+                return world, self.restore_parts(run, world, name, mesh)
             return world, restore_state(path, template)
         if (n_bytes := tree_bytes(template)) > _MAX_FRESH_BYTES:
             raise ValueError(
@@ -332,6 +340,11 @@ class RunDirectory:
                 " begin such a run by `grpo-jax train`"
             )
         return world, None
+
+    def restore_parts(self, run: Run, world: World, name: str, mesh: Mesh | None) -> TrainState:
+        """The state that lies in parts of this name; of several processes all call it."""
+        check_own_directory(self.parts)
+        return restore_parts(self.parts / name, run.configs[0], world, n_seeds=run.vmapped, mesh=mesh)
 
     def read_metrics(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of ``metrics.csv``, each ``[A, n_iterations]``: seeds, or the seeds of all settings."""
@@ -342,58 +355,6 @@ class RunDirectory:
         n_agents = int(np.sum(table[:, 0] == table[0, 0]))
         by_agent = table.reshape(-1, n_agents, len(columns)).transpose(2, 1, 0)
         return dict(zip(names, by_agent[1:], strict=True))
-
-
-def open_rows(path: Path, n_bytes: int) -> BinaryIO:
-    """Opens a file of rows to add some behind its first ``n_bytes``; what follows them is dropped.
-
-    The file becomes a new one: where it was a link, or has other names, those keep what they hold.
-    """
-    with atomically(path) as file:
-        if n_bytes:
-            with open_plain(path, sys.maxsize) as old:
-                for start in range(0, n_bytes, 1 << 20):
-                    file.write(old.read(min(1 << 20, n_bytes - start)))
-    return _open_own(path, os.O_WRONLY | os.O_APPEND)
-
-
-def check_own_directory(path: Path) -> None:
-    """Refuses a directory of a run that is a link: what is written into it would lie elsewhere."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link; links in a run directory are not followed: remove it")
-
-
-def _open_own(path: Path, flags: int) -> BinaryIO:
-    """Opens a file that may be written to, unbuffered, where it is a plain file and no link."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link; links in a run directory are not followed: remove it")
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ValueError(f"{path} is not a plain file: remove it")
-    return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "ab", buffering=0)
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Takes a lock that the system gives back when this process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = file.read(20).decode(errors="replace")
-        raise ValueError(
-            f"directory={path} is in use: process {owner or '?'} trains there; wait for it, or stop it (Ctrl-C or"
-            " SIGTERM: it saves)"
-        ) from None
-    except OSError as error:
-        warnings.warn(f"{path} cannot be locked ({error.strerror}): do not train there twice", stacklevel=4)
-        return
-    file.truncate(0)
-    file.write(str(os.getpid()).encode())
 
 
 def _checksum(content: dict[str, Any]) -> str:

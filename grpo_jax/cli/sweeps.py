@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from grpo_jax.cli import plots, progress
-from grpo_jax.cli.runs import Run, RunDirectory, check_own_directory
+from grpo_jax.cli.own_files import check_own_directory
+from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.files import write_atomically
 from grpo_jax.training.loop import TrainState, iterations_for
 from grpo_jax.training.sweep import Part, Sweep, join

@@ -25,6 +25,9 @@ KIND, VERSION = "checkpoint", 2
 UNSEALED_FORMAT = "grpo-jax checkpoint 1"
 """What files before version 2 have instead of a seal: their content is msgpack's alone, without a checksum."""
 
+PARTS_NOTE = "parts"
+"""The note of a file that holds no state itself: the name of the parts (``save_parts``) that it lies in."""
+
 _ARRAY = 1  # the msgpack extension that flax.serialization writes arrays as: (shape, dtype, bytes)
 _MAX_NOTES = 1 << 16
 _MAX_STATE = (1 << 32) - (1 << 24)  # msgpack reads no more than 4 GiB again
@@ -113,7 +116,12 @@ def restore_like(path: str | os.PathLike[str], template: PyTree) -> PyTree:
     path = Path(path)
     expected = {name: jax.eval_shape(plain, leaf) for name, leaf in named(template)}
     version, content = _read(path, tree_bytes(expected))
-    _, stored = _unpack(path, content, 4 * len(expected) + 1000)
+    notes, stored = _unpack(path, content, 4 * len(expected) + 1000)
+    if not stored and PARTS_NOTE in notes:
+        raise ValueError(
+            f"{path} only names its state, which lies in parts: grpo_jax.restore_parts reads them, from checkpoint.parts/"
+            f"{notes[PARTS_NOTE]!s:.60} beside it"
+        )
     if version == UNSEALED:
         warnings.warn(
             f"{path} is older than checksums: damage of it is not noticed. The next save writes one",

@@ -32,7 +32,7 @@ from grpo_jax.noise import as_key, split
 from grpo_jax.policies.policy import Policy, PolicyState, make_policy
 from grpo_jax.training.metrics import explained_variance, group_metrics
 from grpo_jax.training.rollout import rollout, start
-from grpo_jax.types import Batch, Counter, Environments, Group, Metrics, Params, Trajectory
+from grpo_jax.types import Batch, Counter, Environments, Group, Metrics, Params, PyTree, Trajectory
 from grpo_jax.worlds.base import World
 
 
@@ -78,8 +78,13 @@ class TrainState(struct.PyTreeNode):
         return self.learner.policy.params
 
 
-def in_parts(state: TrainState) -> TrainState:
-    """Which leaves of a single run's state lie in parts on the devices of a mesh, as bools: those of its environments."""
+def in_parts(state: TrainState, n_shards: int, *, has_agents: bool) -> PyTree:
+    """Which leaves of a state lie in parts on the devices of a mesh, as bools, a prefix of it.
+
+    Environments do; of several agents (seeds, settings) all do where their environments are not divided.
+    """
+    if has_agents:
+        return n_shards == 1
     names = [field.name for field in dataclasses.fields(state) if field.name != "policy"]
     return state.replace(**{name: name == "environments" for name in names})
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grpo_jax import shards
@@ -46,7 +45,11 @@ def save_parts(path: str | os.PathLike[str], state: TrainState) -> None:
         raise FileExistsError(
             f"{path} exists already: give each checkpoint a directory of its own, or remove that one"
         )
-    _check_shared(path.parent)
+    if not is_shared(path.parent):
+        raise FileNotFoundError(
+            f"{path.parent} does not exist, or the processes do not share it: make it first, on a file system that all of them"
+            " see"
+        )
     leaves = {name: plain(leaf) for name, leaf in named(state)}
     here = [name for name, leaf in leaves.items() if jax.process_count() > 1 and leaf.is_fully_addressable]
     if here:
@@ -130,8 +133,7 @@ def _homes(template: TrainState, config: GRPOConfig, n_seeds: int | None, mesh: 
             raise ValueError("mesh=None, and several processes: give the mesh that run will have")
         return [_whole(None)] * len(jax.tree.leaves(template))
     shards.check_mesh(mesh, config.n_shards, n_seeds)
-    prefix = in_parts(template) if n_seeds is None else config.n_shards == 1
-    spread = shards.shardings(mesh, prefix)
+    spread = shards.shardings(mesh, in_parts(template, config.n_shards, has_agents=n_seeds is not None))
     return jax.tree.leaves(
         jax.tree.map(lambda home, part: jax.tree.map(lambda _: home, part), spread, template)
     )
@@ -143,25 +145,18 @@ def _whole(mesh: Mesh | None) -> Any:
     )
 
 
-def _check_shared(directory: Path) -> None:
-    """Refuses a directory that does not exist, or that the processes do not share."""
+def is_shared(directory: Path) -> bool:
+    """Whether a directory exists, and is the same one for all processes, which all ask."""
     if jax.process_count() == 1:
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory} does not exist: make it first")
-        return
-    tag = shards.agreed(uuid.uuid4().int & 0x7FFFFFFF)
-    mark = directory / f".shared.{tag:08x}.tmp"
+        return directory.is_dir()
+    mark = directory / f".shared.{shards.agreed(uuid.uuid4().int & 0x7FFFFFFF):08x}.tmp"
     if jax.process_index() == 0 and directory.is_dir():
         mark.touch()
-    multihost_utils.sync_global_devices("marked")
+    shards.wait()
     is_missing = shards.largest(not mark.exists())
     if jax.process_index() == 0:
         mark.unlink(missing_ok=True)
-    if is_missing:
-        raise FileNotFoundError(
-            f"{directory} does not exist, or the processes do not share it: checkpoints in parts need a file system that all of"
-            " them see"
-        )
+    return not is_missing
 
 
 @jax.jit

@@ -207,10 +207,9 @@ def advance(
     if state is None:
         state = first_states(config, env, keys, block)
     if mesh is not None:
-        if block is None:
-            state = shards.place(state, mesh, in_parts(state))
-        else:  # agents lie in parts, or their environments do, which the program sees to
-            config, state = shards.place((config, state), mesh, config.n_shards == 1)
+        state = shards.place(state, mesh, in_parts(state, config.n_shards, has_agents=block is not None))
+        if block is not None:  # agents lie in parts, or their environments do, which the program sees to
+            config = shards.place(config, mesh, config.n_shards == 1)
     if opponent_every is not None:
         env = against(env, state)
     done = int(np.max(np.asarray(state.iteration)))

@@ -183,7 +183,9 @@ def test_what_does_not_fit_is_refused(written, tmp_path):
     path, env, state = written
     with pytest.raises(FileExistsError, match="exists already: give each checkpoint a directory of its own"):
         grpo_jax.save_parts(path, state)
-    with pytest.raises(FileNotFoundError, match="does not exist: make it first"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist, or the processes do not share it: make it first"
+    ):
         grpo_jax.save_parts(tmp_path / "nowhere" / "state", state)
     with pytest.raises(FileNotFoundError, match="is no directory"):
         grpo_jax.restore_parts(tmp_path / "nowhere", SMALL, env)
