@@ -11,6 +11,11 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The CPU, whatever else is there: the tests must say the same everywhere. JAX_PLATFORMS=cuda,cpu runs them on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not os.environ["JAX_PLATFORMS"].startswith("cpu"):
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")  # TF32 keeps three digits
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the device
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the cache of whoever runs the tests stays as it is
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 # Compiling is most of what tests take: their programs, and those of the processes that they start, run for

@@ -91,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_its_files(finished: Path) -> None:
     directory = RunDirectory(finished)
-    assert {path for path in directory.files if not path.exists()} == {directory.kept}
+    assert {path for path in directory.files if not path.exists()} == {directory.parts, directory.kept}
     config = json.loads(directory.config.read_text())
     assert (config["env"], config["seed"], config["n_seeds"], config["total_timesteps"]) == (
         "CartPole-v1",

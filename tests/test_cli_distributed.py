@@ -5,9 +5,7 @@ also from states that lie in parts.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import environment, free_port
 
 import grpo_jax
 from grpo_jax.cli import main, parts
@@ -46,13 +45,6 @@ IN_PARTS = "from grpo_jax.cli import parts; parts.BYTES = 0\n" + SLOWLY
 TOO_LARGE = "from grpo_jax.training import checkpoint; checkpoint._MAX_STATE = 1000\n" + IN_PARTS
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port: int = free.getsockname()[1]
-    return port
-
-
 @contextlib.contextmanager
 def started(
     n: int, path: Path, *arguments: str, script: str = SLOWLY
@@ -67,7 +59,7 @@ def started(
             subprocess.Popen(
                 [sys.executable, "-c", script, *arguments, *together, "--process-id", str(index)],
                 cwd=place,
-                env=os.environ | {"PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])},
+                env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import environment, free_port
 
 import grpo_jax
 from grpo_jax.training import parts
@@ -60,15 +59,11 @@ else:
 
 
 def processes(n: int, n_devices: int, do: str, path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n_devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])}
+    port = str(free_port())
     all_of_them = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(index), str(n), port, do],
-            env=environment,
+            env=environment(n_devices),
             cwd=path,
             stderr=subprocess.PIPE,
             text=True,
@@ -160,9 +155,8 @@ assert len(refused) >= 2, refused
 def test_damage_in_any_file_is_refused_or_harmless(written, tmp_path):
     path, _, _ = written
     arguments = [sys.executable, "-c", DAMAGE, str(path), str(tmp_path), SMALL.to_json()]
-    environment = os.environ | {"PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])}
     done = subprocess.run(
-        arguments, env=environment, capture_output=True, text=True, check=False, timeout=250
+        arguments, env=environment(), capture_output=True, text=True, check=False, timeout=250
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import environment, free_port
 from toys import Line
 
 import grpo_jax
@@ -69,10 +67,9 @@ print(json.dumps(found))
 
 
 def on_eight_devices(script, *arguments, **options):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])},
+        env=environment(8),
         capture_output=True,
         text=True,
         check=False,
@@ -163,15 +160,11 @@ else:
 def test_two_processes_come_to_what_one_does(tmp_path):
     config = SMALL.replace(n_shards=4, bootstrap=True, candidates="episodes")
     (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])}
+    port = str(free_port())
     both = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(index), port, str(tmp_path)],
-            env=environment,
+            env=environment(2),
             stderr=subprocess.PIPE,
             text=True,
         )
