@@ -57,11 +57,6 @@ def check_mesh(mesh: Any, n_shards: int, n_agents: int | None) -> None:
         )
     n_devices = mesh.devices.size
     if n_agents is not None and n_shards == 1:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"n_seeds={n_agents} cannot lie on the devices of {jax.process_count()} processes: give each process seeds of its"
-                " own, without mesh, or spread the environments of each seed, config.replace(n_shards=...)"
-            )
         if n_agents % n_devices:
             raise ValueError(
                 f"n_seeds={n_agents} (times the settings of a sweep) must be a multiple of the {n_devices} devices of the mesh"
@@ -101,7 +96,7 @@ def _of_all_processes(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return _by_words(spread, leaf)
 
 
-def _by_words(convert: Callable[[Any], jax.Array], leaf: Any) -> jax.Array:
+def _by_words(convert: Callable[[Any], Any], leaf: Any) -> Any:
     """``convert`` of an array, of PRNG keys that of their words."""
     if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
         return convert(leaf)
@@ -113,7 +108,9 @@ def gather(tree: PyTree) -> PyTree:
     if jax.process_count() == 1:
         return tree
 
-    def whole(leaf: Any) -> jax.Array:
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
         if leaf.is_fully_replicated:
             return jnp.asarray(np.asarray(leaf))
         return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -73,8 +73,9 @@ def started(
             process.communicate()
 
 
-def wait_for(iteration: int, run: Path, processes: list[subprocess.Popen[str]]) -> None:
-    while not (run / "metrics.csv").exists() or f"\n0,{iteration}," not in (run / "metrics.csv").read_text():
+def wait_for(iteration: int, run: Path, processes: list[subprocess.Popen[str]], agent: str = "0") -> None:
+    row, metrics = f"\n{agent},{iteration},", run / "metrics.csv"
+    while not metrics.exists() or row not in metrics.read_text():
         for process in processes:
             assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -200,6 +201,31 @@ def test_a_checkpoint_that_names_what_are_no_parts_is_refused(name: object, tmp_
     grpo_jax.save(tmp_path / "checkpoint.msgpack", {}, notes={"parts": name})
     with pytest.raises(ValueError, match="names parts that cannot be"):
         parts.name_in(tmp_path / "checkpoint.msgpack")
+
+
+def test_the_programs_of_a_sweep_lie_on_several_processes_and_one_goes_on(tmp_path: Path) -> None:
+    swept = "--sweep learning_rate=1e-3,1e-2 horizon=2,4 --n-seeds 2"
+    small = f"{SMALL} {swept} --n-shards 1 --total-timesteps 320".split()
+    with started(2, tmp_path, "train", "CartPole-v1", "--out", "run", *small) as two:
+        wait_for(3, tmp_path / "run" / "program_2", two, agent="0,0")
+        two[1].send_signal(signal.SIGTERM)
+        stopped = ends(two)
+    assert [status for status, _, _ in stopped] == [143] * 2, stopped
+    assert "all programs of this sweep go on with: grpo-jax resume run" in stopped[0][1]
+    assert not list((tmp_path / "host_1").iterdir())
+    assert main(["resume", str(tmp_path / "run"), "--no-cache"]) == 0
+    with started(2, tmp_path, "train", "CartPole-v1", "--out", "both", *small) as two:
+        ended = ends(two)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "best of 4 settings, 2 seeds each" in ended[0][1] and not ended[1][1].count("best of")
+    assert main(["train", "CartPole-v1", "--out", str(tmp_path / "alone"), *small]) == 0
+    tables = [
+        np.genfromtxt(tmp_path / name / "sweep.csv", delimiter=",", names=True, usecols=range(6))
+        for name in ("run", "both", "alone")
+    ]
+    for name in tables[0].dtype.names or ():
+        for table in tables[:2]:
+            np.testing.assert_allclose(table[name], tables[2][name], atol=1e-4)
 
 
 def test_what_the_first_process_refuses_ends_all_without_noise(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def _go_on_programs(
     directory.write(run)
     status = 0
     for _, program, child in sweeps.directories(directory, run):
-        sweeps.make_directory(child)
+        child.make_program()
         with child.locked():
             sweeps.prepare(child, program)
             world, state = _restore(child, program, place)
@@ -196,7 +196,9 @@ def _go_on_programs(
             print(f"all programs of this sweep {_how_to_go_on(directory)}")
             return one
         status = max(status, one)
-    return status if sweeps.sum_up(directory, run) else 1
+    if jax.process_index() > 0:
+        return status
+    return status if sweeps.sum_up(directory.own(), run) else 1
 
 
 def _go_on(
@@ -257,7 +259,8 @@ def _advance(
     elif _iterations(state) == iterations_for(run.configs[0], run.total_timesteps):
         return True, state
     else:
-        before = (grpo_jax.count(state.decision_steps), grpo_jax.count(state.simulator_steps))
+        steps = shards.gather((state.decision_steps, state.simulator_steps))
+        before = (grpo_jax.count(steps[0]), grpo_jax.count(steps[1]))
     preparation = time.perf_counter() - start
     episode_return = float("nan")
     with progress.Progress(*before) as show:
@@ -314,7 +317,7 @@ def _sum_up(directory: RunDirectory, run: Run, world: World, state: TrainState) 
             f"{error}. All of the run is in {directory.checkpoint}; {_how_to_go_on(directory)}"
         ) from error
     if run.settings:
-        is_good = sweeps.sum_up(directory, run)
+        is_good = sweeps.sum_up(directory.own(), run)
         _print_files(directory)
         return is_good
     try:

@@ -44,11 +44,6 @@ def _mesh_of(devices: str) -> Mesh | None:
 
 def check(place: Place, run: Run, world: World) -> None:
     """Refuses devices that cannot share a run evenly, or have too little memory for it, before anything is written."""
-    if run.settings and jax.process_count() > 1:
-        raise ValueError(
-            "--sweep with --distributed: settings do not lie on several processes; give each process settings of its own,"
-            " without --distributed"
-        )
     mesh, limit = place
     for _, program in run.programs():
         config = program.configs[0]

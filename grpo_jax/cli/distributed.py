@@ -213,9 +213,25 @@ class SharedDirectory(RunDirectory):
         """As in one process."""
         self.first(self._own.check_run)
 
+    def own(self) -> RunDirectory:
+        """As in one process: for the first one."""
+        return self._own
+
+    def is_new(self) -> bool:
+        """As in one process."""
+        return bool(shards.agreed(self._own.is_new()))
+
     def make(self) -> None:
         """As in one process."""
         self.first(self._own.make)
+
+    def make_program(self) -> None:
+        """As in one process."""
+        self.first(self._own.make_program)
+
+    def program(self, index: int) -> RunDirectory:
+        """As in one process."""
+        return SharedDirectory(self._own.program(index).path, self.say)
 
     def create(self, run: Run, *, overwrite: bool = False) -> None:
         """As in one process."""
@@ -261,8 +277,10 @@ def recorder(
     """What writes a run: a ``Recorder``, of several processes the first one's; arguments as there."""
     if not isinstance(directory, SharedDirectory):
         return Recorder(directory, run, state, new_metrics=new_metrics)
+    if state is not None:  # what they ask of it, whole in each of them
+        state = shards.gather(state.replace(learner=None, environments=None))
     leader = directory.first(lambda: _Leader(directory, run, state, new_metrics=new_metrics))
-    return leader or _Follower(directory, state)
+    return leader or _Follower(directory, run, state)
 
 
 class _Leader(Recorder):
@@ -280,8 +298,8 @@ class _Leader(Recorder):
 class _Follower(Recorder):
     """Writes nothing; hands its parts to the first process when that asks for them."""
 
-    def __init__(self, directory: SharedDirectory, state: TrainState | None) -> None:
-        self._directory, self.gap = directory, None
+    def __init__(self, directory: SharedDirectory, run: Run, state: TrainState | None) -> None:
+        self._directory, self._run, self.gap = directory, run, None
         self._saved_iteration = self._done = 0 if state is None else int(np.max(np.asarray(state.iteration)))
 
     def __exit__(self, *_: Any) -> None:
@@ -299,7 +317,7 @@ class _Follower(Recorder):
         self._directory.say(_words(self.last_good(), self._directory))
 
     def content(self, state: TrainState, notes: dict[str, Any]) -> bytes:
-        if parts.suit(state, self._directory.path):
+        if self._is_in_parts(state):
             parts.write(self._directory.parts, state, self._done)
         else:
             check_size(state)

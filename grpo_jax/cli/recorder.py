@@ -154,10 +154,14 @@ class Recorder:
 
     def content(self, state: TrainState, notes: dict[str, Any]) -> bytes:
         """What a checkpoint's file holds: the state, or where its parts lie, which are written here."""
-        if not parts.suit(state, self._directory.path):
-            check_size(state)  # before anything is gathered
-            return to_bytes(shards.gather(state), notes)
-        return to_bytes({}, notes | {PARTS_NOTE: parts.write(self._directory.parts, state, self._done)})
+        if self._is_in_parts(state):
+            return to_bytes({}, notes | {PARTS_NOTE: parts.write(self._directory.parts, state, self._done)})
+        check_size(state)  # before anything is gathered
+        return to_bytes(shards.gather(state), notes)
+
+    def _is_in_parts(self, state: TrainState) -> bool:
+        # States of a sweep are read whole by the one process that sums it up.
+        return not self._run.settings and parts.suit(state, self._directory.path)
 
     def last_good(self) -> str:
         """Where the last checkpoint lies, in words."""

@@ -266,13 +266,26 @@ class RunDirectory:
         """The directory of one of a sweep's programs, from 0."""
         return RunDirectory(self.path / f"program_{index + 1}")
 
+    def own(self) -> RunDirectory:
+        """The directory as this process sees it alone."""
+        return self
+
+    def is_new(self) -> bool:
+        """Whether no run lies there."""
+        return not self.config.exists()
+
     def make(self) -> None:
         """Makes the directory, where there is none."""
         self.path.mkdir(parents=True, exist_ok=True)
 
+    def make_program(self) -> None:
+        """Makes the directory of a sweep's program, which is no link."""
+        check_own_directory(self.path)
+        self.path.mkdir(exist_ok=True)
+
     def check_run(self) -> None:
         """Raises as ``read`` where the directory holds no run."""
-        if not self.config.exists():
+        if self.is_new():
             self.read()
 
     def check_free(self, *, overwrite: bool = False) -> None:

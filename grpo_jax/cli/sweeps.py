@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from grpo_jax.cli import plots, progress
-from grpo_jax.cli.own_files import check_own_directory
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.files import write_atomically
 from grpo_jax.training.loop import TrainState, iterations_for
@@ -39,19 +38,13 @@ def prepare(child: RunDirectory, program: Run) -> None:
     Raises:
       ValueError: another run lies there.
     """
-    if not child.config.exists():
+    if child.is_new():
         child.create(program)
         return
     there = child.read()
     free = {name: getattr(program, name) for name in ("total_timesteps", "checkpoint_every", "keep")}
     if dataclasses.replace(there, **free) != program:
         raise ValueError(f"{child.path} holds another run than this sweep's: move it away")
-
-
-def make_directory(child: RunDirectory) -> None:
-    """Makes the directory of a program."""
-    check_own_directory(child.path)
-    child.path.mkdir(exist_ok=True)
 
 
 def result(directory: RunDirectory, run: Run) -> Sweep:

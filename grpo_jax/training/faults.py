@@ -65,10 +65,10 @@ def raise_faults(
     faulty = np.any([np.asarray(metrics[kind]) > 0 for kind in KINDS], axis=0)
     if not np.any(faulty):
         return
-    one, where = shards.gather(state), ""
+    (config, one), where = shards.gather((config, state)), ""
     if faulty.ndim == 2:
         seed = int(np.argmax(np.any(faulty, axis=1)))
-        config, one = jax.tree.map(lambda leaf: leaf[seed], (config, state))
+        config, one = jax.tree.map(lambda leaf: leaf[seed], (config, one))
         where = f" of seed {seed}"
     iteration = int(one.iteration) + 1
     stage, what = _locate(config, env, one, n_iterations)

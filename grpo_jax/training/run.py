@@ -71,7 +71,7 @@ class _Table(struct.PyTreeNode):
 
     def columns(self, length: int) -> dict[str, np.ndarray]:
         """The first ``length`` rows, on the host: ``[length]`` or ``[n_seeds, length]`` for each name."""
-        rows = np.moveaxis(np.asarray(self.values)[..., :length, :], -1, 0)
+        rows = np.moveaxis(np.asarray(shards.gather(self.values))[..., :length, :], -1, 0)
         return dict(zip(self.names, np.ascontiguousarray(rows), strict=True))
 
 
@@ -212,7 +212,7 @@ def advance(
             config = shards.place(config, mesh, config.n_shards == 1)
     if opponent_every is not None:
         env = against(env, state)
-    done = int(np.max(np.asarray(state.iteration)))
+    done = int(np.max(np.asarray(shards.gather(state.iteration))))
     arguments = (config, env, state, np.int32(0), np.int32(n_iterations))
     lowered = program.lower(*arguments, block, jax.debug_nans.value, mesh)
     proceed = (compile_quickly if quick_compile else compile_loop)(lowered)
@@ -233,7 +233,7 @@ def advance(
         metrics = table.columns(length)
         per_iteration = (time.perf_counter() - clock) / length
         if freeze:
-            metrics, n_rows = _without_frozen(metrics, np.asarray(state.iteration) - done)
+            metrics, n_rows = _without_frozen(metrics, np.asarray(shards.gather(state.iteration)) - done)
             if not n_rows:
                 break
         else:
@@ -256,8 +256,8 @@ def advance(
                 metrics=metrics,
                 iteration=done,
                 n_iterations=n_iterations,
-                decision_steps=counter.to_int(state.decision_steps),
-                simulator_steps=counter.to_int(state.simulator_steps),
+                decision_steps=counter.to_int(shards.gather(state.decision_steps)),
+                simulator_steps=counter.to_int(shards.gather(state.simulator_steps)),
                 seconds=time.perf_counter() - start,
                 compile_seconds=compile_seconds,
             )

@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 
+from grpo_jax import shards
 from grpo_jax.config import GRPOConfig, field_names
 from grpo_jax.noise import as_key
 from grpo_jax.training.agents import check_block, default_block, stack_configs
@@ -179,6 +180,7 @@ def sweep(
             mesh=mesh,
             memory_limit=memory_limit,
         )
+        last = shards.gather(last)
         reached = int(np.max(np.asarray(last.iteration)))
         n_iterations = iterations_for(configs[indices[0]], total_timesteps)
         parts.append(Part(indices, last, metrics, reached if is_stopped else n_iterations))

@@ -148,10 +148,28 @@ assert seen == [2, 4, 6], seen
 whole = grpo_jax.gather(state)
 if index == 0:
     grpo_jax.save(path + "/state.msgpack", whole)
+
+one, key = config.replace(n_shards=1), jax.random.key(0)
+ends = [grpo_jax.run(one, env, key, 64, n_seeds=4, mesh=where) for where in (None, mesh)]
+assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(ends[1][0]))
+for a, b in zip(*(jax.tree.leaves((grpo_jax.gather(state).params, metrics)) for state, metrics in ends), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+rates = [1e-3, 1e30]  # the second one fails
+swept = [grpo_jax.sweep(one, env, key, 96, n_seeds=2, learning_rate=rates, mesh=where) for where in (None, mesh)]
+for name in ("failed_at", "scores", "final_returns"):
+    np.testing.assert_allclose(*(np.nan_to_num(getattr(done, name), neginf=-1) for done in swept), atol=1e-5)
+assert swept[1].best == 0 and np.all(swept[1].failed_at[1] > 0)
+told = []
+for where in (None, mesh):
+    try:
+        grpo_jax.run(one.replace(learning_rate=1e30), env, key, 96, n_seeds=4, mesh=where)
+    except grpo_jax.NonFiniteError as error:
+        told.append(str(error))
+assert len(told) == 2 and told[0] == told[1], told
 try:
-    grpo_jax.run(config.replace(n_shards=1), env, jax.random.key(0), 64, n_seeds=4, mesh=mesh)
+    grpo_jax.run(one, env, key, 64, n_seeds=6, mesh=mesh)
 except ValueError as error:
-    assert "2 processes" in str(error)
+    assert "n_seeds=6 (times the settings of a sweep) must be a multiple of the 4 devices" in str(error)
 else:
     raise AssertionError
 """
