@@ -32,8 +32,9 @@ class Hosts:
     """Several processes, on one host or many, that share a run."""
 
     distributed: bool = False
-    """This process is one of several that were all started with this command: their devices share the environments, the
-    first process writes. JAX finds the others on SLURM, cloud TPUs and Open MPI; elsewhere the next three flags name them."""
+    """This process is one of several that were all started with this command: their devices share the environments (or
+    seeds and settings), the first process writes. JAX finds the others on SLURM, cloud TPUs and Open MPI; elsewhere the
+    next three flags name them."""
     coordinator: str | None = None
     """HOST:PORT of process 0, as the others reach it; the port must be free there."""
     num_processes: int | None = None
