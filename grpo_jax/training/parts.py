@@ -92,38 +92,49 @@ def restore_parts(
     if shards.largest(not path.is_dir()):
         raise FileNotFoundError(f"{path} is no directory, or not for all processes: they must share it")
     template = shapes(config, env, n_seeds)
-    like, structure = named(template), jax.tree.structure(template)
+    like = named(template)
     expected = {name: jax.eval_shape(plain, leaf) for name, leaf in like}
-    homes = _homes(template, config, n_seeds, mesh)
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+        for (name, leaf), home in zip(expected.items(), _homes(template, config, n_seeds, mesh), strict=True)
+    }
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(path).item_metadata
-            if set(stored) != {_LEAVES, _DIGESTS}:
-                raise ValueError(f"it has {sorted(stored)}")
-            there = {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in stored[_LEAVES].items()}
-        except Exception as error:  # Orbax raises what it likes
-            raise ValueError(
-                f"{path} is not a checkpoint in parts, or damaged ({type(error).__name__}: {error})"
-            ) from error
-        check_fits(path, there, expected)
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
-            for (name, leaf), home in zip(expected.items(), homes, strict=True)
-        }
-        one = jax.ShapeDtypeStruct((len(expected),), jnp.uint32, sharding=_whole(mesh))
-        try:
-            read = checkpointer.restore(path, {_LEAVES: target, _DIGESTS: one})
-        except Exception as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    leaves, names = read[_LEAVES], list(expected)
-    digests = _digests([leaves[name] for name in names])
-    wrong = np.flatnonzero(np.asarray(digests) != np.asarray(read[_DIGESTS]))
+        check_fits(path, _shapes_in(path, checkpointer), expected)
+        leaves = _read(path, checkpointer, target, _whole(mesh))
+    return jax.tree.unflatten(
+        jax.tree.structure(template), [key_like(leaves[name], leaf) for name, leaf in like]
+    )
+
+
+def _shapes_in(path: Path, checkpointer: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the leaves that are there, by their names."""
+    try:
+        stored = checkpointer.metadata(path).item_metadata
+        if set(stored) != {_LEAVES, _DIGESTS}:
+            raise ValueError(f"it has {sorted(stored)}")
+        return {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in stored[_LEAVES].items()}
+    except Exception as error:  # Orbax raises what it likes
+        raise ValueError(
+            f"{path} is not a checkpoint in parts, or damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(path: Path, checkpointer: Any, target: dict[str, Any], whole: Any) -> dict[str, jax.Array]:
+    """The leaves, verified."""
+    digests = jax.ShapeDtypeStruct((len(target),), jnp.uint32, sharding=whole)
+    try:
+        read = checkpointer.restore(path, {_LEAVES: target, _DIGESTS: digests})
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    names, leaves = list(target), read[_LEAVES]
+    found = _digests([leaves[name] for name in names])
+    wrong = np.flatnonzero(np.asarray(found) != np.asarray(read[_DIGESTS]))
     if wrong.size:
         raise ValueError(
             f"{path} is damaged: {', '.join(names[i] for i in wrong[:4])} {'is' if wrong.size == 1 else 'are'} not what was"
             " written"
         )
-    return jax.tree.unflatten(structure, [key_like(leaves[name], leaf) for name, leaf in like])
+    return dict(leaves)
 
 
 def _homes(template: TrainState, config: GRPOConfig, n_seeds: int | None, mesh: Mesh | None) -> list[Any]:
