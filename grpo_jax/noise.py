@@ -82,7 +82,9 @@ def _split(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _fold_in(key: jax.Array, data: int | jax.Array) -> jax.Array:
     low = jnp.asarray(data, jnp.uint32)
-    return jnp.stack(threefry2x32(key, jnp.zeros_like(low), low))
+    # Zeros that vmap gives the axes of ``low``: JAX's kernel, lowered for the CPU of a machine with a GPU, needs both alike.
+    high = low ^ low
+    return jnp.stack(threefry2x32(key, high, low))
 
 
 def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:

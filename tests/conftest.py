@@ -83,6 +83,19 @@ def real_compiles():
 
 
 @pytest.fixture
+def as_on_a_cpu(monkeypatch):
+    """For what the library chooses on a CPU, whatever the tests run on."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+@pytest.fixture
+def only_on_a_cpu():
+    """For what a CPU's compiler does."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("about programs of a CPU")
+
+
+@pytest.fixture
 def ctrl_c():
     """Python's own handling of SIGINT, which jobs in the background, and processes of pytest-xdist, ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -84,6 +84,7 @@ def test_what_compiles_for_long_is_told_once(monkeypatch, capsys):
     assert "compiling" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("only_on_a_cpu")
 def test_a_program_that_runs_once_compiles_also_where_xla_lacks_an_option(monkeypatch):
     lowered = jax.jit(lambda x: x + 1).lower(1.0)
     assert compile_quickly(lowered)(1.0) == 2.0
@@ -101,6 +102,7 @@ def _norms(rows):
     return jnp.where(norm > 1.0, jnp.sqrt(norm), norm)
 
 
+@pytest.mark.usefixtures("only_on_a_cpu")
 def test_loops_leave_no_reduction_to_ynnpack():
     """jax 0.10 would: from some 2,048 rows on, at several times the time where rows are short."""
     rows = jnp.ones((4096, 3))

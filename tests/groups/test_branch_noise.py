@@ -85,9 +85,9 @@ class _Still(World):
         return Step(state, state, jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_large_states_run_in_smaller_chunks():
     """2 MiB of states and observations on a CPU, at most 4096."""
-    assert jax.default_backend() == "cpu"
     world = _Still()  # whose observation is one number
     for state_bytes, branches in ((32, 4096), (4092, 512), (11_996, 174), (1 << 30, 1)):
         assert (

@@ -16,7 +16,7 @@ SMALL = grpo_jax.GRPOConfig(n_envs=8, n_steps=4, batch_size=16, n_epochs=1, hori
 
 
 @pytest.mark.parametrize("max_branches", [0, 1 << 16])
-def test_the_estimate_is_near_what_the_compiled_program_takes(real_compiles, max_branches):
+def test_the_estimate_is_near_what_the_compiled_program_takes(only_on_a_cpu, real_compiles, max_branches):
     env = grpo_jax.make("CartPole-v1")
     config = SMALL.replace(n_envs=2048, n_steps=16, batch_size=8192, horizon=50, net_arch=(64, 64))
     config = config.replace(max_branches=max_branches)

@@ -120,6 +120,7 @@ ENDS = {
 }
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize(("n_envs", "n_at_once"), [(1, 1), (6, 4), (9, 2), (8, 8)])
 def test_where_an_episode_ends_the_first_state_of_its_own_key_follows(
@@ -146,6 +147,7 @@ def test_where_an_episode_ends_the_first_state_of_its_own_key_follows(
     np.testing.assert_array_equal(after.episode_length, actions == 0)
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_cheap_resets_seeds_side_by_side_and_one_by_one_come_to_the_same(monkeypatch):
     world, n_envs = Ender(), 6
     actions = np.stack([ENDS[ends](n_envs) for ends in ENDS])
@@ -161,6 +163,7 @@ def test_cheap_resets_seeds_side_by_side_and_one_by_one_come_to_the_same(monkeyp
     chex.assert_trees_all_equal(jax.jit(lambda: all_steps())(), cheap)
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_a_device_that_is_no_cpu_resets_more_at_once(monkeypatch):
     keys = split(as_key(jax.random.key(0)), 4)
     most, _ = rollouts._size_up(Ender(), keys)

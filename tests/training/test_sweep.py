@@ -62,6 +62,7 @@ def test_blocks_cover_all_agents_and_waste_little():
     assert agents.block_size(64, 5) == 4
 
 
+@pytest.mark.usefixtures("as_on_a_cpu")
 def test_a_small_cache_or_a_large_run_makes_small_blocks(monkeypatch):
     large = TINY.replace(n_envs=64, n_steps=64, horizon=1)
     assert agents.agent_bytes(large, LINE) > 10 * agents.agent_bytes(TINY, LINE)
