@@ -185,6 +185,10 @@ def test_large_states_lie_in_parts_that_any_number_of_processes_reads(
     assert [status for status, _, _ in ended] == [0] * 4, ended
     assert {path.name for path in (run / "checkpoint.parts").iterdir()} == named()
     check_ends_as_a_run_alone(run, steps)
+    with started(2, tmp_path, "resume", str(run), "--no-cache", script=IN_PARTS) as two:
+        ended = ends(two)  # there is nothing left to do but to play
+    assert [status for status, _, _ in ended] == [0] * 2, ended
+    assert "all iterations are done" in ended[0][1] and "sampled episodes" in ended[0][1]
 
 
 def test_a_state_that_is_too_large_without_a_shared_directory_is_refused_by_all(tmp_path: Path) -> None:
@@ -255,3 +259,17 @@ def test_flags_that_do_not_fit_are_refused(
     assert main(["train", "CartPole-v1", "--out", str(tmp_path / "run"), *flags.split()]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_are_removed_only_where_all_checkpoints_can_be_read(tmp_path: Path) -> None:
+    root, names = tmp_path / "checkpoint.parts", [f"iteration_{i:09d}_0" for i in range(3)]
+    for name in (*names, "mine"):
+        (root / name).mkdir(parents=True)
+    best, last = tmp_path / "best.msgpack", tmp_path / "checkpoint.msgpack"
+    grpo_jax.save(last, {}, notes={"parts": names[2]})
+    best.write_bytes(last.read_bytes()[:-1])
+    parts.remove_unused(root, (last, best))
+    assert len(list(root.iterdir())) == 4
+    grpo_jax.save(best, {}, notes={"parts": names[0]})
+    parts.remove_unused(root, (last, best, tmp_path / "none.msgpack"))
+    assert {path.name for path in root.iterdir()} == {names[0], names[2], "mine"}

@@ -227,7 +227,8 @@ def _go_on(
             assert interrupt.requested is not None  # nothing else stops a run early
             print(f"stopped at iteration {_iterations(state)}; {_how_to_go_on(directory)}")
             return 128 + interrupt.requested
-        is_good = _sum_up(directory, run, world, state)
+        # Nobody needs the environments any more, which may be large.
+        is_good = _sum_up(directory, run, world, shards.gather(state.replace(environments=None)))
     except KeyboardInterrupt:  # at once: what the last checkpoint has is kept
         print(_how_to_go_on(directory))
         raise
@@ -299,7 +300,6 @@ def _advance(
             record.checkpoint(state, episode_return)
         except OSError as error:
             raise NotSaved(f"{error}. {record.last_good()}; {_how_to_go_on(directory)}") from error
-    state = shards.gather(state.replace(environments=None))  # which nobody needs any more, and may be large
     interrupt.can_wait = False
     print(timing)
     is_over = bool(run.settings) and interrupt.requested is None  # where no agent of a sweep is left

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax import shards
+from grpo_jax.cli.own_files import check_own_directory
 from grpo_jax.training.checkpoint import PARTS_NOTE, read_notes
 from grpo_jax.training.loop import TrainState
 from grpo_jax.training.parts import is_shared, save_parts
@@ -29,6 +30,7 @@ def suit(state: TrainState, directory: Path) -> bool:
 
 def write(root: Path, state: TrainState, iteration: int) -> str:
     """Writes the parts of a state beside older ones, and returns their name; all processes call it."""
+    check_own_directory(root)
     if jax.process_index() == 0:
         root.mkdir(exist_ok=True)
     name = f"iteration_{iteration:09d}_"
@@ -53,10 +55,13 @@ def name_in(checkpoint: Path) -> str | None:
 
 
 def remove_unused(root: Path, checkpoints: Iterable[Path]) -> None:
-    """Removes the parts that none of these checkpoints names, and what killed processes left of others."""
-    if not root.is_dir():
+    """Removes the parts that none of these checkpoints names, and what killed processes left of others; nothing in doubt."""
+    if not root.is_dir() or root.is_symlink():
         return
-    used = {name_in(path) for path in checkpoints if path.exists()}
+    try:
+        used = {name_in(path) for path in checkpoints if path.exists()}
+    except (OSError, ValueError):  # what a damaged one names is not known
+        return
     for path in root.iterdir():
         is_ours = _NAME.fullmatch(path.name.split(".orbax-checkpoint-tmp")[0])
         if is_ours and path.name not in used and not path.is_symlink():

@@ -5,6 +5,7 @@ For states that are too large for one process, or for the one file of ``save``.
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -36,6 +37,7 @@ def save_parts(path: str | os.PathLike[str], state: TrainState) -> None:
     Raises:
       FileExistsError: something of this name is there.
       FileNotFoundError: what it will lie in does not exist, or not for all processes.
+      OSError: it cannot be written; names the directory.
       ValueError: several processes, and a state that is not spread over them.
     """
     import orbax.checkpoint as ocp
@@ -57,8 +59,12 @@ def save_parts(path: str | os.PathLike[str], state: TrainState) -> None:
             f"the state lies in each process by itself ({here[0]} and {len(here) - 1} more leaves): save one that run(mesh=...)"
             " returned, or handed to its callback"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, {_LEAVES: leaves, _DIGESTS: _digests([*leaves.values()])})
+    content = {_LEAVES: leaves, _DIGESTS: _digests([*leaves.values()])}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, content)
+    except Exception as error:  # Orbax raises what it likes, where a disk is full, too
+        raise OSError(errno.EIO, f"cannot write it ({type(error).__name__}: {error})", str(path)) from error
 
 
 def restore_parts(
@@ -113,7 +119,7 @@ def _shapes_in(path: Path, checkpointer: Any) -> dict[str, tuple[tuple[int, ...]
         if set(stored) != {_LEAVES, _DIGESTS}:
             raise ValueError(f"it has {sorted(stored)}")
         return {name: (leaf.shape, np.dtype(leaf.dtype).name) for name, leaf in stored[_LEAVES].items()}
-    except Exception as error:  # Orbax raises what it likes
+    except Exception as error:
         raise ValueError(
             f"{path} is not a checkpoint in parts, or damaged ({type(error).__name__}: {error})"
         ) from error

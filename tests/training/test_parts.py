@@ -195,6 +195,17 @@ def test_what_does_not_fit_is_refused(written, tmp_path):
         grpo_jax.restore_parts(path, SMALL, env, mesh="all")
 
 
+def test_what_cannot_be_written_names_the_directory(written, tmp_path, monkeypatch):
+    _, _, state = written
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left")
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
+    with pytest.raises(OSError, match=r"cannot write it \(ValueError: RESOURCE_EXHAUSTED.*state"):
+        grpo_jax.save_parts(tmp_path / "state", state)
+
+
 def test_a_digest_knows_each_bit_and_each_place(key):
     values = {
         "float": jax.random.normal(key, (5, 7)),
