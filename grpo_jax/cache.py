@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.types import is_traced
+from grpo_jax.types import backend, is_traced
 
 MIN_SECONDS = 0.1
 """Programs that compile faster are not worth a file."""
@@ -64,7 +64,7 @@ def compile_loop(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 def _compiled(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> jax.stages.Compiled:
     """With the options, on a CPU whose XLA knows them."""
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         try:
             return lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:

@@ -20,6 +20,8 @@ import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.types import backend
+
 KEY_WORDS = 2
 """32-bit words in one threefry key."""
 
@@ -35,7 +37,7 @@ def threefry2x32(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.A
     Returns:
       Two arrays of words, uint32 ``[...]`` each.
     """
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         a, b = jax.extend.random.threefry2x32_p.bind(key[0], key[1], high, low)
         return a, b
     schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))

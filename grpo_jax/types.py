@@ -16,6 +16,14 @@ Observation = Any  # an array, or a dict of arrays
 Metrics = dict[str, jax.Array]
 
 
+def backend() -> str:
+    """The platform that programs run on: that of ``jax.default_device``, where one is set, else of JAX's default backend."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else str(device.platform)
+
+
 def is_traced(*trees: PyTree) -> bool:
     """Whether any leaf has no value yet, being traced by a ``jit``, a ``vmap`` or a gradient."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))

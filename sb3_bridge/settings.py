@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from grpo_jax.config import GRPOConfig, field_names
 from grpo_jax.groups.candidates import resolve
+from grpo_jax.types import backend
 from sb3_bridge.regime import as_episodes, candidates_in
 from sb3_bridge.twins.pace import paced, persistence
 
@@ -18,6 +21,8 @@ SCHEDULES = ("clip_range", "clip_range_vf", "clip_range_high")
 """Attributes that are schedules, whatever they are set to; None stays None."""
 NUMBERS_OR_SCHEDULES = ("ent_coef", "persistence")
 """Attributes that are a number, or a schedule."""
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _RATES = {*SCHEDULES, *NUMBERS_OR_SCHEDULES, "learning_rate"}
 
@@ -79,3 +84,16 @@ def jax_device(device: torch.device | str) -> Any:
         return jax.devices("gpu" if kind == "cuda" else kind)[0]
     except RuntimeError:
         return jax.devices("cpu")[0]
+
+
+def on_its_device(method: F) -> F:
+    """A method of a model whose programs run, and are made for, the model's device, where that is not JAX's default."""
+
+    @functools.wraps(method)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model._jax_device.platform == backend():
+            return method(model, *args, **kwargs)
+        with jax.default_device(model._jax_device):
+            return method(model, *args, **kwargs)
+
+    return run  # type: ignore[return-value]

@@ -33,7 +33,7 @@ from sb3_bridge.policies.spaces import to_action_space
 from sb3_bridge.rollout.callbacks import RolloutView
 from sb3_bridge.rollout.device import Simulator, collect_on_device, find_simulator, override
 from sb3_bridge.rollout.host import collect_on_host
-from sb3_bridge.settings import as_schedule, config_of, jax_device
+from sb3_bridge.settings import as_schedule, config_of, jax_device, on_its_device
 from sb3_bridge.twins import pace
 from sb3_bridge.update import follow, improve, next_key, record
 
@@ -263,6 +263,7 @@ class Training(Acting):
         # The last rollout may go beyond total_timesteps: no schedule is asked for progress below 0.
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
 
+    @on_its_device
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
     ) -> bool:
@@ -294,6 +295,7 @@ class Training(Acting):
         callback.on_rollout_end()
         return True
 
+    @on_its_device
     def train(self) -> None:
         """Groups and update of the last rollout, in one program."""
         assert self._trajectory is not None, "train() comes after collect_rollouts()"

@@ -24,7 +24,7 @@ from grpo_jax.groups.branch_return import add_reward, back_up, ends, open_end
 from grpo_jax.noise import KEY_WORDS, as_key, bits_to_keys, bits_to_uniform, draw_bits, split
 from grpo_jax.policies.distributions import allowed, for_space
 from grpo_jax.spaces import encoded_size
-from grpo_jax.types import Counter, Observation, PyTree, tree_bytes
+from grpo_jax.types import Counter, Observation, PyTree, backend, tree_bytes
 from grpo_jax.worlds.base import World
 
 Act = Callable[[Observation, jax.Array | None, jax.Array], jax.Array]
@@ -187,7 +187,7 @@ def group_returns(
 def default_branches(world: World, state: PyTree) -> int:
     """Branches side by side where nothing else was asked for, by the bytes of one state and its observation."""
     branches, total_bytes = CPU_BRANCHES, CPU_BYTES
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         branches, total_bytes = DEVICE_BRANCHES, int(min(DEVICE_BYTES, DEVICE_SHARE * device_memory()))
     branch_bytes = max(1, tree_bytes(state) + 4 * encoded_size(world.observation_space))
     return max(1, min(branches, total_bytes // branch_bytes))
@@ -315,7 +315,7 @@ def _in_rows(observation: Observation) -> Observation:
     XLA would put the branches innermost, where the world writes them, and the first matrix product then takes two to three
     times as long.
     """
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         return observation
 
     def in_rows(leaf: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from grpo_jax.groups import candidates
 from grpo_jax.groups.branch import default_branches, device_memory
 from grpo_jax.spaces import encoded_size
 from grpo_jax.training.loop import TrainState, init
-from grpo_jax.types import PyTree, tree_bytes
+from grpo_jax.types import PyTree, backend, tree_bytes
 from grpo_jax.worlds.base import World
 
 CPU_BYTES = 1 << 20
@@ -122,7 +122,7 @@ def agent_bytes(config: GRPOConfig, env: World) -> int:
 
 
 def _budget() -> int:
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         return CPU_BYTES
     limit = device_memory()
     return int(DEVICE_SHARE * limit) if math.isfinite(limit) else DEVICE_BYTES

@@ -15,7 +15,7 @@ from grpo_jax.groups.branch import any_of_all
 from grpo_jax.noise import KEY_WORDS, bits_to_keys, bits_to_uniform, draw_bits
 from grpo_jax.policies.distributions import allowed
 from grpo_jax.policies.policy import Policy, PolicyState
-from grpo_jax.types import Environments, Observation, PyTree, Step, Trajectory, tree_bytes
+from grpo_jax.types import Environments, Observation, PyTree, Step, Trajectory, backend, tree_bytes
 from grpo_jax.worlds.base import World
 
 
@@ -149,7 +149,7 @@ def _start_over(
 
 def reset_limits() -> ResetLimits:
     """Those of the default device."""
-    return CPU_RESETS if jax.default_backend() == "cpu" else DEVICE_RESETS
+    return CPU_RESETS if backend() == "cpu" else DEVICE_RESETS
 
 
 def _size_up(world: World, keys: jax.Array) -> tuple[int, int]:

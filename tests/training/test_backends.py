@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import grpo_jax
+from grpo_jax.types import backend
 
 SMALL = grpo_jax.GRPOConfig(n_envs=8, n_steps=8, batch_size=32, n_epochs=2, horizon=4, net_arch=(8,))
 
@@ -33,9 +34,9 @@ def test_a_gpus_choices_come_to_the_same_numbers(name, monkeypatch):
     env_id, settings, n_seeds = REGIMES[name]
     env, config = grpo_jax.make(env_id), SMALL.replace(**settings)
     ends = []
-    for backend in ("cpu", "gpu"):
+    for asked in ("cpu", "gpu"):
         jax.clear_caches()
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(jax, "default_backend", lambda asked=asked: asked)
         state, metrics = grpo_jax.run(config, env, jax.random.key(0), 3 * config.n_states, n_seeds=n_seeds)
         one = state if n_seeds is None else jax.tree.map(lambda leaf: leaf[1], state)
         plan = grpo_jax.Plan.of(config) if name == "enumerate" else None
@@ -56,10 +57,19 @@ def test_the_cpu_of_a_machine_with_a_gpu_draws_what_any_cpu_draws(monkeypatch):
 
     keys, data = grpo_jax.noise.split(grpo_jax.noise.as_key(jax.random.key(2)), 5), np.arange(5)
     drawn = []
-    for backend in ("cpu", "gpu"):
+    for asked in ("cpu", "gpu"):
         jax.clear_caches()
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(jax, "default_backend", lambda asked=asked: asked)
         numbers, folded = jax.jit(draw)(keys, data)
         drawn.append((np.asarray(numbers), np.asarray(jax.random.key_data(folded))))
     np.testing.assert_array_equal(drawn[0][1], drawn[1][1])
     np.testing.assert_allclose(drawn[0][0], drawn[1][0], rtol=1e-6)
+
+
+def test_the_default_device_says_which_backend_it_is(monkeypatch):
+    assert backend() == "cpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert backend() == "gpu"
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            assert backend() == "cpu"
