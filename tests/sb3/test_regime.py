@@ -347,7 +347,6 @@ def test_episodes_are_compared_on_demand_and_nothing_is_checked(capsys):
     assert told(capsys) == "GRPO: the episodes of a rollout are compared, nothing is branched; with a critic"
 
 
-@pytest.mark.filterwarnings("ignore:.*branches will take about")
 def test_sampled_candidates_are_branched_in_clones_only_where_they_must_be(capsys):
     """Of continuous actions: where it was measured, episodes learned more in the same seconds."""
     pole = lambda: dummy(lambda: Stirred(PendulumEnv()))
