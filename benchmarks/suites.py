@@ -42,8 +42,9 @@ IDS = (
     "playground/CartpoleBalance",
 )
 N_STEPS = 5
-N_TURNS = 9
 """Steps of a loop."""
+N_TURNS = 9
+"""How often a rollout and the bare loop are measured, one after the other."""
 OPTIONS: dict[str, dict[str, Any]] = {"brax": {"backend": "spring"}}
 
 Functions = tuple[Callable[[jax.Array], Any], Callable[[jax.Array, Any, jax.Array], Any]]

@@ -25,16 +25,15 @@ def open_rows(path: Path, n_bytes: int) -> BinaryIO:
     return open_own(path, os.O_WRONLY | os.O_APPEND)
 
 
-def check_own_directory(path: Path) -> None:
-    """Refuses a directory of a run that is a link: what is written into it would lie elsewhere."""
+def check_own(path: Path) -> None:
+    """Refuses a file or directory of a run that is a link: what is written into it would lie elsewhere."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link; links in a run directory are not followed: remove it")
 
 
 def open_own(path: Path, flags: int) -> BinaryIO:
     """Opens a file that may be written to, unbuffered, where it is a plain file and no link."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link; links in a run directory are not followed: remove it")
+    check_own(path)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):

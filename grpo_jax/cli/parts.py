@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax import shards
-from grpo_jax.cli.own_files import check_own_directory
+from grpo_jax.cli.own_files import check_own
 from grpo_jax.training.checkpoint import PARTS_NOTE, read_notes
 from grpo_jax.training.loop import TrainState
 from grpo_jax.training.parts import is_shared, save_parts
@@ -30,7 +30,7 @@ def suit(state: TrainState, directory: Path) -> bool:
 
 def write(root: Path, state: TrainState, iteration: int) -> str:
     """Writes the parts of a state beside older ones, and returns their name; all processes call it."""
-    check_own_directory(root)
+    check_own(root)
     if jax.process_index() == 0:
         root.mkdir(exist_ok=True)
     name = f"iteration_{iteration:09d}_"

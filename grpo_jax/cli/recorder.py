@@ -17,7 +17,7 @@ import numpy as np
 import grpo_jax
 from grpo_jax import shards
 from grpo_jax.cli import parts, progress
-from grpo_jax.cli.own_files import check_own_directory, open_rows
+from grpo_jax.cli.own_files import check_own, open_rows
 from grpo_jax.cli.runs import Run, RunDirectory
 from grpo_jax.files import open_plain, write_atomically
 from grpo_jax.training.checkpoint import PARTS_NOTE, check_size, read_notes, to_bytes
@@ -65,7 +65,7 @@ class Recorder:
         size = directory.checkpoint.stat().st_size if self._done else 0
         notes = read_notes(directory.checkpoint, size) if self._done else {}
         if run.keep > 1:
-            check_own_directory(directory.kept)
+            check_own(directory.kept)
         rows = _Rows.of(directory, run, self._done, notes, new_metrics=new_metrics)
         self._header, self._good, self._digest, self.gap = rows
         self._csv = open_rows(directory.metrics, self._good)
@@ -247,7 +247,7 @@ class _Events:
     """TensorBoard's files. No thread: one that dies would leave a queue that nobody empties, and a run that waits."""
 
     def __init__(self, directory: RunDirectory, done: int, steps: int) -> None:
-        check_own_directory(directory.tensorboard)
+        check_own(directory.tensorboard)
         if not done:
             shutil.rmtree(directory.tensorboard, ignore_errors=True)
         self._path, self._done, self._steps = directory.tensorboard, done, steps

@@ -38,7 +38,7 @@ from jax.sharding import Mesh
 
 import grpo_jax
 from grpo_jax.cli import parts
-from grpo_jax.cli.own_files import check_own_directory, lock, open_own
+from grpo_jax.cli.own_files import check_own, lock, open_own
 from grpo_jax.config import GRPOConfig
 from grpo_jax.files import (
     UnsealedWarning,
@@ -280,7 +280,7 @@ class RunDirectory:
 
     def make_program(self) -> None:
         """Makes the directory of a sweep's program, which is no link."""
-        check_own_directory(self.path)
+        check_own(self.path)
         self.path.mkdir(exist_ok=True)
 
     def check_run(self) -> None:
@@ -356,7 +356,7 @@ class RunDirectory:
 
     def restore_parts(self, run: Run, world: World, name: str, mesh: Mesh | None) -> TrainState:
         """The state that lies in parts of this name; of several processes all call it."""
-        check_own_directory(self.parts)
+        check_own(self.parts)
         return restore_parts(self.parts / name, run.configs[0], world, n_seeds=run.vmapped, mesh=mesh)
 
     def read_metrics(self, names: Sequence[str]) -> dict[str, np.ndarray]:
